@@ -1,0 +1,271 @@
+"""The cache of one trimmed generation: self-attention layers as stock, cross-attention layers with few visual tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trim_plugin.config import TrimConfig
+from trim_plugin.masks import pack
+from trim_plugin.report import TrimReport, held_bytes
+
+if TYPE_CHECKING:
+    from trim_plugin.step import Step
+
+
+class CrossAttentionLayer(DynamicLayer):
+    """Keys and values of visual tokens. They come with a picture, are trimmed once, and never grow with the text.
+
+    Example:
+        >>> layer = CrossAttentionLayer()
+        >>> layer.expected = True
+        >>> keys, values = layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+        >>> layer.keep(torch.tensor([[0, 3]]))
+        >>> layer.crop(-1)  # the text is cropped, not the picture
+        >>> layer.keys.shape
+        torch.Size([1, 2, 2, 4])
+    """
+
+    #: Set by the hook that precedes an update. Without hooks nothing would be trimmed, silently.
+    expected = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a picture's keys and values, (batch, key-value heads, visual tokens, head_dim), and return all.
+
+        Raises:
+            RuntimeError: the model carries no hooks of trim_plugin.
+        """
+        if not self.expected:
+            raise RuntimeError(
+                "A TrimmedCache reached a model that has no trim_plugin hooks: it was made for another model, or "
+                "trim_plugin.detach(model) was called since. Make a new one: TrimmedCache(model, ...)."
+            )
+        self.expected = False
+        if self.get_seq_length() > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        # The first picture's tensors are taken as they are; concatenating with nothing would copy them.
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return self.keys, self.values
+
+    def keep(self, positions: torch.Tensor) -> None:
+        """Hold only the tokens at `positions`, int64 (batch, kept)."""
+        positions = positions.to(self.keys.device)
+        self.keys = take_tokens(self.keys, positions)
+        self.values = take_tokens(self.values, positions)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
+
+    def held_tensors(self) -> list[torch.Tensor | None]:
+        """The tensors whose bytes this layer holds."""
+        return [self.keys, self.values]
+
+
+@dataclasses.dataclass
+class CachedTokens:
+    """Which visual tokens the cross-attention layers hold. Travels with the batch (beams, repeats, selections).
+
+    Args:
+        index: int64 (batch, kept): the visual token behind every cached position, ascending; padded to the longest sample.
+        valid: bool (batch, kept): False for that padding.
+        visible: int64 (batch,): tokens visible to at least one voter.
+        reachable: bool (batch, total): visible to the last prompt row, kept or not.
+        token_bytes: bytes of a visual token's keys and values in one layer, as stock holds them.
+        unpadded: whether every entry of `valid` is True, as a Python value, so that decoding branches without a sync.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    visible: torch.Tensor
+    reachable: torch.Tensor
+    token_bytes: int
+    unpadded: bool
+
+    @property
+    def total(self) -> int:
+        """Visual tokens of a sample, kept or not."""
+        return self.reachable.shape[1]
+
+    def narrowed_to(self, reachable: torch.Tensor) -> tuple[torch.Tensor, CachedTokens]:
+        """What is left when only these tokens, bool (batch, total), are reachable: positions to keep, and their record."""
+        positions, valid = pack(self.valid & reachable.to(self.index.device).gather(1, self.index))
+        left = dataclasses.replace(
+            self,
+            index=self.index.gather(1, positions),
+            valid=valid,
+            reachable=reachable,
+            unpadded=bool(valid.all()),
+        )
+        return positions, left
+
+    def of_samples(self, samples: torch.Tensor) -> CachedTokens:
+        """The same for the samples with these indices, int64 (new batch,) or bool (batch,)."""
+
+        def pick(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[samples.to(tensor.device)]
+
+        return dataclasses.replace(
+            self,
+            index=pick(self.index),
+            valid=pick(self.valid),
+            visible=pick(self.visible),
+            reachable=pick(self.reachable),
+        )
+
+
+class TrimmedCache(Cache):
+    """A transformers `Cache` whose cross-attention layers hold only the visual tokens that decoding needs.
+
+    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into
+    `past_key_values=` of `generate` or of a plain forward; making it attaches hooks to the model's cross-attention layers,
+    which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a generation lives here.
+
+    A forward with one text row is taken to be a decoding step, whose row may read what the last prompt row could:
+    that is how `generate` extends the mask. A forward with several rows has its mask read.
+
+    Args:
+        model: an Mllama model, or a wrapper around one (peft, for instance).
+        config: settings; a dict of `TrimConfig`'s fields does as well.
+
+    Raises:
+        ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
+        TypeError: `config` is neither a `TrimConfig` nor a mapping.
+
+    Example:
+        >>> from trim_plugin.embedded import ask, load_small_model
+        >>> model, processor = load_small_model()
+        >>> cache = TrimmedCache(model, {"top_k_ratio": 0.25})
+        >>> output = model.generate(**ask(processor), past_key_values=cache, max_new_tokens=4)
+        >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
+        (1, True)
+    """
+
+    layers: list[Any]
+
+    def __init__(self, model: torch.nn.Module, config: TrimConfig | Mapping[str, Any] | None = None) -> None:
+        # Imported here: hooks know the cache, and only making a cache needs the hooks.
+        from trim_plugin.hooks import attach
+
+        self.config = TrimConfig.of(config)
+        text_model = attach(model)
+        self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
+        cross_layers = set(self.cross_layers)
+        super().__init__(
+            layers=[
+                CrossAttentionLayer() if index in cross_layers else DynamicLayer()
+                for index in range(len(text_model.layers))
+            ]
+        )
+        self._self_layer = next(index for index in range(len(self.layers)) if index not in cross_layers)
+        self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
+        self.tokens: CachedTokens | None = None
+        self.step: Step | None = None
+
+    # -- what it holds ------------------------------------------------------------------------------------------
+
+    @property
+    def kept_indices(self) -> list[torch.Tensor]:
+        """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
+        if self.tokens is None:
+            return [torch.empty(0, dtype=torch.long) for _ in range(self._batch_size())]
+        return [index[valid] for index, valid in zip(self.tokens.index, self.tokens.valid, strict=True)]
+
+    def report(self) -> TrimReport:
+        """Count tokens and bytes from the tensors that are held now."""
+        self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]
+        self_bytes = held_bytes(
+            tensor for layer in self_layers if layer.is_initialized for tensor in (layer.keys, layer.values)
+        )
+        batch = self._batch_size()
+        if self.tokens is None:
+            return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
+        cross = [self.layers[index] for index in self.cross_layers]
+        return TrimReport(
+            total_tokens=[self.tokens.total] * batch,
+            visible_tokens=self.tokens.visible.tolist(),
+            kept_tokens=self.tokens.valid.sum(dim=1).tolist(),
+            cross_kv_bytes=held_bytes(tensor for layer in cross for tensor in layer.held_tensors()),
+            stock_cross_kv_bytes=batch * self.tokens.total * len(cross) * self.tokens.token_bytes,
+            self_kv_bytes=self_bytes,
+        )
+
+    def belongs_to(self, layer: torch.nn.Module) -> bool:
+        """Whether `layer` is the first cross-attention layer of the model that this cache was made for."""
+        return self._owner() is layer
+
+    def _batch_size(self) -> int:
+        if self.tokens is not None:
+            return self.tokens.index.shape[0]
+        layer = self.layers[self._self_layer]
+        return layer.keys.shape[0] if layer.is_initialized else 0
+
+    # -- what transformers asks of a cache ----------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Text tokens so far; of a cross-attention layer that is named, the visual tokens that it holds."""
+        return self.layers[self._self_layer if layer_idx is None else layer_idx].get_seq_length()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Text tokens so far: masks are made for the text, whichever kind of layer comes first."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the causal mask, from a self-attention layer."""
+        return self.layers[self._self_layer].get_mask_sizes(query_length)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Longest text that the cache can hold, -1 for no limit."""
+        return self.layers[self._self_layer if layer_idx is None else layer_idx].get_max_length()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        super().reorder_cache(beam_idx)
+        if self.tokens is not None:
+            self.tokens = self.tokens.of_samples(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample `repeats` times."""
+        batch = self._batch_size()
+        super().batch_repeat_interleave(repeats)
+        if self.tokens is not None:
+            self.tokens = self.tokens.of_samples(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these samples of the batch."""
+        super().batch_select_indices(indices)
+        if self.tokens is not None:
+            self.tokens = self.tokens.of_samples(torch.as_tensor(indices))
+
+    def reset(self) -> None:
+        """Forget text and pictures; the cache is as new."""
+        super().reset()
+        self.tokens = self.step = None
+
+
+def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick tokens per sample along the second last dimension.
+
+    Args:
+        tensor: (batch, ..., tokens, features).
+        positions: int64 (batch, kept).
+
+    Returns:
+        (batch, ..., kept, features), a copy.
+
+    Example:
+        >>> take_tokens(torch.arange(6).view(2, 3, 1), torch.tensor([[0, 2], [1, 1]]))[..., 0]
+        tensor([[0, 2],
+                [4, 4]])
+    """
+    if tensor.shape[0] == 1:
+        return tensor.index_select(-2, positions[0])
+    spread = positions.view(positions.shape[0], *[1] * (tensor.ndim - 3), positions.shape[1], 1)
+    return tensor.gather(-2, spread.expand(*tensor.shape[:-2], -1, tensor.shape[-1]))

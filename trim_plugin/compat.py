@@ -1,0 +1,35 @@
+"""Everything that depends on the version of transformers.
+
+Supported: transformers 5.17 – 5.x. Differences that matter here:
+
+* 5.17 asks `Cache.get_seq_length(i)` of a cross-attention layer whether it is empty, later versions look at
+  `layers[i].keys` (`_has_cached_cross_attention_states`). `TrimmedCache` answers both.
+* 5.17 hands `generate` the caller's own `cache_config` dict, later versions a deep copy. It is never changed here.
+* 5.17 slices a plain forward's `cross_attention_mask` after inverting it; the hooks see the same rows either way.
+"""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+
+OLDEST = "5.17"
+FIRST_UNSUPPORTED = "6"
+
+
+def require_supported_transformers(version: str = transformers.__version__) -> None:
+    """Raise `ImportError` if `version` of transformers is outside the supported range.
+
+    Example:
+        >>> require_supported_transformers("5.23.0")
+        >>> require_supported_transformers("4.57.1")
+        Traceback (most recent call last):
+        ...
+        ImportError: trim_plugin hooks into transformers 5.17 up to (not including) 6, but 4.57.1 is installed. ...
+    """
+    found = Version(version)
+    if not Version(OLDEST) <= Version(found.base_version) < Version(FIRST_UNSUPPORTED):
+        raise ImportError(
+            f"trim_plugin hooks into transformers {OLDEST} up to (not including) {FIRST_UNSUPPORTED}, but {version} "
+            f"is installed. Install a supported one: pip install 'transformers>={OLDEST},<{FIRST_UNSUPPORTED}'."
+        )

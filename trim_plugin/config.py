@@ -1,0 +1,120 @@
+"""What a trimmed cache shall do, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
+
+DEFAULT_TOP_K_RATIO = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class TrimConfig:
+    """Settings of a `TrimmedCache`.
+
+    `generate(cache_implementation="trimmed", cache_config=...)` takes the fields as a dict, or a `TrimConfig`.
+
+    Args:
+        top_k_ratio: share of a visibility group's visual tokens that each head keeps, in (0, 1]; 0.25 unless
+            `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
+            cannot read.
+        processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
+
+    Example:
+        >>> TrimConfig().top_k_ratio
+        0.25
+        >>> TrimConfig(top_k_ratio=1.0).exact
+        True
+        >>> TrimConfig(top_k_ratio=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: top_k_ratio must be a number in (0, 1], got 2.
+    """
+
+    top_k_ratio: float | None = None
+    processors: tuple[ProcessorLike, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
+        if self.processors is None:
+            ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio
+            object.__setattr__(self, "top_k_ratio", share("top_k_ratio", ratio))
+            return
+        if self.top_k_ratio is not None:
+            raise ValueError(
+                "processors and top_k_ratio are both given. processors is the whole list: "
+                f"put TopKPerHead({self.top_k_ratio!r}) into it, or give top_k_ratio alone."
+            )
+        object.__setattr__(self, "processors", _checked_processors(self.processors))
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing lossy happens: prefill untouched, the cache drops the unreachable only."""
+        return self.top_k_ratio == 1.0
+
+    @property
+    def processor_list(self) -> VisualTokenProcessorList:
+        """The processors that decide what is kept; empty in exact mode."""
+        if self.processors is not None:
+            return VisualTokenProcessorList(self.processors)
+        if self.exact or self.top_k_ratio is None:
+            return VisualTokenProcessorList()
+        return VisualTokenProcessorList([TopKPerHead(self.top_k_ratio)])
+
+    @classmethod
+    def of(cls, settings: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
+        """Make a `TrimConfig` of what a user gave as `cache_config`; the caller's object is never changed.
+
+        Raises:
+            TypeError: neither a mapping nor a `TrimConfig`.
+            ValueError: an unknown field, or a value that is not allowed.
+
+        Example:
+            >>> TrimConfig.of({"top_k_ratio": 0.5}).top_k_ratio
+            0.5
+            >>> TrimConfig.of({"top_k": 5})
+            Traceback (most recent call last):
+            ...
+            ValueError: Unknown field 'top_k' in cache_config of the trimmed cache. Allowed: top_k_ratio, processors...
+        """
+        if settings is None:
+            return cls()
+        if isinstance(settings, TrimConfig):
+            return settings
+        if not isinstance(settings, Mapping):
+            raise TypeError(
+                f"cache_config of the trimmed cache must be a dict or a TrimConfig, got {type(settings).__name__}."
+            )
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in allowed:
+                raise ValueError(
+                    f"Unknown field {name!r} in cache_config of the trimmed cache. Allowed: {', '.join(allowed)}."
+                )
+        return cls(**settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
+        # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
+        return self
+
+
+def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
+    if callable(processors) and not isinstance(processors, list | tuple):
+        raise ValueError(f"processors must be a list of visual token processors, got the single {processors!r}.")
+    if not isinstance(processors, list | tuple) or not processors:
+        raise ValueError(
+            f"processors must be a non-empty list of visual token processors, got {processors!r}. "
+            "To keep everything that can be read, use top_k_ratio=1.0."
+        )
+    for processor in processors:
+        if isinstance(processor, type) or not callable(processor):
+            raise ValueError(
+                f"processors must hold callables processor(scores, visible) -> scores, got {processor!r}."
+            )
+    return tuple(processors)

@@ -1,0 +1,76 @@
+"""The small trained Mllama that ships with the package, its processor, and a few pictures that it has not seen in training.
+
+It reads coloured handwritten digits. `benchmarks/small_model` trains it and measures how well it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+ASSETS = Path(__file__).parent / "assets"
+SMALL_MODEL = ASSETS / "small_model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A held-out picture with a question about it and the true answer."""
+
+    picture: Path
+    question: str
+    answer: str
+
+
+def load_small_model(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
+    """The small trained model, in eval mode, and its processor.
+
+    Example:
+        >>> model, processor = load_small_model()
+        >>> type(model).__name__, type(processor).__name__
+        ('MllamaForConditionalGeneration', 'MllamaProcessor')
+    """
+    from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+    model = MllamaForConditionalGeneration.from_pretrained(SMALL_MODEL, dtype=dtype).to(device).eval()
+    return model, AutoProcessor.from_pretrained(SMALL_MODEL)
+
+
+def examples() -> list[Example]:
+    """Held-out pictures with questions and true answers.
+
+    Example:
+        >>> first = examples()[0]
+        >>> first.picture.suffix, first.question.endswith(("?", "."))
+        ('.png', True)
+    """
+    folder = ASSETS / "pictures"
+    entries = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    return [Example(folder / entry["picture"], entry["question"], entry["answer"]) for entry in entries]
+
+
+def ask(
+    processor: Any,
+    question: str | None = None,
+    picture: Image.Image | Path | str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Inputs for `generate`: a picture and a question in the model's chat format; the first example's by default.
+
+    Example:
+        >>> _, processor = load_small_model()
+        >>> inputs = ask(processor)
+        >>> sorted(inputs)[-3:]
+        ['cross_attention_mask', 'input_ids', 'pixel_values']
+    """
+    example = examples()[0]
+    picture = example.picture if picture is None else picture
+    if not isinstance(picture, Image.Image):
+        with Image.open(picture) as opened:
+            picture = opened.convert("RGB")
+    content = [{"type": "image"}, {"type": "text", "text": question or example.question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return dict(processor(images=[picture], text=prompt, add_special_tokens=False, return_tensors="pt"))

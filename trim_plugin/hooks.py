@@ -1,0 +1,124 @@
+"""Hooks on Mllama's cross-attention decoder layers. They are plain functions without state and inert for any other cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
+
+from trim_plugin.cache import TrimmedCache
+from trim_plugin.prefill import Prefill
+from trim_plugin.step import Decode, Step
+
+
+def attach(model: torch.nn.Module) -> Any:
+    """Put the hooks on a model's cross-attention decoder layers, once; return its `MllamaTextModel`.
+
+    Raises:
+        ValueError: `model` holds no Mllama text model with cross-attention layers.
+    """
+    text_model = find_text_model(model)
+    for layer in _cross_layers(text_model):
+        if before_layer not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(before_layer, with_kwargs=True)
+            layer.register_forward_hook(after_layer, with_kwargs=True)
+    return text_model
+
+
+def detach(model: torch.nn.Module) -> None:
+    """Remove every hook that trim_plugin put on a model. Other hooks stay; a model without hooks is left as it is.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> model, _ = load_small_model()
+        >>> _ = attach(model)
+        >>> detach(model)
+        >>> any(layer._forward_hooks for layer in model.model.language_model.layers)
+        False
+    """
+    for module in model.modules():
+        if isinstance(module, MllamaCrossAttentionDecoderLayer):
+            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
+            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
+
+
+def find_text_model(model: torch.nn.Module) -> Any:
+    """The `MllamaTextModel` in a model or in a wrapper around one.
+
+    Raises:
+        ValueError: there is none, or it has no cross-attention layer or no self-attention layer.
+    """
+    for module in model.modules():
+        if isinstance(module, MllamaTextModel):
+            crossing = len(_cross_layers(module))
+            if 0 < crossing < len(module.layers):
+                return module
+    raise ValueError(
+        f"The trimmed cache needs an Mllama model (Llama-3.2-Vision) with cross-attention layers, but {type(model).__name__} "
+        "has none. Use another cache_implementation for it."
+    )
+
+
+def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook: hand the layer its visual states and mask."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, TrimmedCache):
+        return None
+    first = layer.layer_idx == cache.cross_layers[0]
+    if first:
+        cache.step = _begin(layer, cache, _hidden_states(args, kwargs), kwargs)
+    if cache.step is None:
+        raise RuntimeError("A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order.")
+    states, mask = cache.step.before(first)
+    cache.layers[layer.layer_idx].expected = states is not None
+    return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
+
+
+def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: trim what the layer has cached."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, TrimmedCache) or cache.step is None:
+        return
+    cache.step.after(layer, _hidden_states(args, kwargs))
+    if layer.layer_idx == cache.cross_layers[-1]:
+        cache.step.finish()
+        cache.step = None
+
+
+def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+    if not cache.belongs_to(layer):
+        raise ValueError(
+            "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
+        )
+    batch, tokens = hidden_states.shape[0], cache.tokens
+    if tokens is not None and len(tokens.index) != batch:
+        raise ValueError(
+            f"This TrimmedCache holds {len(tokens.index)} samples, but the forward has {batch}. Make a new cache, or bring "
+            "this one to the batch size with batch_repeat_interleave or batch_select_indices."
+        )
+    states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
+    open_rows = kwargs["full_text_row_masked_out_mask"]
+    if tokens is None and cache.layers[layer.layer_idx].is_initialized:
+        raise ValueError("This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one.")
+    if states is not None:
+        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+    if tokens is None:
+        raise ValueError("No picture was given, and this TrimmedCache holds none.")
+    return Decode(cache, tokens, mask, open_rows, hidden_states)
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _cross_layers(text_model: Any) -> list[Any]:
+    return [layer for layer in text_model.layers if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
+
+
+def _remove(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool], own: Callable[..., Any]) -> None:
+    # torch offers removal only by the handle; a deep-copied model has the hooks but nobody holds its handles.
+    for key in [key for key, hook in hooks.items() if hook is own]:
+        del hooks[key]
+        with_kwargs.pop(key, None)

@@ -1,0 +1,88 @@
+"""Reading and cutting the additive masks of Mllama's cross-attention: (batch, 1, text rows, visual tokens).
+
+`_prepare_cross_attention_mask` of transformers makes them, together with `open_rows` (its `full_text_row_masked_out_mask`),
+(batch, 1, text rows, 1), which is 0 for blind rows. A blind row's mask is all zeros, like that of a row that sees everything.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_open(mask: torch.Tensor) -> torch.Tensor:
+    """Whether an additive mask lets through: anything above half the dtype's minimum."""
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def last_row_reads(mask: torch.Tensor) -> torch.Tensor:
+    """bool (batch, tokens): what the last row may read. A blind row reads everything: stock's mask for it is all zeros."""
+    return is_open(mask[:, 0, -1])
+
+
+def take_columns(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mask of these columns, int64 (batch, kept); closed where `valid`, bool (batch, kept), is False.
+
+    Example:
+        >>> mask = torch.tensor([[[[0.0, 1.0, 2.0]]]])
+        >>> take_columns(mask, torch.tensor([[2, 1]]), torch.tensor([[True, False]])).flatten().tolist()
+        [2.0, -3.4028234663852886e+38]
+    """
+    taken = mask.gather(3, columns.to(mask.device)[:, None, None].expand(-1, 1, mask.shape[2], -1))
+    return close(taken, valid)
+
+
+def close(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Close an additive mask where `valid`, bool (batch, tokens), is False."""
+    return mask.masked_fill(~valid.to(mask.device)[:, None, None], torch.finfo(mask.dtype).min)
+
+
+def open_mask(valid: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask (batch, 1, rows, tokens) in which every row reads every valid token.
+
+    An explicit mask is needed even if all are valid and there are several rows: `sdpa_attention_forward` takes a module without
+    `is_causal` for a causal one when it gets no mask.
+    """
+    batch, tokens = valid.shape
+    return close(torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=valid.device), valid)
+
+
+def check_columns(mask: torch.Tensor, total: int) -> None:
+    """Raise `ValueError` unless the mask covers exactly `total` visual tokens."""
+    if mask.shape[-1] != total:
+        raise ValueError(
+            f"cross_attention_mask covers {mask.shape[-1]} visual tokens, but the pictures of this conversation are {total}. "
+            "Give a mask over all images so far, earlier turns included: the processor makes it from the whole conversation."
+        )
+
+
+def reads_any(mask: torch.Tensor, open_rows: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """0-dim bool: a row that is not blind may read one of `tokens`, bool (batch, tokens); later columns don't matter."""
+    reads = is_open(mask[..., : tokens.shape[1]]) & tokens.to(mask.device)[:, None, None]
+    return (reads if open_rows is None else reads & (open_rows.to(mask.device) != 0)).any()
+
+
+def pack(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the chosen entries of every row, ascending, padded to the longest row.
+
+    Args:
+        chosen: bool (batch, width).
+
+    Returns:
+        positions int64 (batch, longest), and bool (batch, longest) that is False for padding (which points at an entry that
+        was not chosen).
+
+    Example:
+        >>> positions, valid = pack(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> positions.tolist(), valid.tolist()
+        ([[0, 2], [1, 0]], [[True, True], [True, False]])
+    """
+    counts = chosen.sum(dim=1)
+    longest = int(counts.max())
+    positions = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return positions, torch.arange(longest, device=chosen.device) < counts[:, None]
+
+
+LOST_TOKENS = (
+    "cross_attention_mask lets this turn's text read visual tokens that the end of an earlier turn could not read: the trimmed "
+    "cache has dropped them. Give the picture again (pixel_values), or start with a new cache and the whole conversation."
+)

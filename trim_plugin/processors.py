@@ -1,0 +1,168 @@
+"""Visual token processors: small callables that decide which visual tokens each head wants to keep.
+
+They follow transformers' `LogitsProcessor`: `processor(scores, visible) -> scores`. A score of −inf removes the token for
+that head; a token survives if any head leaves it above −inf. They are called once for every visibility group (the visual
+tokens that the same text rows may read), so a processor never has to know about groups.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+
+ProcessorLike = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class VisualTokenProcessor(ABC):
+    """Base class of the stages that remove visual tokens. Write one method, `__call__`.
+
+    Example:
+        >>> class EverySecond(VisualTokenProcessor):
+        ...     def __call__(self, scores, visible):
+        ...         odd = torch.arange(scores.shape[-1]) % 2 == 1
+        ...         return scores.masked_fill(odd, float("-inf"))
+        >>> EverySecond()(torch.ones(1, 1, 4), torch.ones(1, 4, dtype=torch.bool))
+        tensor([[[1., -inf, 1., -inf]]])
+    """
+
+    @abstractmethod
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Return the scores with −inf where a head gives a token up.
+
+        Args:
+            scores: float32 of shape (batch, heads, visual tokens). The mean attention that the voters pay to a token; −inf
+                outside of `visible` and where an earlier stage removed the token.
+            visible: bool of shape (batch, visual tokens): the visibility group at hand, never empty for a sample.
+
+        Returns:
+            Scores of the same shape.
+        """
+
+
+class VisualTokenProcessorList(list[ProcessorLike]):
+    """A chain of processors, applied from first to last; itself a processor.
+
+    Example:
+        >>> chain = VisualTokenProcessorList([TopKPerHead(0.5), TopKPerHead(0.25)])
+        >>> chain(torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]), torch.ones(1, 4, dtype=torch.bool))
+        tensor([[[  -inf,   -inf,   -inf, 0.4000]]])
+    """
+
+    def __init__(self, processors: Iterable[ProcessorLike] = ()) -> None:
+        super().__init__(processors)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Apply every processor in turn; shapes as in `VisualTokenProcessor.__call__`.
+
+        Raises:
+            TypeError: a processor returned something that is not a tensor.
+            ValueError: a processor changed the shape or returned NaN.
+        """
+        for processor in self:
+            processed = processor(scores, visible)
+            _check_processed(processor, processed, scores.shape)
+            scores = processed
+        return scores
+
+
+class TopKPerHead(VisualTokenProcessor):
+    """The rule of Trimmed Llama: every head keeps its k best tokens, k = max(1, ceil(ratio · visible tokens)).
+
+    Equal scores prefer the lower index. Source: Lee et al. 2025, arXiv 2504.00557, section 3.
+
+    Args:
+        ratio: share of the visible tokens that each head keeps, in (0, 1]. The union over heads is larger.
+
+    Raises:
+        ValueError: `ratio` is not a number in (0, 1].
+
+    Example:
+        >>> TopKPerHead(0.5)(torch.tensor([[[0.4, 0.1, 0.3, 0.2]]]), torch.ones(1, 4, dtype=torch.bool))
+        tensor([[[0.4000,   -inf, 0.3000,   -inf]]])
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = share("ratio", ratio)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Keep the k best of each head; shapes as in `VisualTokenProcessor.__call__`."""
+        kept = torch.full_like(scores, -math.inf)
+        for sample, group in enumerate(visible.sum(dim=-1).tolist()):
+            k = max(1, math.ceil(self.ratio * group))
+            candidates = scores[sample].masked_fill(~visible[sample], -math.inf)
+            best = candidates.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+            kept[sample].scatter_(-1, best, candidates.gather(-1, best))
+        return kept
+
+    def __repr__(self) -> str:
+        return f"TopKPerHead({self.ratio})"
+
+
+class TopPPerHead(VisualTokenProcessor):
+    """Every head keeps the fewest best tokens that hold `mass` of its attention, at least one.
+
+    A head that looks at little keeps little, so the budget follows the picture. Equal scores prefer the lower index.
+
+    Args:
+        mass: share of the head's attention to be kept, in (0, 1].
+
+    Raises:
+        ValueError: `mass` is not a number in (0, 1].
+
+    Example:
+        >>> TopPPerHead(0.6)(torch.tensor([[[0.5, 0.1, 0.3, 0.1]]]), torch.ones(1, 4, dtype=torch.bool))
+        tensor([[[0.5000,   -inf, 0.3000,   -inf]]])
+    """
+
+    def __init__(self, mass: float) -> None:
+        self.mass = share("mass", mass)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Keep the head's mass; shapes as in `VisualTokenProcessor.__call__`."""
+        candidates = scores.masked_fill(~visible[:, None], -math.inf)
+        ranked = candidates.sort(dim=-1, descending=True, stable=True)
+        attention = ranked.values.clamp(min=0.0)
+        before = attention.cumsum(dim=-1) - attention
+        wanted = before < self.mass * attention.sum(dim=-1, keepdim=True)
+        wanted[..., 0] = True
+        keep = torch.zeros_like(wanted).scatter_(-1, ranked.indices, wanted)
+        return candidates.masked_fill(~keep, -math.inf)
+
+    def __repr__(self) -> str:
+        return f"TopPPerHead({self.mass})"
+
+
+def share(name: str, value: float) -> float:
+    """Return `value` as a float if it lies in (0, 1], else raise a `ValueError` that names it.
+
+    Example:
+        >>> share("mass", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: mass must be a number in (0, 1], got 0.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
+    return float(value)
+
+
+def _check_processed(processor: ProcessorLike, processed: object, shape: torch.Size) -> None:
+    name = processor if isinstance(processor, VisualTokenProcessor) else getattr(processor, "__name__", repr(processor))
+    if not isinstance(processed, torch.Tensor):
+        raise TypeError(
+            f"The visual token processor {name} returned {type(processed).__name__} instead of a tensor. "
+            "Return the scores, with -inf where a token is removed."
+        )
+    if processed.shape != shape:
+        raise ValueError(
+            f"The visual token processor {name} returned scores of shape {tuple(processed.shape)} instead of "
+            f"{tuple(shape)}. Return the shape you were given, with -inf where a token is removed."
+        )
+    if bool(processed.isnan().any()):
+        raise ValueError(
+            f"The visual token processor {name} returned NaN. Remove a token with -inf; inf - inf and 0 * inf give NaN."
+        )
