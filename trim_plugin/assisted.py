@@ -41,6 +41,23 @@ class ForbidTokensBeyond:
         return torch.nn.functional.pad(self.processors(input_ids, scores), (0, self.extra), value=float("-inf"))
 
 
+class _PromptFirst:
+    """`get_candidates` that offers none at first: the prompt is read alone.
+
+    Candidates in the same forward would vote, and read visual tokens in the first cross-attention layer that decoding cannot.
+    """
+
+    def __init__(self, get_candidates: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        self.get_candidates = get_candidates
+        self.asked = False
+
+    def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.asked:
+            self.asked = True
+            return input_ids, None
+        return self.get_candidates(input_ids, **kwargs)
+
+
 def check_supported(model: Any, inputs: dict[str, Any]) -> None:
     """Raise `NotImplementedError` if this transformers cannot verify candidates of a prompt with pictures.
 
@@ -55,14 +72,16 @@ def check_supported(model: Any, inputs: dict[str, Any]) -> None:
         )
 
 
-def adapt(generator: Any, model: Any, cache: TrimmedCache) -> None:
+def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tensor) -> None:
     """Make transformers' candidate generator fit for Mllama with a trimmed cache.
 
     Args:
         generator: what `_get_candidate_generator` of transformers returned; changed in place.
         model: the model that verifies the candidates.
-        cache: its cache.
+        cache: its cache, as it was before this turn.
+        input_ids: int64 (1, text tokens), the prompt.
     """
+    generator.get_candidates = _PromptFirst(generator.get_candidates)
     if isinstance(generator, PromptLookupCandidateGenerator):
         extra = model.get_input_embeddings().weight.shape[0] - generator.vocab_size
         if generator.logits_processor is not None and extra > 0:
@@ -70,10 +89,32 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache) -> None:
     elif isinstance(generator, AssistedCandidateGenerator):
         # The assistant is called with its cache again and again, which excludes naming an implementation.
         generator.generation_config.cache_implementation = generator.generation_config.cache_config = None
-        assistant = generator.assistant_model
-        accepted = inspect.signature(assistant.forward).parameters
-        for name in _PICTURE_INPUTS:
-            if name not in accepted:
-                generator.assistant_kwargs.pop(name, None)
+        assistant, inputs = generator.assistant_model, generator.assistant_kwargs
+        pictures = {name: inputs.pop(name, None) for name in _PICTURE_INPUTS}
         if has_cross_attention(assistant):
-            generator.assistant_kwargs["past_key_values"] = TrimmedCache(assistant, cache.config)
+            inputs["past_key_values"] = TrimmedCache(assistant, cache.config)
+            # Earlier turns' pictures cannot be shown to it; then it guesses from the text alone.
+            if pictures["pixel_values"] is not None and cache.tokens is None and "pixel_values" in _accepted(assistant):
+                _show_pictures(assistant, input_ids, inputs, pictures)
+                inputs["cross_attention_mask"] = pictures["cross_attention_mask"]
+
+
+def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """Run the assistant's prefill: `generate` drops the pictures from an assistant's inputs, so it would guess blindly.
+
+    The text is read to its end, so that the assistant keeps what the prompt's last row may read; the generator takes back what
+    it wants to run again.
+    """
+    assistant(
+        input_ids=input_ids.to(assistant.device),
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        past_key_values=inputs["past_key_values"],
+        use_cache=True,
+        logits_to_keep=1,
+        **pictures,
+    )
+
+
+def _accepted(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)

@@ -96,7 +96,7 @@ def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, model_kwargs=model_kwargs, **kwargs)
         check_supported(self, model_kwargs)
         generator = original(self, *args, model_kwargs=model_kwargs, **kwargs)
-        adapt(generator, self, cache)
+        adapt(generator, self, cache, kwargs["input_ids"])
         return generator
 
     return get_candidate_generator
