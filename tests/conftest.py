@@ -1,0 +1,29 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trim_plugin
+
+from .random_models import random_model
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    """Every test starts with the cache registered, whatever the one before did."""
+    trim_plugin.register()
+    yield
+    trim_plugin.register()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def model():
+    """A tiny random Mllama with sdpa attention."""
+    return random_model()
