@@ -14,6 +14,7 @@ import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from trim_plugin.cache import TrimmedCache
+from trim_plugin.compat import slices_mask_rows
 from trim_plugin.hooks import has_cross_attention
 
 _PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
@@ -58,13 +59,18 @@ class _PromptFirst:
         return self.get_candidates(input_ids, **kwargs)
 
 
-def check_supported(model: Any, inputs: dict[str, Any]) -> None:
-    """Raise `NotImplementedError` if this transformers cannot verify candidates of a prompt with pictures.
+def check_supported(cache: TrimmedCache, inputs: dict[str, Any]) -> None:
+    """Raise `NotImplementedError` for what transformers cannot do with any cache.
 
-    Up to some version after 5.17 Mllama's mask grows by one row per forward, however many candidates there are.
+    Its assisted decoding reads the whole `input_ids` again on top of a cache that holds a part of them. And up to some
+    version after 5.17 Mllama's mask grows by one row per forward, however many candidates there are.
     """
-    slices_rows = "next_sequence_length" in inspect.signature(model.prepare_inputs_for_generation).parameters
-    if inputs.get("cross_attention_mask") is not None and not slices_rows:
+    if cache.get_seq_length() > 0:
+        raise NotImplementedError(
+            "Assisted decoding (prompt_lookup_num_tokens, assistant_model) cannot continue a cache: transformers would read "
+            "the whole conversation once more on top of it. Generate without assistance, or give a new cache and every picture."
+        )
+    if inputs.get("cross_attention_mask") is not None and not slices_mask_rows():
         raise NotImplementedError(
             "This version of transformers cannot do assisted decoding (prompt_lookup_num_tokens, assistant_model) with "
             "pictures on Mllama: it prepares a single cross_attention_mask row for several candidates. Install a newer "
@@ -78,7 +84,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
     Args:
         generator: what `_get_candidate_generator` of transformers returned; changed in place.
         model: the model that verifies the candidates.
-        cache: its cache, as it was before this turn.
+        cache: its cache, new.
         input_ids: int64 (1, text tokens), the prompt.
     """
     generator.get_candidates = _PromptFirst(generator.get_candidates)
@@ -93,8 +99,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
         pictures = {name: inputs.pop(name, None) for name in _PICTURE_INPUTS}
         if has_cross_attention(assistant):
             inputs["past_key_values"] = TrimmedCache(assistant, cache.config)
-            # Earlier turns' pictures cannot be shown to it; then it guesses from the text alone.
-            if pictures["pixel_values"] is not None and cache.tokens is None and "pixel_values" in _accepted(assistant):
+            if pictures["pixel_values"] is not None and "pixel_values" in _accepted(assistant):
                 _show_pictures(assistant, input_ids, inputs, pictures)
                 inputs["cross_attention_mask"] = pictures["cross_attention_mask"]
 

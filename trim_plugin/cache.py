@@ -258,6 +258,10 @@ class TrimmedCache(Cache):
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.tokens = self.step = None
         self.unfinished = False
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trim_plugin.cache import CachedTokens, TrimmedCache
+from trim_plugin.compat import slices_mask_rows
 from trim_plugin.hooks import find_text_model, has_hooks
 from trim_plugin.masks import LOST_TOKENS
 
@@ -76,6 +77,23 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
             _check_mask_columns(mask, cache, model.config.vision_config, pixel_values)
 
 
+def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
+    """Check that `prefill_chunk_size` leaves a prompt with pictures in one piece.
+
+    Raises:
+        ValueError: it does not, or this transformers cannot cut the masks of cached pictures into chunks.
+    """
+    mask = inputs.get("cross_attention_mask")
+    if chunk_size is None or mask is None or mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
+        return
+    if inputs.get("pixel_values") is not None or not slices_mask_rows():
+        raise ValueError(
+            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the whole prompt chooses the "
+            "visual tokens. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures (for "
+            "follow-ups, in newer versions of transformers)."
+        )
+
+
 def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch: int, finite: bool) -> None:
     if inputs.get("aspect_ratio_ids") is None:
         raise ValueError(
@@ -110,7 +128,8 @@ def _check_mask(mask: torch.Tensor, batch: int) -> None:
 def _check_mask_rows(mask: torch.Tensor, cache: TrimmedCache, inputs: Mapping[str, Any]) -> None:
     past = int(cache.get_seq_length())
     texts = [inputs[name].shape[-1] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
-    if texts and mask.shape[1] not in {length for text in texts for length in (text, text - past)}:
+    allowed = {*texts, *(text - past for text in texts if slices_mask_rows())}
+    if texts and mask.shape[1] not in allowed:
         new = f" (or for the {texts[0] - past} new ones)" if past else ""
         raise ValueError(
             f"cross_attention_mask has rows for {mask.shape[1]} text tokens, but there are {texts[0]}{new}. It needs one row "

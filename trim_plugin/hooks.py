@@ -78,7 +78,9 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if first:
         cache.step = _begin(layer, cache, _hidden_states(args, kwargs), kwargs)
     if cache.step is None:
-        raise RuntimeError("A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order.")
+        raise RuntimeError(
+            "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
+        )
     states, mask = cache.step.before(first)
     cache.layers[layer.layer_idx].expected = states is not None
     return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}

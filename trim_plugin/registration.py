@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerationMixin
 
 from trim_plugin.assisted import adapt, check_supported
 from trim_plugin.cache import TrimmedCache
-from trim_plugin.checks import check_inputs, check_reuse
+from trim_plugin.checks import check_chunks, check_inputs, check_reuse
 from trim_plugin.config import TrimConfig
 
 NAME = "trimmed"
@@ -34,7 +34,7 @@ def register() -> None:
     configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, NAME)
     for name, wrap in _WRAPPERS.items():
         original = getattr(GenerationMixin, name)
-        wrapped = functools.wraps(original)(wrap(original))
+        wrapped: Any = functools.wraps(original)(wrap(original))
         wrapped._trim_plugin_original = original
         setattr(GenerationMixin, name, wrapped)
 
@@ -77,6 +77,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         if own and given is None:
             cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config))
             check_inputs(self, cache, model_kwargs, batch)
+            check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
             model_kwargs["past_key_values"] = cache
             return None
         result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
@@ -84,6 +85,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(given, TrimmedCache) and not generation_config.is_assistant:
             check_reuse(self, given, batch)
             check_inputs(self, given, model_kwargs, batch)
+            check_chunks(given, model_kwargs, generation_config.prefill_chunk_size)
         return result
 
     return prepare_cache
@@ -94,7 +96,7 @@ def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, TrimmedCache):
             return original(self, *args, model_kwargs=model_kwargs, **kwargs)
-        check_supported(self, model_kwargs)
+        check_supported(cache, model_kwargs)
         generator = original(self, *args, model_kwargs=model_kwargs, **kwargs)
         adapt(generator, self, cache, kwargs["input_ids"])
         return generator
