@@ -168,6 +168,7 @@ class TrimmedCache(Cache):
         self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
         self.tokens: CachedTokens | None = None
         self.step: Step | None = None
+        self.unfinished = False
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class TrimmedCache(Cache):
     def kept_indices(self) -> list[torch.Tensor]:
         """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
         if self.tokens is None:
-            return [torch.empty(0, dtype=torch.long) for _ in range(self._batch_size())]
+            return [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
         return [index[valid] for index, valid in zip(self.tokens.index, self.tokens.valid, strict=True)]
 
     def report(self) -> TrimReport:
@@ -184,7 +185,7 @@ class TrimmedCache(Cache):
         self_bytes = held_bytes(
             tensor for layer in self_layers if layer.is_initialized for tensor in (layer.keys, layer.values)
         )
-        batch = self._batch_size()
+        batch = self.batch_size
         if self.tokens is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
         cross = [self.layers[index] for index in self.cross_layers]
@@ -201,11 +202,21 @@ class TrimmedCache(Cache):
         """Whether `layer` is the first cross-attention layer of the model that this cache was made for."""
         return self._owner() is layer
 
-    def _batch_size(self) -> int:
+    @property
+    def batch_size(self) -> int:
+        """Samples that it holds; −1 while it is new."""
         if self.tokens is not None:
             return self.tokens.index.shape[0]
         layer = self.layers[self._self_layer]
-        return layer.keys.shape[0] if layer.is_initialized else 0
+        return layer.keys.shape[0] if layer.is_initialized else -1
+
+    def check_finished(self) -> None:
+        """Raise `ValueError` if the last forward with this cache failed midway: parts of its turn are in, others not."""
+        if self.unfinished:
+            raise ValueError(
+                "This TrimmedCache is left over from a forward that failed: it holds half a turn. Call its reset() to use "
+                "it as a new one, or make a new one. (copy.deepcopy(cache) before a turn keeps the conversation so far.)"
+            )
 
     # -- what transformers asks of a cache ----------------------------------------------------------------------
 
@@ -233,7 +244,7 @@ class TrimmedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times."""
-        batch = self._batch_size()
+        batch = self.batch_size
         super().batch_repeat_interleave(repeats)
         if self.tokens is not None:
             self.tokens = self.tokens.of_samples(torch.arange(batch).repeat_interleave(repeats))
@@ -247,7 +258,12 @@ class TrimmedCache(Cache):
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.tokens = self.step = None
+        self.unfinished = False
 
 
 def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -51,14 +51,22 @@ def find_text_model(model: torch.nn.Module) -> Any:
         ValueError: there is none, or it has no cross-attention layer or no self-attention layer.
     """
     for module in model.modules():
-        if isinstance(module, MllamaTextModel):
-            crossing = len(_cross_layers(module))
-            if 0 < crossing < len(module.layers):
-                return module
+        if isinstance(module, MllamaTextModel) and _crosses(module):
+            return module
     raise ValueError(
         f"The trimmed cache needs an Mllama model (Llama-3.2-Vision) with cross-attention layers, but {type(model).__name__} "
         "has none. Use another cache_implementation for it."
     )
+
+
+def has_cross_attention(model: torch.nn.Module) -> bool:
+    """Whether a model, or what it wraps, can have a `TrimmedCache`."""
+    return any(isinstance(module, MllamaTextModel) and _crosses(module) for module in model.modules())
+
+
+def has_hooks(text_model: Any) -> bool:
+    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
+    return all(before_layer in layer._forward_pre_hooks.values() for layer in _cross_layers(text_model))
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -87,6 +95,7 @@ def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if layer.layer_idx == cache.cross_layers[-1]:
         cache.step.finish()
         cache.step = None
+        cache.unfinished = False
 
 
 def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
@@ -94,6 +103,7 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
         raise ValueError(
             "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
         )
+    cache.check_finished()
     batch, tokens = hidden_states.shape[0], cache.tokens
     if tokens is not None and len(tokens.index) != batch:
         raise ValueError(
@@ -102,10 +112,8 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
         )
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]
-    if tokens is None and cache.layers[layer.layer_idx].is_initialized:
-        raise ValueError(
-            "This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one."
-        )
+    # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
+    cache.unfinished = True
     if states is not None:
         return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if tokens is None:
@@ -115,6 +123,10 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _crosses(text_model: Any) -> bool:
+    return 0 < len(_cross_layers(text_model)) < len(text_model.layers)
 
 
 def _cross_layers(text_model: Any) -> list[Any]:

@@ -95,6 +95,11 @@ class Prefill(Step):
             return self._valid
         queries = layer_queries(layer, hidden_states)
         scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling)
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
+                "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
+            )
         kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
         return kept.to(self._valid.device) & self._valid
 
