@@ -61,6 +61,9 @@ class CrossAttentionLayer(DynamicLayer):
         self.keys = take_tokens(self.keys, positions)
         self.values = take_tokens(self.values, positions)
 
+    def release(self) -> None:
+        """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
+
     def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
 
@@ -160,7 +163,7 @@ class TrimmedCache(Cache):
         cross_layers = set(self.cross_layers)
         super().__init__(
             layers=[
-                CrossAttentionLayer() if index in cross_layers else DynamicLayer()
+                _cross_layer(self.config) if index in cross_layers else _self_layer(self.config)
                 for index in range(len(text_model.layers))
             ]
         )
@@ -248,6 +251,22 @@ class TrimmedCache(Cache):
         """Forget text and pictures; the cache is as new."""
         super().reset()
         self.tokens = self.step = None
+
+
+def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
+    if config.kv_quantization is None:
+        return CrossAttentionLayer()
+    from trim_plugin.quantized import QuantizedCrossAttentionLayer
+
+    return QuantizedCrossAttentionLayer(config.kv_quantization)
+
+
+def _self_layer(config: TrimConfig) -> DynamicLayer:
+    if config.self_kv_quantization is None:
+        return DynamicLayer()
+    from trim_plugin.quantized import quantized_self_layer
+
+    return quantized_self_layer(config.self_kv_quantization)
 
 
 def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
