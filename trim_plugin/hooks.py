@@ -70,7 +70,9 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if first:
         cache.step = _begin(layer, cache, _hidden_states(args, kwargs), kwargs)
     if cache.step is None:
-        raise RuntimeError("A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order.")
+        raise RuntimeError(
+            "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
+        )
     states, mask = cache.step.before(first)
     cache.layers[layer.layer_idx].expected = states is not None
     return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
@@ -102,7 +104,9 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]
     if tokens is None and cache.layers[layer.layer_idx].is_initialized:
-        raise ValueError("This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one.")
+        raise ValueError(
+            "This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one."
+        )
     if states is not None:
         return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if tokens is None:

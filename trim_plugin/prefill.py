@@ -68,9 +68,7 @@ class Prefill(Step):
         self._first_positions: torch.Tensor | None = None
         self._later_positions: torch.Tensor | None = None
 
-    def _mask_after(
-        self, earlier: CachedTokens, mask: torch.Tensor, open_rows: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mask_after(self, earlier: CachedTokens, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
         """The mask over the columns, of a turn that follows others."""
         if bool(reads_any(mask, open_rows, ~earlier.reachable)):
             raise ValueError(LOST_TOKENS)

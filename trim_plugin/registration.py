@@ -31,7 +31,9 @@ def register() -> None:
     original = GenerationMixin._prepare_cache_for_generation
 
     @functools.wraps(original)
-    def prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare_cache(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         if not own or model_kwargs.get("past_key_values") is not None:
             return original(self, generation_config, model_kwargs, *args, **kwargs)
