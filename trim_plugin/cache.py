@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from trim_plugin.config import TrimConfig
 from trim_plugin.masks import pack
-from trim_plugin.report import TrimReport, held_bytes
+from trim_plugin.report import TrimReport, held_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from trim_plugin.step import Step
@@ -141,6 +141,7 @@ class TrimmedCache(Cache):
     Raises:
         ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
         TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
 
     Example:
         >>> from trim_plugin.embedded import ask, load_small_model
@@ -184,9 +185,7 @@ class TrimmedCache(Cache):
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
         self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]
-        self_bytes = held_bytes(
-            tensor for layer in self_layers if layer.is_initialized for tensor in (layer.keys, layer.values)
-        )
+        self_bytes = held_bytes(tensor for layer in self_layers for tensor in stored_tensors(layer))
         batch = self._batch_size()
         if self.tokens is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
@@ -208,7 +207,11 @@ class TrimmedCache(Cache):
         if self.tokens is not None:
             return self.tokens.index.shape[0]
         layer = self.layers[self._self_layer]
-        return layer.keys.shape[0] if layer.is_initialized else 0
+        if not layer.is_initialized:
+            return 0
+        # Transformers' quantized layers hold an empty tensor beside what they have quantized.
+        keys = layer.keys if layer.keys.ndim == 4 else layer._quantized_keys
+        return (keys[0] if isinstance(keys, tuple) else keys).shape[0]
 
     # -- what transformers asks of a cache ----------------------------------------------------------------------
 
@@ -236,6 +239,7 @@ class TrimmedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times."""
+        self._require_plain_text("batch_repeat_interleave")
         batch = self._batch_size()
         super().batch_repeat_interleave(repeats)
         if self.tokens is not None:
@@ -243,9 +247,23 @@ class TrimmedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these samples of the batch."""
+        self._require_plain_text("batch_select_indices")
         super().batch_select_indices(indices)
         if self.tokens is not None:
             self.tokens = self.tokens.of_samples(torch.as_tensor(indices))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back text tokens (assisted decoding, prompt lookup); pictures stay."""
+        self._require_plain_text("crop")
+        super().crop(*args, **kwargs)
+
+    def _require_plain_text(self, method: str) -> None:
+        # Transformers' quantized layers inherit these methods, but apply them to an empty tensor beside what they hold.
+        if self.config.self_kv_quantization is not None:
+            raise ValueError(
+                f"{method} is not possible with self_kv_quantization={self.config.self_kv_quantization!r}: transformers' "
+                "quantized layers don't support it. Use self_kv_quantization=None for this way of generating."
+            )
 
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""

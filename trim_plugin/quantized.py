@@ -21,7 +21,6 @@ from transformers import cache_utils
 
 from trim_plugin.cache import CrossAttentionLayer, take_tokens
 
-FORMATS = ("int8", "nf4")
 #: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits both formats' kernels.
 BLOCK = 64
 
@@ -126,6 +125,12 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
     live until the next `release()`, so one layer's at a time exist during decoding. (Reading them outside a forward
     leaves them there until the next one.)
 
+    Args:
+        format: "int8" or "nf4".
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+
     Example:
         >>> layer = QuantizedCrossAttentionLayer("int8")
         >>> layer.expected = True
@@ -137,6 +142,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
     """
 
     def __init__(self, format: str) -> None:
+        require_bitsandbytes(f"kv_quantization={format!r}")
         self.format = format
         self._full: dict[str, torch.Tensor | None] = {"keys": None, "values": None}
         self._stored: dict[str, QuantizedTokens] | None = None
@@ -254,29 +260,6 @@ def quantized_self_layer(kind: str) -> Any:
             "does not have. Upgrade transformers, or use another self_kv_quantization."
         )
     return made()
-
-
-def stored_tensors(layer: Any) -> list[torch.Tensor]:
-    """The plain tensors in which a self-attention layer, quantized or not, holds keys and values.
-
-    Example:
-        >>> layer = quantized_self_layer("fp8")
-        >>> _ = layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
-        >>> sum(tensor.nbytes for tensor in stored_tensors(layer))  # a byte a value, two scales
-        56
-    """
-    held = (layer.keys, layer.values, getattr(layer, "_quantized_keys", None), getattr(layer, "_quantized_values", None))
-    return [tensor for part in held for tensor in _plain_tensors(part)]
-
-
-def _plain_tensors(part: Any) -> list[torch.Tensor]:
-    if isinstance(part, tuple):
-        return [tensor for entry in part for tensor in _plain_tensors(entry)]
-    if not isinstance(part, torch.Tensor):
-        return []
-    if hasattr(part, "__tensor_flatten__"):  # quanto's tensors hold their codes, scales and shifts in other tensors
-        return [tensor for name in part.__tensor_flatten__()[0] for tensor in _plain_tensors(getattr(part, name))]
-    return [part]
 
 
 @functools.lru_cache(maxsize=16)
