@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from trim_plugin.config import TrimConfig
 from trim_plugin.masks import pack
-from trim_plugin.report import TrimReport, held_bytes
+from trim_plugin.report import TrimReport, held_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from trim_plugin.step import Step
@@ -60,6 +60,9 @@ class CrossAttentionLayer(DynamicLayer):
         positions = positions.to(self.keys.device)
         self.keys = take_tokens(self.keys, positions)
         self.values = take_tokens(self.values, positions)
+
+    def release(self) -> None:
+        """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
@@ -138,6 +141,7 @@ class TrimmedCache(Cache):
     Raises:
         ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
         TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
 
     Example:
         >>> from trim_plugin.embedded import ask, load_small_model
@@ -160,7 +164,7 @@ class TrimmedCache(Cache):
         cross_layers = set(self.cross_layers)
         super().__init__(
             layers=[
-                CrossAttentionLayer() if index in cross_layers else DynamicLayer()
+                _cross_layer(self.config) if index in cross_layers else _self_layer(self.config)
                 for index in range(len(text_model.layers))
             ]
         )
@@ -182,10 +186,8 @@ class TrimmedCache(Cache):
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
         self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]
-        self_bytes = held_bytes(
-            tensor for layer in self_layers if layer.is_initialized for tensor in (layer.keys, layer.values)
-        )
-        batch = self.batch_size
+        self_bytes = held_bytes(tensor for layer in self_layers for tensor in stored_tensors(layer))
+        batch = max(self.batch_size, 0)
         if self.tokens is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
         cross = [self.layers[index] for index in self.cross_layers]
@@ -208,7 +210,11 @@ class TrimmedCache(Cache):
         if self.tokens is not None:
             return self.tokens.index.shape[0]
         layer = self.layers[self._self_layer]
-        return layer.keys.shape[0] if layer.is_initialized else -1
+        if not layer.is_initialized:
+            return -1
+        # Transformers' quantized layers hold an empty tensor beside what they have quantized.
+        keys = layer.keys if layer.keys.ndim == 4 else layer._quantized_keys
+        return (keys[0] if isinstance(keys, tuple) else keys).shape[0]
 
     def check_finished(self) -> None:
         """Raise `ValueError` if the last forward with this cache failed midway: parts of its turn are in, others not."""
@@ -244,6 +250,7 @@ class TrimmedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times."""
+        self._require_plain_text("batch_repeat_interleave")
         batch = self.batch_size
         super().batch_repeat_interleave(repeats)
         if self.tokens is not None:
@@ -251,9 +258,23 @@ class TrimmedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these samples of the batch."""
+        self._require_plain_text("batch_select_indices")
         super().batch_select_indices(indices)
         if self.tokens is not None:
             self.tokens = self.tokens.of_samples(torch.as_tensor(indices))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back text tokens (assisted decoding, prompt lookup); pictures stay."""
+        self._require_plain_text("crop")
+        super().crop(*args, **kwargs)
+
+    def _require_plain_text(self, method: str) -> None:
+        # Transformers' quantized layers inherit these methods, but apply them to an empty tensor beside what they hold.
+        if self.config.self_kv_quantization is not None:
+            raise ValueError(
+                f"{method} is not possible with self_kv_quantization={self.config.self_kv_quantization!r}: transformers' "
+                "quantized layers don't support it. Use self_kv_quantization=None for this way of generating."
+            )
 
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""
@@ -264,6 +285,22 @@ class TrimmedCache(Cache):
                 layer.is_initialized = False
         self.tokens = self.step = None
         self.unfinished = False
+
+
+def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
+    if config.kv_quantization is None:
+        return CrossAttentionLayer()
+    from trim_plugin.quantized import QuantizedCrossAttentionLayer
+
+    return QuantizedCrossAttentionLayer(config.kv_quantization)
+
+
+def _self_layer(config: TrimConfig) -> DynamicLayer:
+    if config.self_kv_quantization is None:
+        return DynamicLayer()
+    from trim_plugin.quantized import quantized_self_layer
+
+    return quantized_self_layer(config.self_kv_quantization)
 
 
 def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

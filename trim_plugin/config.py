@@ -9,6 +9,8 @@ from typing import Any
 from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
 
 DEFAULT_TOP_K_RATIO = 0.25
+KV_QUANTIZATIONS = ("int8", "nf4")
+SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,11 @@ class TrimConfig:
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
+        kv_quantization: "int8" or "nf4" stores the kept visual tokens' keys and values in 8 or 4 bits with bitsandbytes,
+            quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included.
+        self_kv_quantization: "fp8" or "quanto" uses transformers' own quantized layers (with their default settings) for
+            self-attention; None keeps the model's dtype. Such layers cannot be cropped, repeated or selected from, so
+            assisted decoding and prompt lookup need None.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -39,8 +46,12 @@ class TrimConfig:
 
     top_k_ratio: float | None = None
     processors: tuple[ProcessorLike, ...] | None = None
+    kv_quantization: str | None = None
+    self_kv_quantization: str | None = None
 
     def __post_init__(self) -> None:
+        _check_choice("kv_quantization", self.kv_quantization, KV_QUANTIZATIONS)
+        _check_choice("self_kv_quantization", self.self_kv_quantization, SELF_KV_QUANTIZATIONS)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
             ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio
@@ -102,6 +113,12 @@ class TrimConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be None or one of {allowed}, got {value!r}.")
 
 
 def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:

@@ -92,6 +92,7 @@ def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if not isinstance(cache, TrimmedCache) or cache.step is None:
         return
     cache.step.after(layer, _hidden_states(args, kwargs))
+    cache.layers[layer.layer_idx].release()
     if layer.layer_idx == cache.cross_layers[-1]:
         cache.step.finish()
         cache.step = None
