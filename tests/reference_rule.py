@@ -48,7 +48,7 @@ def kept_by_rule(model: Any, inputs: dict[str, torch.Tensor], ratio: float) -> l
             k = max(1, math.ceil(ratio * len(members)))
             for head in range(heads):
                 score = attention[sample, head, readers].float().mean(dim=0)
-                ranking = sorted(members, key=lambda token: (-float(score[token]), token))  # noqa: B023
+                ranking = sorted(members, key=lambda token: (-float(score[token]), token))
                 kept.update(ranking[:k])
         last = reads[rows - 1]
         result.append([token for token in sorted(kept) if last[token] or not any(last)])

@@ -22,6 +22,7 @@ from trim_plugin.processors import (  # noqa: E402
 )
 from trim_plugin.registration import register, unregister  # noqa: E402
 from trim_plugin.report import TrimReport  # noqa: E402
+from trim_plugin.visualize import visualize  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "detach",
     "register",
     "unregister",
+    "visualize",
 ]
 
 register()

@@ -114,7 +114,5 @@ def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
         )
     for processor in processors:
         if isinstance(processor, type) or not callable(processor):
-            raise ValueError(
-                f"processors must hold callables processor(scores, visible) -> scores, got {processor!r}."
-            )
+            raise ValueError(f"processors must hold callables processor(scores, visible) -> scores, got {processor!r}.")
     return tuple(processors)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trim_plugin.prompting import build_inputs, open_picture
+
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small_model"
 
@@ -67,10 +69,6 @@ def ask(
         ['cross_attention_mask', 'input_ids', 'pixel_values']
     """
     example = examples()[0]
-    picture = example.picture if picture is None else picture
     if not isinstance(picture, Image.Image):
-        with Image.open(picture) as opened:
-            picture = opened.convert("RGB")
-    content = [{"type": "image"}, {"type": "text", "text": question or example.question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(images=[picture], text=prompt, add_special_tokens=False, return_tensors="pt"))
+        picture = open_picture(Path(example.picture if picture is None else picture))
+    return build_inputs(processor, question or example.question, [picture])

@@ -6,7 +6,7 @@ import torch
 
 from trim_plugin.visibility import Visibility
 
-#: Bytes that one block of logits may take. Two or three tensors of about this size live at once.
+#: Bytes that one block of float32 logits may take.
 BLOCK_BYTES = 16 * 2**20
 
 
@@ -76,6 +76,7 @@ def _add_attention(
     row_bytes = per_kv_head * (high - low) * 4
     block_rows = min(len(voters), max(1, BLOCK_BYTES // row_bytes))
     block_heads = min(kv_heads, max(1, BLOCK_BYTES // (row_bytes * block_rows)))
+    scratch = _Scratch(block_heads * per_kv_head * block_rows * (high - low), keys)
     for start in range(0, len(voters), block_rows):
         block_seen = seen[start : start + block_rows]
         low, high = _token_span(block_seen, ends, visibility.lengths)
@@ -87,30 +88,42 @@ def _add_attention(
             last = min(first + block_heads, kv_heads)
             own = slice(first * per_kv_head, last * per_kv_head)
             block = queries[own].index_select(1, rows).to(keys)
-            scores[own, low:high] += _summed_attention(block, keys[first:last, low:high], closed, scaling)
+            scores[own, low:high] += scratch.summed_attention(block, keys[first:last, low:high], closed, scaling)
 
 
-def _summed_attention(
-    queries: torch.Tensor, keys: torch.Tensor, closed: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """Softmax attention of a block of rows, summed over the rows: (heads, tokens) float32.
+class _Scratch:
+    """The buffers of one sample's blocks, made once: asking the allocator anew for every block makes the heap grow."""
 
-    Args:
-        queries: (heads, rows, head_dim).
-        keys: (key-value heads, tokens, head_dim), a view into the layer's keys.
-        closed: bool (rows, tokens), True where a row may not read; None if all may.
-        scaling: factor on q·k.
-    """
-    heads, rows, dim = queries.shape
-    kv_heads, tokens, _ = keys.shape
-    stacked = queries.reshape(kv_heads, heads // kv_heads * rows, dim)
-    # In place from here on: every step is a pass over the same block.
-    logits = torch.bmm(stacked, keys.transpose(1, 2)).mul_(scaling).float().view(heads, rows, tokens)
-    if closed is not None:
-        logits.masked_fill_(closed, float("-inf"))
-    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-    normalizers = weights.sum(dim=-1).reciprocal_().view(heads, 1, rows)
-    return torch.bmm(normalizers, weights)[:, 0]
+    def __init__(self, elements: int, like: torch.Tensor) -> None:
+        self._logits = like.new_empty(elements)
+        is_float = like.dtype == torch.float32
+        self._weights = self._logits if is_float else like.new_empty(elements, dtype=torch.float32)
+
+    def summed_attention(
+        self, queries: torch.Tensor, keys: torch.Tensor, closed: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Softmax attention of a block of rows, summed over the rows: (heads, tokens) float32.
+
+        Args:
+            queries: (heads, rows, head_dim).
+            keys: (key-value heads, tokens, head_dim), a view into the layer's keys.
+            closed: bool (rows, tokens), True where a row may not read; None if all may.
+            scaling: factor on q·k.
+        """
+        heads, rows, dim = queries.shape
+        kv_heads, tokens, _ = keys.shape
+        stacked = queries.reshape(kv_heads, heads // kv_heads * rows, dim)
+        size = heads * rows * tokens
+        logits = self._logits[:size].view(kv_heads, -1, tokens)
+        torch.bmm(stacked, keys.transpose(1, 2), out=logits).mul_(scaling)
+        weights = self._weights[:size].view(heads, rows, tokens)
+        if self._weights is not self._logits:
+            weights.copy_(logits.view_as(weights))
+        if closed is not None:
+            weights.masked_fill_(closed, float("-inf"))
+        weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+        normalizers = weights.sum(dim=-1).reciprocal_().view(heads, 1, rows)
+        return torch.bmm(normalizers, weights)[:, 0]
 
 
 def _token_span(seen: torch.Tensor, ends: torch.Tensor, lengths: torch.Tensor) -> tuple[int, int]:

@@ -71,9 +71,7 @@ class Visibility:
         return found
 
 
-def read_visibility(
-    mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None
-) -> Visibility:
+def read_visibility(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None) -> Visibility:
     """Read the visibility off what a cross-attention decoder layer is called with.
 
     Args:

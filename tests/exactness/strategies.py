@@ -34,8 +34,9 @@ model_settings = st.fixed_dictionaries(
 ).flatmap(
     lambda settings: st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 1), (8, 2)]).flatmap(
         lambda heads: st.sampled_from([(5, (1, 3)), (4, (1,)), (6, (1, 2, 5)), (5, (3, 1))]).map(
-            lambda layers: settings
-            | {"heads": heads[0], "kv_heads": heads[1], "layers": layers[0], "cross_layers": layers[1]}
+            lambda layers: (
+                settings | {"heads": heads[0], "kv_heads": heads[1], "layers": layers[0], "cross_layers": layers[1]}
+            )
         )
     )
 )

@@ -1,0 +1,67 @@
+import copy
+import dataclasses
+
+import pytest
+
+from trim_plugin import TopKPerHead, TopPPerHead, TrimConfig
+
+
+def test_defaults():
+    config = TrimConfig()
+    assert config.top_k_ratio == 0.25
+    assert not config.exact
+    assert [processor.ratio for processor in config.processor_list] == [0.25]
+
+
+def test_ratio_one_is_exact_and_has_no_processors():
+    config = TrimConfig(top_k_ratio=1.0)
+    assert config.exact
+    assert list(config.processor_list) == []
+
+
+def test_processors_replace_the_default_list():
+    processor = TopPPerHead(0.9)
+    config = TrimConfig(processors=[processor])
+    assert list(config.processor_list) == [processor]
+    assert config.top_k_ratio is None
+    assert not config.exact
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "0.5", True, [0.5]])
+def test_bad_ratio_names_the_field_and_the_range(ratio):
+    with pytest.raises(ValueError, match=r"top_k_ratio must be a number in \(0, 1\]"):
+        TrimConfig(top_k_ratio=ratio)
+
+
+@pytest.mark.parametrize("processors", [[], (), "x", [3], [TopKPerHead], TopKPerHead(0.5), {}])
+def test_bad_processors(processors):
+    with pytest.raises(ValueError, match="processors must"):
+        TrimConfig(processors=processors)
+
+
+def test_processors_and_ratio_together():
+    with pytest.raises(ValueError, match="processors and top_k_ratio are both given"):
+        TrimConfig(top_k_ratio=0.5, processors=[TopKPerHead(0.5)])
+
+
+def test_of_takes_dicts_and_configs_and_leaves_them_alone():
+    settings = {"top_k_ratio": 0.5}
+    config = TrimConfig.of(settings)
+    assert config == TrimConfig(top_k_ratio=0.5)
+    assert settings == {"top_k_ratio": 0.5}
+    assert TrimConfig.of(config) is config
+    assert TrimConfig.of(None) == TrimConfig()
+
+
+def test_of_refuses_unknown_fields_and_other_types():
+    with pytest.raises(ValueError, match=r"Unknown field 'top_k'.*Allowed: top_k_ratio, processors"):
+        TrimConfig.of({"top_k": 3})
+    with pytest.raises(TypeError, match="must be a dict or a TrimConfig, got int"):
+        TrimConfig.of(3)
+
+
+def test_frozen_and_its_own_deep_copy():
+    config = TrimConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k_ratio = 0.5
+    assert copy.deepcopy(config) is config

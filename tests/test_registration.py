@@ -1,0 +1,108 @@
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.generation import configuration_utils
+from transformers.generation.utils import GenerationMixin
+
+import trim_plugin
+from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.hooks import after_layer, attach, before_layer
+
+from .random_models import Sample, generate, random_inputs, trimmed
+
+ONE = [Sample((1, (6,), 6))]
+
+
+def hooks_of(model):
+    layers = model.model.language_model.layers
+    return [hook for layer in layers for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())]
+
+
+def test_importing_alone_registers():
+    code = "import trim_plugin; from transformers import GenerationConfig; GenerationConfig(cache_implementation='trimmed')"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_registering_twice_and_unregistering_restores_everything():
+    trim_plugin.unregister()
+    method, names = GenerationMixin._prepare_cache_for_generation, configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    trim_plugin.register()
+    trim_plugin.register()
+    assert configuration_utils.ALL_CACHE_IMPLEMENTATIONS.count("trimmed") == 1
+    trim_plugin.unregister()
+    assert GenerationMixin._prepare_cache_for_generation is method
+    assert names == configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    with pytest.raises(ValueError, match="Invalid `cache_implementation`"):
+        GenerationConfig(cache_implementation="trimmed").validate()
+    trim_plugin.unregister()
+
+
+def test_every_way_to_ask_for_it(model):
+    inputs = random_inputs(model, ONE)
+    by_arguments = trimmed(model, inputs, {"top_k_ratio": 0.1})
+    config = GenerationConfig(cache_implementation="trimmed", cache_config={"top_k_ratio": 0.1}, pad_token_id=0)
+    by_config = generate(model, inputs, generation_config=config)
+    by_object = trimmed(model, inputs, TrimConfig(top_k_ratio=0.1))
+    model.generation_config.cache_implementation = "trimmed"
+    model.generation_config.cache_config = {"top_k_ratio": 0.1}
+    by_model = generate(model, inputs)
+    for output in (by_config, by_object, by_model):
+        assert isinstance(output.past_key_values, TrimmedCache)
+        assert torch.equal(output.sequences, by_arguments.sequences)
+        assert torch.equal(output.past_key_values.kept_indices[0], by_arguments.past_key_values.kept_indices[0])
+
+
+def test_the_callers_settings_are_left_alone(model):
+    settings = {"top_k_ratio": 0.1}
+    trimmed(model, random_inputs(model, ONE), settings)
+    assert settings == {"top_k_ratio": 0.1}
+
+
+def test_bad_settings_are_refused_before_any_forward(model):
+    runs = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(ValueError, match="top_k_ratio must be"):
+        trimmed(model, random_inputs(model, ONE), {"top_k_ratio": 3})
+    assert not runs
+
+
+def test_hooks_are_attached_once_and_detached_wholly(model):
+    own = lambda *_: None  # noqa: E731
+    model.model.language_model.layers[1].register_forward_pre_hook(own)
+    attach(model)
+    attach(model)
+    assert hooks_of(model) == [own, before_layer, after_layer, before_layer, after_layer]
+    trim_plugin.detach(model)
+    assert hooks_of(model) == [own]
+    assert not any(layer._forward_hooks_with_kwargs for layer in model.model.language_model.layers)
+    trim_plugin.detach(model)
+
+
+def test_use_cache_false_is_stock(model):
+    inputs = random_inputs(model, ONE)
+    output = generate(model, inputs, use_cache=False, cache_implementation="trimmed")
+    assert torch.equal(output.sequences, generate(model, inputs, use_cache=False).sequences)
+
+
+def test_both_kinds_of_cache_at_once_is_refused(model):
+    with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+        trimmed(model, random_inputs(model, ONE), None, past_key_values=TrimmedCache(model))
+
+
+def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, monkeypatch):
+    from trim_plugin import prefill
+
+    monkeypatch.setattr(prefill, "_warned_without_mask", False)
+    inputs = random_inputs(model, [Sample(((6,), 6))])
+    whole = dict(inputs, cross_attention_mask=torch.ones_like(inputs["cross_attention_mask"]))
+    del inputs["cross_attention_mask"]
+    with pytest.warns(UserWarning, match="without cross_attention_mask"):
+        ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trimmed(model, inputs, {"top_k_ratio": 1.0})
+    assert torch.equal(ours.sequences, generate(model, whole).sequences)

@@ -1,0 +1,202 @@
+"""Pictures of what a trimmed cache keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trim_plugin.cache import TrimmedCache
+from trim_plugin.config import TrimConfig
+from trim_plugin.processors import TopKPerHead, VisualTokenProcessor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class ScoreRecorder(VisualTokenProcessor):
+    """Notes the head-mean score of every visual token and changes nothing. Put it first in a list of processors.
+
+    Example:
+        >>> recorder = ScoreRecorder()
+        >>> scores = torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])
+        >>> recorder(scores, torch.ones(1, 2, dtype=torch.bool)) is scores
+        True
+        >>> recorder.head_mean[0]
+        tensor([[0.3000, 0.7000]])
+    """
+
+    def __init__(self) -> None:
+        #: One tensor (samples, visual tokens) for every call; NaN outside the visibility group of the call.
+        self.head_mean: list[torch.Tensor] = []
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Record; shapes as in `VisualTokenProcessor.__call__`."""
+        self.head_mean.append(scores.mean(dim=1).masked_fill(~visible, float("nan")).cpu())
+        return scores
+
+    def scores(self, sample: int = 0) -> np.ndarray:
+        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
+
+        Right for a batch of one; with more, a call may hold only those samples that have such a group.
+        """
+        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMap:
+    """Where the visual tokens of one picture lie.
+
+    Args:
+        rows: tiles above one another.
+        columns: tiles side by side.
+        side: patches along a tile's edge; a tile has one class token and then side² patches.
+        first: index of the picture's first visual token.
+    """
+
+    rows: int
+    columns: int
+    side: int
+    first: int
+
+    def patches(self, values: np.ndarray) -> np.ndarray:
+        """Lay values per visual token (all tokens of the sample) out as an image (rows·side, columns·side)."""
+        tiles = self._tiles(values)[:, 1:].reshape(self.rows, self.columns, self.side, self.side)
+        return tiles.transpose(0, 2, 1, 3).reshape(self.rows * self.side, self.columns * self.side)
+
+    def class_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Values of the tiles' class tokens, (rows, columns)."""
+        return self._tiles(values)[:, 0].reshape(self.rows, self.columns)
+
+    def _tiles(self, values: np.ndarray) -> np.ndarray:
+        tiles, tokens = self.rows * self.columns, self.side**2 + 1
+        return values[self.first : self.first + tiles * tokens].reshape(tiles, tokens)
+
+
+def visualize(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    config: TrimConfig | Mapping[str, Any] | None = None,
+    *,
+    sample: int = 0,
+    image: int = -1,
+    title: str | None = None,
+) -> Figure:
+    """Draw which visual tokens of a picture are kept, tile by tile, next to the head-mean score map.
+
+    Runs one prefill with a trimmed cache of its own; the model's other generations are not affected. Dropped patches are
+    dimmed; a square in a tile's corner shows its class token, filled if it is kept.
+
+    Args:
+        model: an Mllama model.
+        inputs: what `generate` gets, from the processor: `input_ids`, `pixel_values`, `aspect_ratio_ids`, ...
+        config: the trimming to be shown, as for `TrimmedCache`.
+        sample: which sample of the batch.
+        image: which picture of the sample; the last one by default, which is what decoding reads.
+        title: heading of the figure.
+
+    Returns:
+        A matplotlib figure; save it with `figure.savefig("kept.png")`.
+
+    Raises:
+        ValueError: the inputs hold no such picture, or the configuration is exact (then nothing is chosen).
+
+    Example:
+        >>> from trim_plugin.embedded import ask, load_small_model
+        >>> model, processor = load_small_model()
+        >>> figure = visualize(model, ask(processor), {"top_k_ratio": 0.25})
+        >>> [axes.get_title().split(":")[0] for axes in figure.axes[:2]]
+        ['kept', 'score']
+    """
+    settings = TrimConfig.of(config)
+    if settings.exact:
+        raise ValueError("Exact mode chooses nothing that could be shown. Give a top_k_ratio below 1.0, or processors.")
+    tile_map = _tile_map(model, inputs, sample, image)
+    inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
+    recorder = ScoreRecorder()
+    chain = settings.processors or (TopKPerHead(settings.top_k_ratio or 1.0),)
+    cache = TrimmedCache(model, TrimConfig(processors=(recorder, *chain)))
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    total = cache.report().total_tokens[0]
+    kept = np.zeros(total)
+    kept[cache.kept_indices[0].cpu().numpy()] = 1.0
+    return _draw(_pixels(inputs, image, tile_map), tile_map, kept, recorder.scores(), title)
+
+
+def _tile_map(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, image: int) -> TileMap:
+    ratios = inputs.get("aspect_ratio_ids")
+    if ratios is None or not -ratios.shape[1] <= image < ratios.shape[1] or not 0 <= sample < ratios.shape[0]:
+        raise ValueError(
+            f"The inputs hold no picture {image} of sample {sample}. Give pixel_values and aspect_ratio_ids."
+        )
+    ratio = int(ratios[sample, image])
+    if ratio == 0:
+        raise ValueError(
+            f"Picture {image} of sample {sample} is empty: it pads a batch with different numbers of pictures."
+        )
+    vision = model.config.vision_config
+    rows, columns = vision.supported_aspect_ratios[ratio - 1]
+    side = vision.image_size // vision.patch_size
+    tokens = vision.max_num_tiles * (side**2 + 1)
+    return TileMap(rows, columns, side, (image % ratios.shape[1]) * tokens)
+
+
+def _pixels(inputs: Mapping[str, torch.Tensor], image: int, tile_map: TileMap) -> np.ndarray:
+    """The picture as the model sees it: (height, width, 3) in 0…1."""
+    tiles = inputs["pixel_values"][0, image, : tile_map.rows * tile_map.columns].float().cpu().numpy()
+    _, channels, height, width = tiles.shape
+    grid = tiles.reshape(tile_map.rows, tile_map.columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    picture = grid.reshape(tile_map.rows * height, tile_map.columns * width, channels)
+    low, high = picture.min(), picture.max()
+    return (picture - low) / max(high - low, 1e-9)
+
+
+def _draw(picture: np.ndarray, tile_map: TileMap, kept: np.ndarray, scores: np.ndarray, title: str | None) -> Figure:
+    from matplotlib.figure import Figure
+
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(11, 1.2 + 5 * min(height / width, 2.0)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    patches = tile_map.patches(kept)
+    zoom = (height // patches.shape[0], width // patches.shape[1])
+    weight = 0.22 + 0.78 * np.kron(patches, np.ones(zoom))
+    left.imshow(picture * weight[..., None] + 0.5 * (1 - weight[..., None]), interpolation="nearest")
+    left.set_title(f"kept: {int(patches.sum())} of {patches.size} patches")
+    right.imshow(picture.mean(axis=2), cmap="gray", interpolation="nearest", alpha=0.35)
+    heat = right.imshow(
+        tile_map.patches(scores),
+        cmap="magma",
+        interpolation="nearest",
+        alpha=0.85,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )
+    right.set_title("score: attention of the text, mean over heads")
+    figure.colorbar(heat, ax=right, shrink=0.8)
+    for axes in (left, right):
+        _draw_tiles(axes, tile_map, height, width)
+    _draw_class_tokens(left, tile_map.class_tokens(kept), height / tile_map.rows, width / tile_map.columns)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_tiles(axes: Axes, tile_map: TileMap, height: int, width: int) -> None:
+    axes.set_axis_off()
+    for row in range(tile_map.rows + 1):
+        axes.axhline(row * height / tile_map.rows - 0.5, color="white", linewidth=1.5)
+    for column in range(tile_map.columns + 1):
+        axes.axvline(column * width / tile_map.columns - 0.5, color="white", linewidth=1.5)
+
+
+def _draw_class_tokens(axes: Axes, kept: np.ndarray, tile_height: float, tile_width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    size = 0.06 * min(tile_height, tile_width)
+    for (row, column), flag in np.ndenumerate(kept):
+        corner = (column * tile_width - 0.5 + size / 2, row * tile_height - 0.5 + size / 2)
+        axes.add_patch(Rectangle(corner, size, size, fill=bool(flag), color="tab:cyan", linewidth=1.2))
