@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import trim_plugin
 
 from .random_models import random_model
+
+# `pytest` runs the small profile, `pytest -m slow` the large one (and the soak).
+_common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ci", max_examples=40, **_common)
+settings.register_profile("slow", max_examples=1000, **_common)
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ def test_autocast_bfloat16(model, inputs):
         stock, ours = generate(model, inputs), trimmed(model, inputs, EXACT)
         lossy = trimmed(model, inputs, {"top_k_ratio": 0.2})
     assert torch.equal(stock.sequences, ours.sequences)
-    assert largest_difference(stock, ours) <= 1e-5
+    assert largest_difference(stock, ours) <= 0.05  # an ulp or two of logits in bfloat16: other kernels, other order
     full = trimmed(model, inputs, {"top_k_ratio": 0.2}).past_key_values
     for mine, theirs in zip(lossy.past_key_values.kept_indices, full.kept_indices, strict=True):
         mine, theirs = set(mine.tolist()), set(theirs.tolist())
