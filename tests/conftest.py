@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -27,7 +29,8 @@ def _registered():
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(2)
+    # Fewer where other programs keep the cores busy: two threads that wait for each other are slower than one.
+    torch.set_num_threads(int(os.environ.get("TRIM_TEST_THREADS", "2")))
 
 
 @pytest.fixture
