@@ -168,7 +168,7 @@ def test_padding_between_samples_is_masked_while_decoding(model):
 
 def test_a_cache_for_another_model_is_refused(model):
     other = random_model(seed=1)
-    inputs, cache = prefilled(model, PAIR)
+    inputs = random_inputs(model, PAIR)
     with pytest.raises(RuntimeError, match="made for another model"):
         generate(other, inputs, past_key_values=TrimmedCache(model))
     TrimmedCache(other)  # hooks on it now
@@ -182,7 +182,7 @@ def test_models_without_cross_attention_are_refused():
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ValueError, match="needs an Mllama model.*LlamaForCausalLM has none"):
+    with pytest.raises(ValueError, match=r"needs an Mllama model.*LlamaForCausalLM has none"):
         TrimmedCache(llama)
     with pytest.raises(ValueError, match="needs an Mllama model"):
         llama.generate(torch.tensor([[1, 2]]), max_new_tokens=1, cache_implementation="trimmed")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, mon
     inputs = random_inputs(model, [Sample(((6,), 6))])
     whole = dict(inputs, cross_attention_mask=torch.ones_like(inputs["cross_attention_mask"]))
     del inputs["cross_attention_mask"]
-    with pytest.warns(UserWarning, match="without cross_attention_mask") as caught:
+    with pytest.warns(UserWarning, match="without cross_attention_mask"):
         ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         trimmed(model, inputs, {"top_k_ratio": 1.0})
-    assert len([entry for entry in caught if "cross_attention_mask" in str(entry.message)]) == 1
     assert torch.equal(ours.sequences, generate(model, whole).sequences)

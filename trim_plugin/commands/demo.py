@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.markup import escape
 from rich.table import Table
 
 from trim_plugin.commands import UserError
@@ -75,11 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
     questions = _questions(arguments)
     device = check_device(arguments.device)
     model, processor = load_model(arguments.model, DTYPES[arguments.dtype], device)
-    table = _table()
-    for question in track(questions, "answering", console=console, transient=True):
+    for question in questions:
         inputs = build_inputs(processor, question.text, [question.picture], device)
-        _add_rows(table, question, _answers(model, processor, inputs, ratios, arguments.max_new_tokens))
-    console.print(table)
+        with console.status(f"answering {question.text}"):
+            answers = _answers(model, processor, inputs, ratios, arguments.max_new_tokens)
+        console.print(_table(question, answers))
     console.print(
         "exact drops only what decoding cannot read, so its answer is stock's. Speed: median of 3 runs of generate, prefill and "
         "vision tower included; benchmarks/ measures it properly.",
@@ -131,34 +131,33 @@ def _answer(
     return Answer(way, text, len(new) / sorted(times)[1], report)
 
 
-def _table() -> Table:
-    table = Table(title="stock and trimmed generation", title_justify="left")
-    table.add_column("question")
-    table.add_column("cache")
-    table.add_column("answer")
+def _table(question: Question, answers: list[Answer]) -> Table:
+    truth = f"   [dim](true: {escape(question.truth)})[/dim]" if question.truth is not None else ""
+    table = Table(
+        title=f"[bold]{escape(question.text)}[/bold] {escape(question.name)}{truth}",
+        title_justify="left",
+        title_style="",
+    )
+    table.add_column("cache", no_wrap=True)
+    table.add_column("answer", ratio=1)
     for name in ("visible", "kept", "cross KV", "of stock", "tokens/s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    trimmed = next(answer.report for answer in answers if answer.report is not None)
+    visible, total = str(trimmed.visible_tokens[0]), str(trimmed.total_tokens[0])
+    stock = [visible, total, format_bytes(trimmed.stock_cross_kv_bytes), "100.0 %"]
+    for answer in answers:
+        figures = stock if answer.report is None else _figures(answer.report)
+        table.add_row(answer.way, escape(answer.text), *figures, f"{answer.speed:.0f}")
     return table
 
 
-def _add_rows(table: Table, question: Question, answers: list[Answer]) -> None:
-    truth = f"\n[dim]true: {question.truth}[/dim]" if question.truth is not None else ""
-    label = f"[bold]{question.text}[/bold]\n{question.name}{truth}"
-    reference = next(answer.report for answer in answers if answer.report is not None)
-    for number, answer in enumerate(answers):
-        report = answer.report
-        cells = (
-            ["", "", format_bytes(reference.stock_cross_kv_bytes), "100.0 %"]
-            if report is None
-            else [
-                str(report.visible_tokens[0]),
-                str(report.kept_tokens[0]),
-                format_bytes(report.cross_kv_bytes),
-                f"{100 * report.cross_kv_ratio:.1f} %",
-            ]
-        )
-        table.add_row(label if number == 0 else "", answer.way, answer.text, *cells, f"{answer.speed:.0f}")
-    table.add_section()
+def _figures(report: TrimReport) -> list[str]:
+    return [
+        str(report.visible_tokens[0]),
+        str(report.kept_tokens[0]),
+        format_bytes(report.cross_kv_bytes),
+        f"{100 * report.cross_kv_ratio:.1f} %",
+    ]
 
 
 def _check_out(path: Path) -> None:

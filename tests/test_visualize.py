@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+import trim_plugin
+from trim_plugin.processors import TopKPerHead
+from trim_plugin.visualize import ScoreRecorder, TileMap, visualize
+
+from .random_models import Sample, random_inputs
+from .reference_rule import first_cross_attention_map, kept_by_rule
+
+
+def test_tile_maps_lay_tokens_out_as_the_picture():
+    tile_map = TileMap(rows=1, columns=2, side=2, first=3)
+    values = np.arange(3 + 2 * 5, dtype=float)
+    # tile 0: class token 3, patches 4 5 / 6 7; tile 1: class token 8, patches 9 10 / 11 12
+    assert tile_map.patches(values).tolist() == [[4, 5, 9, 10], [6, 7, 11, 12]]
+    assert tile_map.class_tokens(values).tolist() == [[3, 8]]
+
+
+def test_figure_shows_the_kept_tokens_and_the_scores(model):
+    inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (2,), 6))])
+    figure = visualize(model, inputs, {"top_k_ratio": 0.2}, sample=0, title="a title")
+    kept = [token for token in kept_by_rule(model, inputs, 0.2)[0] if token % 5]  # without class tokens
+    left, right = figure.axes[:2]
+    assert left.get_title() == f"kept: {len(kept)} of 16 patches"
+    shown = right.get_images()[1].get_array()
+    attention = first_cross_attention_map(model, inputs)[0].mean(dim=0)
+    voters = inputs["cross_attention_mask"][0, :, 0, 0].bool() & inputs["attention_mask"][0].bool()
+    expected = TileMap(2, 2, 2, 0).patches(attention[voters].mean(dim=0).numpy())
+    np.testing.assert_allclose(shown, expected, rtol=1e-4)
+
+
+def test_it_shows_the_picture_that_is_asked_for(model):
+    inputs = random_inputs(model, [Sample((1, (1,), 2, (2,), 6))])
+    assert visualize(model, inputs, image=0).axes[0].get_title().endswith("of 4 patches")
+    assert visualize(model, inputs, image=1).axes[0].get_title().endswith("of 8 patches")
+
+
+def test_custom_processors_are_shown(model):
+    inputs = random_inputs(model, [Sample((1, (1,), 6))])
+    figure = visualize(model, inputs, trim_plugin.TrimConfig(processors=[TopKPerHead(0.01)]))
+    assert figure.axes[0].get_title().startswith("kept: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": {"top_k_ratio": 1.0}}, "Exact mode chooses nothing"),
+        ({"image": 3}, "no picture 3 of sample 0"),
+        ({"sample": 5}, "no picture -1 of sample 5"),
+        ({"sample": 1, "image": 1}, "Picture 1 of sample 1 is empty"),
+    ],
+)
+def test_what_cannot_be_shown(model, arguments, message):
+    inputs = random_inputs(model, [Sample((1, (1,), 2, (2,), 6)), Sample((1, (1,), 2))])
+    with pytest.raises(ValueError, match=message):
+        visualize(model, inputs, **arguments)
+
+
+def test_text_cannot_be_shown(model):
+    with pytest.raises(ValueError, match="hold no picture"):
+        visualize(model, random_inputs(model, [Sample((4,))]))
+
+
+def test_recorder_keeps_the_last_seen_scores_of_every_group():
+    recorder = ScoreRecorder()
+    visible = torch.tensor([[True, False, False]])
+    recorder(torch.tensor([[[0.5, 0.0, 0.0]]]), visible)
+    recorder(torch.tensor([[[0.0, 0.7, 0.0]]]), visible.roll(1, 1))
+    assert np.allclose(recorder.scores(), [0.5, 0.7, np.nan], equal_nan=True)
