@@ -92,6 +92,7 @@ def load(
     ).eval()
     if weights in quantization.PRESETS:
         quantization.use_standard_layout(model, only_misfits=True)
+        quantization.repack_for_cpu(model)
     if adapter is not None:
         model = load_adapters(model, adapter)
     return model, AutoProcessor.from_pretrained(path_or_id)

@@ -15,6 +15,7 @@ QLoRA: load the model in 4 bits, put a preset on it, train, save, use it with th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -145,7 +146,8 @@ def load_adapters(
             model = get_peft_model(model, config, adapter.name)
         key_mapping = _RENAMED if adapter.renamed else None
         weights = load_peft_weights(adapter.folder, device="cpu", key_mapping=key_mapping)
-        set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
+        with _layout_kept(model):
+            set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
     _follow_offloaded_layers(model)
     model.set_adapter(found[0].name, inference_mode=not trainable)
     return model if trainable else model.eval()
@@ -321,11 +323,20 @@ def _check_loaded(model: Any, names: Sequence[str]) -> None:
             raise ValueError(f"No adapter {name!r} is loaded. Loaded: {', '.join(map(repr, model.peft_config))}.")
 
 
+# A model with 4-bit layers has imported bitsandbytes; other models do without it.
 def _use_standard_layout(model: torch.nn.Module) -> None:
-    if "bitsandbytes" in sys.modules:  # a model with 4-bit layers has imported it
+    if "bitsandbytes" in sys.modules:
         from trim_plugin.integrations.bitsandbytes import use_standard_layout
 
         use_standard_layout(model)
+
+
+def _layout_kept(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    if "bitsandbytes" not in sys.modules:
+        return contextlib.nullcontext()
+    from trim_plugin.integrations.bitsandbytes import layout_kept
+
+    return layout_kept(model)
 
 
 __all__ = [
