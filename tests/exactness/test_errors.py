@@ -89,7 +89,9 @@ def in_the_prefill(model, inputs, error, match, config):
 
 
 def test_unknown_field(model, inputs, forwards):
-    before_work(forwards, ValueError, "Unknown field 'top_k'.*Allowed: top_k_ratio", trimmed, model, inputs, {"top_k": 5})
+    before_work(
+        forwards, ValueError, "Unknown field 'top_k'.*Allowed: top_k_ratio", trimmed, model, inputs, {"top_k": 5}
+    )
     before_work(forwards, ValueError, "Unknown field 'top_k'", TrimmedCache, model, {"top_k": 5})
 
 
