@@ -1,4 +1,4 @@
-"""Runs the reproductions of docs/upstream.md. A failure means that upstream has been mended: then the page has an entry to lose."""
+"""Runs the reproductions of docs/upstream.md: where one fails, upstream has been mended and the page has an entry to lose."""
 
 from __future__ import annotations
 
