@@ -53,7 +53,9 @@ def held_out_questions(count: int, kinds: tuple[str, ...] = TRAINED_TYPES, seed:
     return questions
 
 
-def batches(processor: Any, questions: list[Question], size: int) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
+def batches(
+    processor: Any, questions: list[Question], size: int
+) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
     """Left-padded batches of questions of one type, so that answers are of like length."""
     ordered = sorted(questions, key=lambda question: question.kind)
     processor.tokenizer.padding_side = "left"
@@ -85,11 +87,16 @@ def answers(model: Any, processor: Any, inputs: dict[str, torch.Tensor], **setti
     return [text.strip() for text in texts], output.past_key_values
 
 
-def evaluate(model: Any, processor: Any, questions: list[Question], ratios: tuple[float, ...], size: int) -> dict[str, Any]:
+def evaluate(
+    model: Any, processor: Any, questions: list[Question], ratios: tuple[float, ...], size: int
+) -> dict[str, Any]:
     """Answers and accuracy of stock and of every ratio."""
     ways: list[tuple[str, dict[str, Any]]] = [("stock", {})]
     ways += [
-        ("exact" if ratio == 1 else f"{ratio:g}", {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": ratio}})
+        (
+            "exact" if ratio == 1 else f"{ratio:g}",
+            {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": ratio}},
+        )
         for ratio in ratios
     ]
     found: dict[str, list[tuple[Question, str, float]]] = {name: [] for name, _ in ways}
@@ -188,7 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     model = transformers.MllamaForConditionalGeneration.from_pretrained(args.model).eval()
     processor = transformers.AutoProcessor.from_pretrained(args.model)
     begin = time.monotonic()
-    ways = evaluate(model, processor, held_out_questions(args.questions, seed=args.seed), tuple(args.ratios), args.batch)
+    ways = evaluate(
+        model, processor, held_out_questions(args.questions, seed=args.seed), tuple(args.ratios), args.batch
+    )
     results = {
         "questions": args.questions,
         "seed": args.seed,
