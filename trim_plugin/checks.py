@@ -84,7 +84,10 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
         ValueError: it does not, or this transformers cannot cut the masks of cached pictures into chunks.
     """
     mask = inputs.get("cross_attention_mask")
-    if chunk_size is None or mask is None or mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
+    if chunk_size is None or mask is None:
+        return
+    # Where transformers cannot cut the mask's rows, it cuts a prompt that fits into one chunk wrongly as well.
+    if slices_mask_rows() and mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
         return
     if inputs.get("pixel_values") is not None or not slices_mask_rows():
         raise ValueError(

@@ -264,8 +264,9 @@ def test_outputs(attention):
 
 def test_prefill_in_chunks(shared_model, single):
     whole = generate(shared_model, single)
-    fits = trimmed(shared_model, single, {"top_k_ratio": 1.0}, prefill_chunk_size=64)
-    assert torch.equal(whole.sequences, fits.sequences)
+    if slices_mask_rows():
+        fits = trimmed(shared_model, single, {"top_k_ratio": 1.0}, prefill_chunk_size=64)
+        assert torch.equal(whole.sequences, fits.sequences)
     text = random_inputs(shared_model, [Sample((11,)), Sample((7,))])
     in_chunks = trimmed(shared_model, text, {}, prefill_chunk_size=3)
     assert torch.equal(generate(shared_model, text, prefill_chunk_size=3).sequences, in_chunks.sequences)
