@@ -9,6 +9,7 @@ from typing import Any
 from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
 
 DEFAULT_TOP_K_RATIO = 0.25
+SCOPES = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,9 @@ class TrimConfig:
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
+        scope: "prefill" is the paper's: the first cross-attention layer selects, later ones read survivors only. "decode"
+            leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new token
+            is stock's and decoding saves the same, but the prefill saves nothing.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -39,8 +43,11 @@ class TrimConfig:
 
     top_k_ratio: float | None = None
     processors: tuple[ProcessorLike, ...] | None = None
+    scope: str = "prefill"
 
     def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}.")
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
             ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio

@@ -9,6 +9,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
 
 from trim_plugin.cache import TrimmedCache
+from trim_plugin.decode_scope import UntouchedPrefill
 from trim_plugin.prefill import Prefill
 from trim_plugin.step import Decode, Step
 
@@ -107,7 +108,9 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
             "This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one."
         )
     if states is not None:
-        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+        untouched = cache.config.scope == "decode" and not cache.config.exact
+        prefill = UntouchedPrefill if untouched else Prefill
+        return prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
     return Decode(cache, tokens, mask, open_rows, hidden_states)

@@ -43,6 +43,7 @@ class Job:
             with interleaved images.
         prompt_tokens: text tokens of a prompt.
         new_tokens: text tokens generated.
+        tower: whether the vision tower reads the images here; False if their features come ready made.
 
     Raises:
         ValueError: a number is not positive, or more images can be read than there are.
@@ -54,6 +55,7 @@ class Job:
     readable_images: int | None = None
     prompt_tokens: int = 128
     new_tokens: int = 128
+    tower: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -184,7 +186,7 @@ def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, i
     for name, shape, linear in _parameters(config):
         quantized = linear and weights in KV_FORMATS and not any(part in name.split(".") for part in UNQUANTIZED)
         size = _quantized_weight(shape, weights) if quantized else shape.numel() * element
-        parts[_part(name, crossing)] += size
+        parts[part_of(name, crossing)] += size
     return {name: size for name, size in parts.items() if size}
 
 
@@ -351,7 +353,7 @@ def _working_set(config: MllamaConfig, job: Job, way: str, kept: int, cross: int
         in_text = max(in_text, states + mask + layer + SCORING_SCRATCH)
     making_mask = states + rows * job.images * image_tokens(config) * (8 + 4 + element)
     # While the tower runs, no cache exists yet.
-    return max(in_text, making_mask - caches, _vision_set(config, job, element) - caches)
+    return max(in_text, making_mask - caches, _vision_set(config, job, element) - caches if job.tower else 0)
 
 
 def _projection_scratch(config: MllamaConfig, tokens: int, element: int) -> int:
@@ -400,7 +402,13 @@ def _quantized_weight(shape: torch.Size, weights: str) -> int:
     return math.ceil(numbers / 2) + blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + code_books
 
 
-def _part(name: str, crossing: set[int]) -> str:
+def part_of(name: str, crossing: set[int]) -> str:
+    """The part of the model that a parameter of this name belongs to; `crossing` are the cross-attention layers.
+
+    Example:
+        >>> part_of("model.language_model.layers.3.mlp.up_proj.weight", {3})
+        'cross-attention layers'
+    """
     pieces = name.split(".")
     if "vision_model" in pieces:
         return "vision tower"

@@ -83,7 +83,7 @@ class Prefill(Step):
         cached = self._cache.layers[layer.layer_idx]
         first = layer.layer_idx == self._cache.cross_layers[0]
         if first:
-            self._token_bytes = _token_bytes(cached.keys, cached.values)
+            self._token_bytes = token_bytes(cached.keys, cached.values)
             self._plan(self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
         positions = self._first_positions if first else self._later_positions
         if positions is not None:
@@ -164,7 +164,8 @@ def _positions(chosen: torch.Tensor) -> torch.Tensor | None:
     return None if bool(chosen.all()) else pack(chosen)[0]
 
 
-def _token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+def token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Bytes of one visual token's keys and values in a layer, (batch, key-value heads, tokens, head_dim) each."""
     return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in (keys, values))
 
 
