@@ -15,14 +15,24 @@ BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Memory, speed and quality of trimmed generation.")
-    parser.add_argument("what", choices=["all", *BENCHMARKS, "report"], help="`report` only makes tables and plots from JSON")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Memory, speed and quality of trimmed generation."
+    )
+    parser.add_argument(
+        "what", choices=["all", *BENCHMARKS, "report"], help="`report` only makes tables and plots from JSON"
+    )
     parser.add_argument("--quick", action="store_true", help="few cases, under 10 minutes in all")
-    parser.add_argument("--shape", action="append", choices=SHAPES, dest="shapes", help="models (default: small, 11b-layers)")
+    parser.add_argument(
+        "--shape", action="append", choices=SHAPES, dest="shapes", help="models (default: small, 11b-layers)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[], help="batch sizes instead of the benchmark's own")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files (default: benchmarks/results; with --quick, .../quick)")
-    parser.add_argument("--docs", type=Path, help="folder of benchmarks.md and assets/ (default: docs; with --quick, --out)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON files (default: benchmarks/results; with --quick, .../quick)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, help="folder of benchmarks.md and assets/ (default: docs; with --quick, --out)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     for benchmark in BENCHMARKS.values():
         benchmark.add_arguments(parser)

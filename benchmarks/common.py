@@ -222,7 +222,9 @@ def scenario_inputs(model: Any, scenario: Scenario, batch: int, seed: int = SEED
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
         "pixel_values": pixels.to(model.dtype),
         "aspect_ratio_ids": torch.full((1, scenario.images), ratios[layout]),
-        "aspect_ratio_mask": (torch.arange(vision.max_num_tiles) < scenario.tiles).long().expand(1, scenario.images, -1),
+        "aspect_ratio_mask": (torch.arange(vision.max_num_tiles) < scenario.tiles)
+        .long()
+        .expand(1, scenario.images, -1),
         "cross_attention_mask": tiles[None],
     }
     return {name: tensor.repeat(batch, *[1] * (tensor.ndim - 1)).to(device) for name, tensor in one.items()}

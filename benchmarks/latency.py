@@ -158,7 +158,9 @@ def measure(
                 "cross_kv": held[way][0],
                 "self_kv": held[way][1],
                 "prefill_seconds": spread(prefill_times[way]),
-                "prefill_ratio": spread([a / b for a, b in zip(prefill_times[way], prefill_times["stock"], strict=True)]),
+                "prefill_ratio": spread(
+                    [a / b for a, b in zip(prefill_times[way], prefill_times["stock"], strict=True)]
+                ),
                 "step_seconds": spread(times[way]),
                 "step_ratio": ratio,
                 "step_ratio_interval": median_interval(
@@ -244,7 +246,11 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
         elif arguments.batches:
             found += [(shape, name, batch, 30, 3, every) for name in SCENARIOS for batch in arguments.batches]
         else:
-            found += [(shape, "page", 1, 30, 3, every), (shape, "page", 4, 20, 1, every), (shape, "page", 16, 12, 1, every)]
+            found += [
+                (shape, "page", 1, 30, 3, every),
+                (shape, "page", 4, 20, 1, every),
+                (shape, "page", 16, 12, 1, every),
+            ]
             found += [(shape, "photo", 1, 30, 3, every), (shape, "photo", 8, 15, 1, every)]
             found += [(shape, "chat", 1, 20, 1, FEW_WAYS), (shape, "pages", 1, 20, 1, every)]
             found += [(shape, "video", 1, 12, 1, FEW_WAYS)]

@@ -61,7 +61,8 @@ class Case:
 def caches(shape: str) -> dict[str, dict[str, Any] | None]:
     """Cache name → `TrimConfig` fields, None for stock's.
 
-    Random weights attend nearly evenly, so that the paper's rule would keep nearly everything: there a processor keeps a given share.
+    Random weights attend nearly evenly, so that the paper's rule would keep nearly everything: there a processor keeps a given
+    share.
     """
     fields = {field.name for field in dataclasses.fields(TrimConfig)}
 
@@ -69,7 +70,11 @@ def caches(shape: str) -> dict[str, dict[str, Any] | None]:
         return {"top_k_ratio": ratio} if shape == "small" else {"processors": [EvenlySpaced(ratio)]}
 
     word = "ratio" if shape == "small" else "kept"
-    found: dict[str, dict[str, Any] | None] = {"stock dynamic": None, "stock static": None, "exact": {"top_k_ratio": 1.0}}
+    found: dict[str, dict[str, Any] | None] = {
+        "stock dynamic": None,
+        "stock static": None,
+        "exact": {"top_k_ratio": 1.0},
+    }
     found |= {f"{word} {ratio:g}": trimmed(ratio) for ratio in (0.5, 0.25, 0.1)}
     if "kv_quantization" in fields:
         found["exact, int8 KV"] = {"top_k_ratio": 1.0, "kv_quantization": "int8"}
@@ -91,7 +96,9 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             continue
         for name, batch in itertools.product(SCENARIOS, batches):
             wanted = every if name == "page" or shape == "small" else plain
-            found += [Case(shape, name, batch, dtype, False, cache) for cache in wanted if not (name == "video" and batch > 1)]
+            found += [
+                Case(shape, name, batch, dtype, False, cache) for cache in wanted if not (name == "video" and batch > 1)
+            ]
         if shape != "small":
             found += [Case(shape, "page", batch, dtype, False, cache) for batch in arguments.batches for cache in plain]
         combined = ["stock dynamic", "exact", *every[4:5], *every[-1:]]
@@ -106,7 +113,6 @@ def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> An
         model = load_shape(shape, getattr(torch, weights), device)
     else:
         from transformers import MllamaForConditionalGeneration
-
         from trim_plugin.integrations.bitsandbytes import quantization_config
 
         source = SMALL_MODEL if shape == "small" else folder / shape
@@ -129,7 +135,9 @@ def _save_random(shape: str, folder: Path) -> None:
 
     model = random_model(shape, torch.bfloat16)
     if shape == "11b-layers":  # the stand-in has no weights to be loaded again
-        tower = MllamaForConditionalGeneration._from_config(shape_config(shape), dtype=torch.bfloat16).model.vision_model
+        tower = MllamaForConditionalGeneration._from_config(
+            shape_config(shape), dtype=torch.bfloat16
+        ).model.vision_model
         model.model.vision_model = tower
     model.save_pretrained(folder)
 
@@ -147,9 +155,7 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
     else:
         how = {}
     before = _start_peak(device)
-    output = model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how
-    )
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how)
     synchronize(device)
     peak = _peak(device)
     cache = output.past_key_values
@@ -295,7 +301,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
         task = bar.add_task("memory", total=len(wanted))
-        for key, group in itertools.groupby(sorted(wanted, key=lambda case: case.model_key), key=lambda case: case.model_key):
+        for key, group in itertools.groupby(
+            sorted(wanted, key=lambda case: case.model_key), key=lambda case: case.model_key
+        ):
             own = list(group)
             bar.update(task, description=f"memory: {key[0]}, {key[1]}{', LoRA' if key[2] else ''}")
             receive, send = context.Pipe(duplex=False)
@@ -309,7 +317,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     break
                 bar.advance(task)
             process.join()
-    result = {"environment": environment(arguments.device), "quick": arguments.quick, "new_tokens": NEW_TOKENS, "rows": rows}
+    result = {
+        "environment": environment(arguments.device),
+        "quick": arguments.quick,
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
     write_result("memory", result, arguments.out)
     return result
 

@@ -1,7 +1,8 @@
 """How well the small trained model answers with few visual tokens: ``python -m benchmarks quality``.
 
 Every rule answers the same held-out questions, with digits that training never saw. Accuracy means that the whole answer is
-right, agreement that it is stock's, word for word. Scenes are resampled for the intervals, since questions about one scene go together.
+right, agreement that it is stock's, word for word. Scenes are resampled for the intervals, since questions about one scene go
+together.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Batch:
 def all_rules(quick: bool) -> list[Rule]:
     """What is compared; `quick` leaves most parameters out."""
 
-    def family(name: str, parameters: tuple[float, ...], settings: Callable[[float], dict[str, Any]], **more: Any) -> None:
+    def family(
+        name: str, parameters: tuple[float, ...], settings: Callable[[float], dict[str, Any]], **more: Any
+    ) -> None:
         for parameter in parameters[1::3] if quick else parameters:
             found.append(Rule(name, parameter, settings(parameter), **more))
 
@@ -138,7 +141,9 @@ def answer(model: Any, batch: Batch, cache: Any, end: int) -> list[list[int]]:
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
-def run_rule(model: Any, batches: list[Batch], rule: Rule | None) -> list[tuple[list[list[int]], list[float], int, int]]:
+def run_rule(
+    model: Any, batches: list[Batch], rule: Rule | None
+) -> list[tuple[list[list[int]], list[float], int, int]]:
     """For every batch: answers, kept shares, cross KV bytes and stock's. `rule` None is stock."""
     end, found = build_tokenizer().eos_token_id, []
     for batch in batches:
@@ -264,7 +269,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = [{"rule": "stock", "parameter": None} | figures(batches, stock, stock, len(scenes))]
         for rule in track(all_rules(arguments.quick), "quality: rules"):
             found = run_rule(model, batches, rule)
-            rows.append({"rule": rule.family, "parameter": rule.parameter} | figures(batches, stock, found, len(scenes)))
+            rows.append(
+                {"rule": rule.family, "parameter": rule.parameter} | figures(batches, stock, found, len(scenes))
+            )
     result = {
         "environment": environment(),
         "quick": arguments.quick,
@@ -288,7 +295,9 @@ def _run_conditions(scenes: list[Scene], arguments: argparse.Namespace) -> list[
             batches = question_batches(model, scenes, 60)
             stock = run_rule(model, batches, None)
             if fields == {}:
-                rows.append({"condition": name, "rule": "stock", "ratio": None} | figures(batches, stock, stock, len(scenes)))
+                rows.append(
+                    {"condition": name, "rule": "stock", "ratio": None} | figures(batches, stock, stock, len(scenes))
+                )
             for ratio in (1.0, 0.25, 0.1):
                 found = run_rule(model, batches, Rule("paper", ratio, {"top_k_ratio": ratio} | fields))
                 own = figures(batches, stock, found, len(scenes))

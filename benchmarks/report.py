@@ -10,10 +10,10 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from benchmarks.common import SCENARIOS, read_result  # noqa: E402
-from trim_plugin.report import format_bytes  # noqa: E402
+from benchmarks.common import SCENARIOS, read_result
+from trim_plugin.report import format_bytes
 
 
 def write(results: Path, docs: Path) -> list[Path]:
@@ -65,6 +65,12 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def points(row: dict[str, Any]) -> str:
+    """The change to stock in percentage points, with its interval."""
+    low, high = row["change_interval"]
+    return f"{100 * row['change']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+
+
 def milliseconds(value: float) -> str:
     """Seconds as milliseconds, three digits."""
     return f"{1000 * value:.3g}" if value < 1 else f"{1000 * value:.0f}"
@@ -79,7 +85,19 @@ def memory_tables(result: dict[str, Any]) -> str:
         parts.append(f"### {shape}\n")
         parts.append(
             table(
-                ["scenario", "batch", "weights", "LoRA", "cache", "weights held", "adapters", "cross KV", "self KV", "peak of generation", "process peak"],
+                [
+                    "scenario",
+                    "batch",
+                    "weights",
+                    "LoRA",
+                    "cache",
+                    "weights held",
+                    "adapters",
+                    "cross KV",
+                    "self KV",
+                    "peak of generation",
+                    "process peak",
+                ],
                 [
                     [
                         SCENARIOS[row["scenario"]].title,
@@ -131,7 +149,14 @@ def _planner_table(rows: list[dict[str, Any]]) -> str:
                 f"{ratios[0]:.2f} … {ratios[len(ratios) // 2]:.2f} … {ratios[-1]:.2f}",
             ]
         )
-    header = ["shape, weights", "cases", "largest error of weights", "of cross KV", "of self KV", "peak of generation, planned / measured (lowest … median … highest)"]
+    header = [
+        "shape, weights",
+        "cases",
+        "largest error of weights",
+        "of cross KV",
+        "of self KV",
+        "peak of generation, planned / measured (lowest … median … highest)",
+    ]
     return table(header, lines)
 
 
@@ -142,7 +167,10 @@ def memory_plots(result: dict[str, Any], assets: Path) -> list[Path]:
         own = [
             row
             for row in result["rows"]
-            if row["shape"] == shape and "error" not in row and row["batch"] == 1 and not row["lora"]
+            if row["shape"] == shape
+            and "error" not in row
+            and row["batch"] == 1
+            and not row["lora"]
             and row["weights"] in ("float32", "bfloat16")
         ]
         wanted = [name for name in dict.fromkeys(row["cache"] for row in own) if name != "stock static"]
@@ -174,7 +202,7 @@ def latency_tables(result: dict[str, Any]) -> str:
             if case["shape"] != shape:
                 continue
             for row in case["rows"]:
-                ratio, interval = row["step_ratio"], row["step_ratio_interval"]
+                ratio, interval = row["step_ratio"], "{:.3f} … {:.3f}".format(*row["step_ratio_interval"])
                 prefill = row["prefill_ratio"]
                 lines.append(
                     [
@@ -183,19 +211,37 @@ def latency_tables(result: dict[str, Any]) -> str:
                         row["way"],
                         milliseconds(row["step_seconds"]["median"]),
                         f"{row['tokens_per_second']:.3g}",
-                        f"{ratio['median']:.3f} ({interval[0]:.3f} … {interval[1]:.3f}; {ratio['low']:.3f} … {ratio['high']:.3f})",
+                        f"{ratio['median']:.3f} ({interval}; {ratio['low']:.3f} … {ratio['high']:.3f})",
                         f"{row['roofline_ratio']:.3f}",
                         f"{row['roofline_share']:.2f}",
                         milliseconds(row["prefill_seconds"]["median"]),
                         f"{prefill['median']:.3f}",
                     ]
                 )
-        header = ["scenario", "batch", "way", "step, ms", "tokens/s", "step / stock (95 % interval of the median; quartiles)", "roofline", "roofline reached", "prefill, ms", "prefill / stock"]
+        header = [
+            "scenario",
+            "batch",
+            "way",
+            "step, ms",
+            "tokens/s",
+            "step / stock (95 % interval of the median; quartiles)",
+            "roofline",
+            "roofline reached",
+            "prefill, ms",
+            "prefill / stock",
+        ]
         parts.append(table(header, lines))
     parts.append("### What scoring costs (one page, one sample)\n")
     parts.append(
         table(
-            ["shape", "scoring, ms", "a self-attention layer, ms", "a cross-attention layer, ms", "share of 40 layers' prefill", "scratch"],
+            [
+                "shape",
+                "scoring, ms",
+                "a self-attention layer, ms",
+                "a cross-attention layer, ms",
+                "share of 40 layers' prefill",
+                "scratch",
+            ],
             [
                 [
                     row["shape"],
@@ -217,7 +263,7 @@ def latency_plots(result: dict[str, Any], assets: Path) -> list[Path]:
     written = []
     for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
         own = [case for case in result["rows"] if case["shape"] == shape]
-        ways = [way for way in ("stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1")]
+        ways = ["stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1"]
         figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
         width = 0.8 / len(ways)
         for number, way in enumerate(ways):
@@ -233,7 +279,9 @@ def latency_plots(result: dict[str, Any], assets: Path) -> list[Path]:
                 errors[1].append(max(0.0, row["step_ratio_interval"][1] - middle))
                 roofs.append(row["roofline_ratio"])
             axes.bar(places, heights, width, yerr=errors, error_kw={"lw": 0.6}, label=way)
-            axes.scatter(places, roofs, marker="_", color="black", s=25, zorder=3, label="roofline" if number == 0 else None)
+            axes.scatter(
+                places, roofs, marker="_", color="black", s=25, zorder=3, label="roofline" if number == 0 else None
+            )
         axes.axhline(1.0, color="grey", lw=0.6)
         axes.set_xticks(range(len(own)), [f"{case['scenario']}\n{case['batch']}" for case in own], fontsize=7)
         axes.set_ylabel("step time / stock's")
@@ -248,10 +296,7 @@ def quality_tables(result: dict[str, Any]) -> str:
     kinds = list(result["rows"][0]["by_type"])
     lines = []
     for row in result["rows"]:
-        change = "–"
-        if row["rule"] != "stock":
-            low, high = row["change_interval"]
-            change = f"{100 * row['change']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+        change = "–" if row["rule"] == "stock" else points(row)
         lines.append(
             [
                 row["rule"],
@@ -263,7 +308,15 @@ def quality_tables(result: dict[str, Any]) -> str:
                 *(percent(row["by_type"][kind]["accuracy"]) for kind in kinds),
             ]
         )
-    header = ["rule", "parameter", "kept of visible", "accuracy", "change to stock, points (95 % interval)", "same as stock", *kinds]
+    header = [
+        "rule",
+        "parameter",
+        "kept of visible",
+        "accuracy",
+        "change to stock, points (95 % interval)",
+        "same as stock",
+        *kinds,
+    ]
     parts = [
         f"{result['questions']} questions about {result['scenes']} held-out scenes.\n",
         "Smallest measured kept share down to which no setting of a rule lost more than 0.5 points:\n",
@@ -284,7 +337,15 @@ def quality_tables(result: dict[str, Any]) -> str:
         parts.append("Under quantization and adapters (change: to the same model with stock's cache):\n")
         parts.append(
             table(
-                ["condition", "ratio", "kept of visible", "cross KV of stock's", "accuracy", "change, points (95 % interval)", "same as stock"],
+                [
+                    "condition",
+                    "ratio",
+                    "kept of visible",
+                    "cross KV of stock's",
+                    "accuracy",
+                    "change, points (95 % interval)",
+                    "same as stock",
+                ],
                 [
                     [
                         row["condition"],
@@ -292,7 +353,7 @@ def quality_tables(result: dict[str, Any]) -> str:
                         percent(row["kept_share"]),
                         percent(row["cross_kv_ratio"]),
                         percent(row["accuracy"]),
-                        f"{100 * row['change']:+.1f} ({100 * row['change_interval'][0]:+.1f} … {100 * row['change_interval'][1]:+.1f})",
+                        points(row),
                         percent(row["agreement"]),
                     ]
                     for row in result["conditions"]

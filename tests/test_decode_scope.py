@@ -9,7 +9,12 @@ from .random_models import Sample, generate, largest_difference, random_inputs, 
 
 DECODE = {"top_k_ratio": 0.1, "scope": "decode"}
 PAIR = [Sample((2, (6,), 5)), Sample((1, (2,), 7))]
-BATCHES = [[Sample((2, (6,), 5))], PAIR, [Sample((1, (6,), 4, (2,), 5)), Sample(((3, 1), 3))], [Sample((6,)), Sample((1, (6,), 4))]]
+BATCHES = [
+    [Sample((2, (6,), 5))],
+    PAIR,
+    [Sample((1, (6,), 4, (2,), 5)), Sample(((3, 1), 3))],
+    [Sample((6,)), Sample((1, (6,), 4))],
+]
 
 
 def chosen_by_all_layers(model, inputs, ratio):

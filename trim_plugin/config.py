@@ -24,8 +24,8 @@ class TrimConfig:
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
         scope: "prefill" is the paper's: the first cross-attention layer selects, later ones read survivors only. "decode"
-            leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new token
-            is stock's and decoding saves the same, but the prefill saves nothing.
+            leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new
+            token is stock's and decoding saves the same, but the prefill saves nothing.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.

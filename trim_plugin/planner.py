@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from typing import Any
@@ -155,7 +156,7 @@ def expected_kept_share(top_k_ratio: float) -> float:
         >>> expected_kept_share(1.0), round(expected_kept_share(0.2), 3)
         (1.0, 0.525)
     """
-    for (low, below), (high, above) in zip(MEASURED_KEPT, MEASURED_KEPT[1:], strict=False):
+    for (low, below), (high, above) in itertools.pairwise(MEASURED_KEPT):
         if low <= top_k_ratio <= high:
             return below + (above - below) * (top_k_ratio - low) / (high - low)
     raise ValueError(f"top_k_ratio must be a number in (0, 1], got {top_k_ratio!r}.")
@@ -181,7 +182,16 @@ def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, i
     element = 4 if weights == "float32" else 2
     crossing = set(config.text_config.cross_attention_layers)
     parts = dict.fromkeys(
-        ("vision tower", "projector", "embeddings", "self-attention layers", "cross-attention layers", "lm_head", "other"), 0
+        (
+            "vision tower",
+            "projector",
+            "embeddings",
+            "self-attention layers",
+            "cross-attention layers",
+            "lm_head",
+            "other",
+        ),
+        0,
     )
     for name, shape, linear in _parameters(config):
         quantized = linear and weights in KV_FORMATS and not any(part in name.split(".") for part in UNQUANTIZED)

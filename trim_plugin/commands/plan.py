@@ -21,12 +21,16 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("plan", help="memory that a generation will take, stock beside trimmed")
-    parser.add_argument("--model", default="11b", help="11b, 90b, a model folder or a hub id; only its configuration is read")
+    parser.add_argument(
+        "--model", default="11b", help="11b, 90b, a model folder or a hub id; only its configuration is read"
+    )
     parser.add_argument("--weights", choices=planner.WEIGHT_FORMATS, default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--images", type=int, default=1, help="images a sample")
     parser.add_argument("--tiles", type=int, default=4, help="real tiles of an image")
-    parser.add_argument("--interleaved", action="store_true", help="text between the images: the end reads the last only")
+    parser.add_argument(
+        "--interleaved", action="store_true", help="text between the images: the end reads the last only"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--top-k-ratio", default="0.25")
@@ -81,7 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(_table(arguments.model, ways, fits))
     console.print(
         f"Weights and KV are exact; the working set is an estimate. Trimmed: {100 * assumed:.0f} % of the readable visual "
-        "tokens kept" + ("" if arguments.kept_share else ", as measured on the small model at this ratio; --kept-share sets it") + ".",
+        "tokens kept"
+        + ("" if arguments.kept_share else ", as measured on the small model at this ratio; --kept-share sets it")
+        + ".",
         style="dim",
         highlight=False,
     )
