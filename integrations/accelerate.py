@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from trim_plugin.integrations import bitsandbytes as quantization
+
 from trim_plugin.quantized import require_bitsandbytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +122,9 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, int | str 
     places = {name: _placed(name, device_map) for name in names}
     for name, place in places.items():
         if place is None:
-            raise ValueError(f"device_map leaves out {name!r}. Give it a device, or add a default: '' covers everything.")
+            raise ValueError(
+                f"device_map leaves out {name!r}. Give it a device, or add a default: '' covers everything."
+            )
     for block, kind in _blocks(model):
         own = {name: str(place) for name, place in places.items() if _inside(name, block)}
         first = next(iter(own), None)
@@ -146,9 +148,7 @@ def _mllama_config(path_or_id: str | Path) -> Any:
 
     config = AutoConfig.from_pretrained(path_or_id)
     if config.model_type != "mllama":
-        raise ValueError(
-            f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model."
-        )
+        raise ValueError(f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model.")
     return config
 
 

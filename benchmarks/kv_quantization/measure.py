@@ -114,7 +114,7 @@ def held_bytes(ratio: float) -> dict[str, int]:
 def table(results: dict[str, Any]) -> str:
     """The README's table."""
     lines = [
-        "| kept keys and values | logits' relative error | worst token | same answers | right answers | bytes, 1 tile | of bf16 |",
+        "| kept KV | logits' relative error | worst token | same answers | right answers | bytes, 1 tile | of bf16 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, entry in results["formats"].items():

@@ -23,13 +23,13 @@ import peft
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from trim_plugin.integrations.accelerate import load
+from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
 
 from benchmarks.small_model.evaluate import answers, batches, held_out_questions
 from benchmarks.small_model.questions import UNTRAINED_TYPES, ask
 from benchmarks.small_model.scenes import draw_scene
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.integrations.accelerate import load
-from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
 
 HERE = Path(__file__).parent
 FIRST_SCENE = 900_000_000
@@ -52,7 +52,11 @@ def training_batch(processor: Any, kind: str, number: int, size: int) -> dict[st
     tokenizer.padding_side = "right"
     texts = [f"{prompt}{answer}{tokenizer.eos_token}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
     inputs = processor(
-        images=[[scene.image] for scene in scenes], text=texts, add_special_tokens=False, padding=True, return_tensors="pt"
+        images=[[scene.image] for scene in scenes],
+        text=texts,
+        add_special_tokens=False,
+        padding=True,
+        return_tensors="pt",
     )
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     for row, prompt in zip(labels, prompts, strict=True):
@@ -91,7 +95,9 @@ def train(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def accuracy(model: Any, processor: Any, kind: str, count: int, size: int, config: dict[str, Any] | None) -> dict[str, Any]:
+def accuracy(
+    model: Any, processor: Any, kind: str, count: int, size: int, config: dict[str, Any] | None
+) -> dict[str, Any]:
     """Share of held-out questions answered right, word for word, and the share of visible tokens kept."""
     settings = {} if config is None else {"cache_implementation": "trimmed", "cache_config": config}
     right, kept, visible = 0, 0, 0
@@ -143,9 +149,9 @@ def write(results: dict[str, Any]) -> None:
 
 {table(results)}
 
-The small trained model never saw the question "{options["kind"]}" ("What is the {options["kind"]} digit?"). Its weights are loaded in
-nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}, {training["parameters"]:,} parameters) are trained on training
-scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}), saved, and loaded anew.
+The small trained model never saw the question "What is the {options["kind"]} digit?". Its weights are
+loaded in nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}, {training["parameters"]:,} parameters) are
+trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}), saved, and loaded anew.
 {options["questions"]} questions of each type about held-out scenes; an answer counts if it is right word for word;
 `top_k_ratio={options["ratio"]:g}`. Made by `python -m benchmarks.qlora.run --out DIR` (numbers in `results.json`).
 
