@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory):
-    """Folders of two adapters that change the answers: "first" on all text attention, "second" on cross-attention."""
+    """Folders of two adapters for it: "first" on all text attention, "second" on cross-attention."""
     return {
         name: make_adapter(tmp_path_factory.mktemp(name), preset, seed)
         for name, preset, seed in [("first", "text_attention", 1), ("second", "cross_attention", 2)]
