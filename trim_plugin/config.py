@@ -10,8 +10,8 @@ from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProces
 
 DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256
-KV_QUANTIZATIONS = (None, "int8", "nf4")
-SELF_KV_QUANTIZATIONS = (None, "fp8", "quanto")
+KV_QUANTIZATIONS = ("int8", "nf4")
+SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 SCOPES = ("prefill", "decode")
 
 
@@ -65,8 +65,8 @@ class TrimConfig:
 
     def __post_init__(self) -> None:
         _check_choice("scope", self.scope, SCOPES)
-        _check_choice("kv_quantization", self.kv_quantization, KV_QUANTIZATIONS)
-        _check_choice("self_kv_quantization", self.self_kv_quantization, SELF_KV_QUANTIZATIONS)
+        _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
+        _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
         _check_static(self)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
