@@ -6,7 +6,6 @@ have no column for, and taking candidates back crops the picture in the assistan
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
