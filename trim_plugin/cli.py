@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trim_plugin.commands import UserError, demo
+from trim_plugin.commands import UserError, demo, generate, plan
 
-COMMANDS = (demo,)
+COMMANDS = (demo, generate, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

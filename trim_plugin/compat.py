@@ -53,3 +53,19 @@ def slices_mask_rows() -> bool:
 
     prepare = MllamaForConditionalGeneration.prepare_inputs_for_generation
     return "next_sequence_length" in inspect.signature(prepare).parameters
+
+
+@functools.cache
+def compiles_mllama_decoding() -> bool:
+    """Whether `generate` may compile Mllama's decoding.
+
+    Later versions keep the shapes of a decoding step; in 5.17 the cross-attention mask grows with the text. There a static cache
+    works uncompiled.
+
+    Example:
+        >>> compiles_mllama_decoding() in (True, False)
+        True
+    """
+    from transformers import MllamaForConditionalGeneration
+
+    return "_prepare_static_cache" in vars(MllamaForConditionalGeneration)

@@ -9,8 +9,9 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
 
 from trim_plugin.cache import TrimmedCache
+from trim_plugin.decode_scope import UntouchedPrefill
 from trim_plugin.prefill import Prefill
-from trim_plugin.step import Decode, Step
+from trim_plugin.step import Reading, Step
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -74,9 +75,14 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, TrimmedCache):
         return None
-    first = layer.layer_idx == cache.cross_layers[0]
+    first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
+    if kwargs["cross_attention_states"] is None and cache.tokens is not None and hidden_states.shape[1] == 1:
+        # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
+        if first and not torch.compiler.is_compiling():
+            _check_cache(layer, cache, hidden_states)
+        return args, {**kwargs, "cross_attention_mask": cache.tokens.decode_mask}
     if first:
-        cache.step = _begin(layer, cache, _hidden_states(args, kwargs), kwargs)
+        cache.step = _begin(layer, cache, hidden_states, kwargs)
     if cache.step is None:
         raise RuntimeError(
             "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
@@ -89,16 +95,19 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, TrimmedCache) or cache.step is None:
+    if not isinstance(cache, TrimmedCache):
         return
-    cache.step.after(layer, _hidden_states(args, kwargs))
-    if layer.layer_idx == cache.cross_layers[-1]:
+    if cache.step is not None:
+        cache.step.after(layer, _hidden_states(args, kwargs))
+    cache.layers[layer.layer_idx].release()
+    if cache.step is not None and layer.layer_idx == cache.cross_layers[-1]:
         cache.step.finish()
         cache.step = None
         cache.unfinished = False
 
 
-def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+def _check_cache(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor) -> None:
+    """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
     if not cache.belongs_to(layer):
         raise ValueError(
             "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
@@ -110,15 +119,21 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
             f"This TrimmedCache holds {len(tokens.index)} samples, but the forward has {batch}. Make a new cache, or bring "
             "this one to the batch size with batch_repeat_interleave or batch_select_indices."
         )
+
+
+def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+    _check_cache(layer, cache, hidden_states)
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]
     # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
     cache.unfinished = True
     if states is not None:
-        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
-    if tokens is None:
+        untouched = cache.config.scope == "decode" and not cache.config.exact
+        prefill = UntouchedPrefill if untouched else Prefill
+        return prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+    if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
-    return Decode(cache, tokens, mask, open_rows, hidden_states)
+    return Reading(cache, cache.tokens, mask, open_rows, hidden_states)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

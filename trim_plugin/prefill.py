@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import CachedTokens, TrimmedCache, take_tokens
+from trim_plugin.cache import TrimmedCache, take_tokens
 from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, pack, reads_any, take_columns
 from trim_plugin.scoring import visual_token_scores
 from trim_plugin.selection import select
 from trim_plugin.step import Step
+from trim_plugin.tokens import CachedTokens
 from trim_plugin.visibility import padding_of, read_visibility
 
 _warned_without_mask = False
@@ -64,6 +65,7 @@ class Prefill(Step):
         self._visibility = read_visibility(self._mask, open_rows, padding_of(causal_mask, rows))
         self._later_states, self._later_mask = self._states, self._mask
         self._token_bytes = 0
+        self._bucket = cache.config.bucket
         self._decodable = self._valid
         self._first_positions: torch.Tensor | None = None
         self._later_positions: torch.Tensor | None = None
@@ -83,7 +85,7 @@ class Prefill(Step):
         cached = self._cache.layers[layer.layer_idx]
         first = layer.layer_idx == self._cache.cross_layers[0]
         if first:
-            self._token_bytes = _token_bytes(cached.keys, cached.values)
+            self._token_bytes = token_bytes(cached.keys, cached.values)
             self._plan(self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
         positions = self._first_positions if first else self._later_positions
         if positions is not None:
@@ -95,18 +97,13 @@ class Prefill(Step):
             return self._valid
         queries = layer_queries(layer, hidden_states)
         scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling)
-        if bool(scores.isnan().any()):
-            raise ValueError(
-                "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
-                "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
-            )
         kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
         return kept.to(self._valid.device) & self._valid
 
     def _plan(self, kept: torch.Tensor) -> None:
         """Decide what later layers get, and what every layer's cache holds in the end."""
         self._decodable = kept & self._reachable.gather(1, self._index)
-        self._first_positions = _positions(self._decodable)
+        self._first_positions = self._positions(self._decodable)
         if torch.equal(kept, self._valid):
             self._later_positions = self._first_positions
             return
@@ -117,25 +114,23 @@ class Prefill(Step):
         self._later_mask = take_columns(self._mask, columns, present)
         decodable = self._decodable.gather(1, columns) & present
         # Without earlier turns the kept tokens are packed already: nothing to gather if decoding can read all of them.
-        done = self._first_new == 0 and torch.equal(decodable, present)
-        self._later_positions = None if done else _positions(decodable)
+        done = self._bucket == 1 and self._first_new == 0 and torch.equal(decodable, present)
+        self._later_positions = None if done else self._positions(decodable)
+
+    def _positions(self, chosen: torch.Tensor) -> torch.Tensor | None:
+        """Positions to keep, or None if that is everything as it stands."""
+        return None if self._bucket == 1 and bool(chosen.all()) else pack(chosen, self._bucket)[0]
 
     def _old_columns(self) -> torch.Tensor:
         return torch.arange(self._first_new, device=self._valid.device).expand(len(self._valid), -1)
 
     def finish(self) -> None:
         """Tell the cache which visual tokens its layers hold."""
-        positions, valid = pack(self._decodable)
         visible = self._visibility.visible[:, self._first_new :].sum(dim=1)
         if self._earlier is not None:
             visible += self._earlier.visible
-        self._cache.tokens = CachedTokens(
-            index=self._index.gather(1, positions),
-            valid=valid,
-            visible=visible,
-            reachable=self._reachable,
-            token_bytes=self._token_bytes,
-            unpadded=bool(valid.all()),
+        self._cache.tokens, _ = CachedTokens.choose(
+            self._index, self._decodable, visible, self._reachable, self._token_bytes, self._states.dtype, self._bucket
         )
 
 
@@ -164,12 +159,8 @@ def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.
     )
 
 
-def _positions(chosen: torch.Tensor) -> torch.Tensor | None:
-    """Positions to keep, or None if that is everything."""
-    return None if bool(chosen.all()) else pack(chosen)[0]
-
-
-def _token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+def token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Bytes of one visual token's keys and values in a layer, (batch, key-value heads, tokens, head_dim) each."""
     return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in (keys, values))
 
 

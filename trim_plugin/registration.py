@@ -68,6 +68,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
+        max_cache_length: int,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -75,12 +76,15 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if own and given is None:
-            cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config))
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+            cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config), max_cache_len=length)
             check_inputs(self, cache, model_kwargs, batch)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
             model_kwargs["past_key_values"] = cache
             return None
-        result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
+        result = original(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+        )
         # An assistant's inputs are transformers' own doing: pictures that it drops, masks that it leaves to be extended.
         if isinstance(given, TrimmedCache) and not generation_config.is_assistant:
             check_reuse(self, given, batch)
