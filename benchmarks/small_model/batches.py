@@ -1,0 +1,143 @@
+"""Training batches: scenes, the processor's preprocessing in a fast form, and questions packed into rows.
+
+All questions about one scene share one row of text: each is a segment that sees only itself, with positions of its own,
+so the cross-attention keys of the scene are computed once and not once a question. ``check.py`` shows that this equals what
+the model computes for the questions one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.models.mllama.image_processing_pil_mllama import (
+    get_all_supported_aspect_ratios,
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
+
+from benchmarks.small_model.architecture import BOS, IMAGE, build_tokenizer, prompt_ids
+from benchmarks.small_model.questions import ask
+from benchmarks.small_model.scenes import TILE, Scene, draw_scene
+
+MAX_TILES = 4
+FULL_LAYOUTS = ((2, 2), (1, 4), (4, 1))
+"""Layouts that fill all four tiles."""
+QUESTIONS = ("colour", "colour", "colour", "count", "count", "total", "find", "list")
+"""Question types asked about every training scene."""
+
+
+def image_tiles(image: Image.Image) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    """The image processor's work for one RGB picture.
+
+    Returns:
+        Normalized tiles (4, 3, 40, 40), the (rows, columns) of tiles, and the picture's (height, width) on its canvas.
+    """
+    canvas_h, canvas_w = get_optimal_tiled_canvas(image.height, image.width, MAX_TILES, TILE)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, canvas_h, canvas_w, TILE)
+    if (width, height) != image.size:
+        image = image.resize((int(width), int(height)), Image.Resampling.BILINEAR)
+    canvas = np.zeros((canvas_h, canvas_w, 3), dtype=np.float32)
+    canvas[:height, :width] = np.asarray(image)
+    rows, columns = canvas_h // TILE, canvas_w // TILE
+    tiles = (canvas / 127.5 - 1).reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 4, 1, 3)
+    padded = np.zeros((MAX_TILES, 3, TILE, TILE), dtype=np.float32)
+    padded[: rows * columns] = tiles.reshape(rows * columns, 3, TILE, TILE)
+    return padded, (int(rows), int(columns)), (int(height), int(width))
+
+
+def image_inputs(images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """``pixel_values``, ``aspect_ratio_ids`` and ``aspect_ratio_mask`` of one picture a sample."""
+    ratios = get_all_supported_aspect_ratios(MAX_TILES)
+    pixels, ids, masks = [], [], []
+    for image in images:
+        tiles, layout, _ = image_tiles(image)
+        pixels.append(tiles)
+        ids.append(ratios.index(layout) + 1)
+        masks.append([int(n < layout[0] * layout[1]) for n in range(MAX_TILES)])
+    return {
+        "pixel_values": torch.from_numpy(np.stack(pixels))[:, None],
+        "aspect_ratio_ids": torch.tensor(ids)[:, None],
+        "aspect_ratio_mask": torch.tensor(masks)[:, None],
+    }
+
+
+def patch_labels(scene: Scene, patch: int = 5) -> np.ndarray:
+    """What every patch shows, (4, patches a tile): 0 for no digit, 1 + value where its centre lies in a digit's box."""
+    _, (rows, columns), (height, width) = image_tiles(scene.image)
+    sy, sx = height / scene.image.height, width / scene.image.width
+    ys = (np.arange(rows * TILE // patch) + 0.5) * patch
+    xs = (np.arange(columns * TILE // patch) + 0.5) * patch
+    grid = np.zeros((len(ys), len(xs)), dtype=np.int64)
+    for digit in scene.digits:
+        left, top, right, bottom = digit.box
+        inside = ((ys > top * sy) & (ys < bottom * sy))[:, None] & ((xs > left * sx) & (xs < right * sx))[None]
+        grid[inside] = digit.value + 1
+    side = TILE // patch
+    labels = np.zeros((MAX_TILES, side * side), dtype=np.int64)
+    tiles = grid.reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
+    labels[: rows * columns] = tiles.reshape(rows * columns, side * side)
+    return labels
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, rows: list[list[tuple[str, str]]]) -> dict[str, torch.Tensor]:
+    """Pack (question, answer) pairs, one list a scene, into rows.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``segments`` (0 for padding), ``visible`` (token sees the image) and ``labels``
+        (the next token within answers, else -100), each (scenes, longest row).
+    """
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    packed: list[dict[str, list[int]]] = []
+    for pairs in rows:
+        row: dict[str, list[int]] = {key: [] for key in ("input_ids", "position_ids", "segments", "visible", "labels")}
+        for number, (question, answer) in enumerate(pairs, start=1):
+            prompt = prompt_ids(tokenizer, question)
+            target = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids = prompt + target[:-1]
+            row["input_ids"] += ids
+            row["position_ids"] += range(len(ids))
+            row["segments"] += [number] * len(ids)
+            row["visible"] += [int(n >= ids.index(image_id)) for n in range(len(ids))]
+            row["labels"] += [-100] * (len(prompt) - 1) + target
+        packed.append(row)
+    longest = max(len(row["input_ids"]) for row in packed)
+    fill = {"input_ids": tokenizer.pad_token_id, "position_ids": 0, "segments": 0, "visible": 0, "labels": -100}
+    return {
+        key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in packed])
+        for key, value in fill.items()
+    }
+
+
+class SceneBatches(Dataset[dict[str, Any]]):
+    """Batch number ``n`` of a run: the same for the same seed, stage and size."""
+
+    def __init__(self, seed: int, size: int, length: int, *, texts: bool) -> None:
+        """``texts`` adds the packed questions; without them batches hold the patch labels only."""
+        self.seed, self.size, self.length, self.texts = seed, size, length, texts
+        self.tokenizer = build_tokenizer()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        stage = (self.seed * 2 + int(self.texts)) * 10_000_000
+        seeds = range(stage + number * self.size, stage + (number + 1) * self.size)
+        if self.texts:
+            scenes = [draw_scene(seed, held_out=False) for seed in seeds]
+        else:  # the tower learns digits: every tile is real and as many digits as possible are shown
+            scenes = [draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8) for seed in seeds]
+        batch: dict[str, Any] = image_inputs([scene.image for scene in scenes])
+        batch["patch_labels"] = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+        if self.texts:
+            rng = np.random.default_rng([stage, number])
+            pairs = [[ask(scene, kind, rng, vary=True) for kind in QUESTIONS] for scene in scenes]
+            batch["texts"] = pack(self.tokenizer, pairs)
+        return batch
+
+
+__all__ = ["BOS", "IMAGE", "QUESTIONS", "SceneBatches", "image_inputs", "image_tiles", "pack", "patch_labels"]
