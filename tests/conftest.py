@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import trim_plugin
 
 from .random_models import random_model
+
+# `pytest` runs the small profile, `pytest -m slow` the large one (and the soak).
+_common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ci", max_examples=40, **_common)
+settings.register_profile("slow", max_examples=1000, **_common)
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +29,8 @@ def _registered():
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(2)
+    # Fewer where other programs keep the cores busy: two threads that wait for each other are slower than one.
+    torch.set_num_threads(int(os.environ.get("TRIM_TEST_THREADS", "2")))
 
 
 @pytest.fixture

@@ -25,16 +25,17 @@ def random_config(
     image_size: int = 8,
     attention: str = "sdpa",
     width: int = 32,
+    vision_width: int = 16,
 ) -> MllamaConfig:
     """The configuration of a tiny Mllama; `image_size` 8 gives 5 visual tokens a tile, 16 gives 17."""
     config = MllamaConfig(
         vision_config={
-            "hidden_size": 16,
+            "hidden_size": vision_width,
             "num_hidden_layers": 2,
             "num_global_layers": 1,
             "attention_heads": 2,
-            "intermediate_size": 32,
-            "vision_output_dim": 32,
+            "intermediate_size": 2 * vision_width,
+            "vision_output_dim": 2 * vision_width,
             "image_size": image_size,
             "patch_size": 4,
             "max_num_tiles": TILES,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from trim_plugin import compat
 from trim_plugin.config import TrimConfig
-from trim_plugin.masks import pack
-from trim_plugin.report import TrimReport, held_bytes
+from trim_plugin.report import TrimReport, held_bytes, stored_tensors
+from trim_plugin.tokens import CachedTokens
 
 if TYPE_CHECKING:
     from trim_plugin.step import Step
@@ -30,6 +30,9 @@ class CrossAttentionLayer(DynamicLayer):
         >>> layer.keys.shape
         torch.Size([1, 2, 2, 4])
     """
+
+    keys: Any
+    values: Any
 
     #: Set by the hook that precedes an update. Without hooks nothing would be trimmed, silently.
     expected = False
@@ -61,64 +64,15 @@ class CrossAttentionLayer(DynamicLayer):
         self.keys = take_tokens(self.keys, positions)
         self.values = take_tokens(self.values, positions)
 
+    def release(self) -> None:
+        """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
+
     def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
 
     def held_tensors(self) -> list[torch.Tensor | None]:
         """The tensors whose bytes this layer holds."""
         return [self.keys, self.values]
-
-
-@dataclasses.dataclass
-class CachedTokens:
-    """Which visual tokens the cross-attention layers hold. Travels with the batch (beams, repeats, selections).
-
-    Args:
-        index: int64 (batch, kept): the visual token behind every cached position, ascending; padded to the longest sample.
-        valid: bool (batch, kept): False for that padding.
-        visible: int64 (batch,): tokens visible to at least one voter.
-        reachable: bool (batch, total): visible to the last prompt row, kept or not.
-        token_bytes: bytes of a visual token's keys and values in one layer, as stock holds them.
-        unpadded: whether every entry of `valid` is True, as a Python value, so that decoding branches without a sync.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor
-    visible: torch.Tensor
-    reachable: torch.Tensor
-    token_bytes: int
-    unpadded: bool
-
-    @property
-    def total(self) -> int:
-        """Visual tokens of a sample, kept or not."""
-        return self.reachable.shape[1]
-
-    def narrowed_to(self, reachable: torch.Tensor) -> tuple[torch.Tensor, CachedTokens]:
-        """What is left when only these tokens, bool (batch, total), are reachable: positions to keep, and their record."""
-        positions, valid = pack(self.valid & reachable.to(self.index.device).gather(1, self.index))
-        left = dataclasses.replace(
-            self,
-            index=self.index.gather(1, positions),
-            valid=valid,
-            reachable=reachable,
-            unpadded=bool(valid.all()),
-        )
-        return positions, left
-
-    def of_samples(self, samples: torch.Tensor) -> CachedTokens:
-        """The same for the samples with these indices, int64 (new batch,) or bool (batch,)."""
-
-        def pick(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[samples.to(tensor.device)]
-
-        return dataclasses.replace(
-            self,
-            index=pick(self.index),
-            valid=pick(self.valid),
-            visible=pick(self.visible),
-            reachable=pick(self.reachable),
-        )
 
 
 class TrimmedCache(Cache):
@@ -134,10 +88,12 @@ class TrimmedCache(Cache):
     Args:
         model: an Mllama model, or a wrapper around one (peft, for instance).
         config: settings; a dict of `TrimConfig`'s fields does as well.
+        max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
 
     Raises:
         ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
         TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
 
     Example:
         >>> from trim_plugin.embedded import ask, load_small_model
@@ -150,17 +106,26 @@ class TrimmedCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, model: torch.nn.Module, config: TrimConfig | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrimConfig | Mapping[str, Any] | None = None,
+        *,
+        max_cache_len: int | None = None,
+    ) -> None:
         # Imported here: hooks know the cache, and only making a cache needs the hooks.
         from trim_plugin.hooks import attach
 
         self.config = TrimConfig.of(config)
+        lengths = [length for length in (max_cache_len, self.config.max_cache_len) if length is not None]
         text_model = attach(model)
         self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
         cross_layers = set(self.cross_layers)
         super().__init__(
             layers=[
-                CrossAttentionLayer() if index in cross_layers else DynamicLayer()
+                _cross_layer(self.config)
+                if index in cross_layers
+                else _self_layer(self.config, max(lengths, default=None))
                 for index in range(len(text_model.layers))
             ]
         )
@@ -168,6 +133,7 @@ class TrimmedCache(Cache):
         self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
         self.tokens: CachedTokens | None = None
         self.step: Step | None = None
+        self.unfinished = False
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -175,16 +141,14 @@ class TrimmedCache(Cache):
     def kept_indices(self) -> list[torch.Tensor]:
         """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
         if self.tokens is None:
-            return [torch.empty(0, dtype=torch.long) for _ in range(self._batch_size())]
+            return [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
         return [index[valid] for index, valid in zip(self.tokens.index, self.tokens.valid, strict=True)]
 
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
         self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]
-        self_bytes = held_bytes(
-            tensor for layer in self_layers if layer.is_initialized for tensor in (layer.keys, layer.values)
-        )
-        batch = self._batch_size()
+        self_bytes = held_bytes(tensor for layer in self_layers for tensor in stored_tensors(layer))
+        batch = max(self.batch_size, 0)
         if self.tokens is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
         cross = [self.layers[index] for index in self.cross_layers]
@@ -201,11 +165,30 @@ class TrimmedCache(Cache):
         """Whether `layer` is the first cross-attention layer of the model that this cache was made for."""
         return self._owner() is layer
 
-    def _batch_size(self) -> int:
+    @property
+    def batch_size(self) -> int:
+        """Samples that it holds; −1 while it is new."""
         if self.tokens is not None:
             return self.tokens.index.shape[0]
         layer = self.layers[self._self_layer]
-        return layer.keys.shape[0] if layer.is_initialized else 0
+        if not layer.is_initialized:
+            return -1
+        # Transformers' quantized layers hold an empty tensor beside what they have quantized.
+        keys = layer.keys if layer.keys.ndim == 4 else layer._quantized_keys
+        return (keys[0] if isinstance(keys, tuple) else keys).shape[0]
+
+    def check_finished(self) -> None:
+        """Raise `ValueError` if the last forward with this cache failed midway: parts of its turn are in, others not."""
+        if self.unfinished:
+            raise ValueError(
+                "This TrimmedCache is left over from a forward that failed: it holds half a turn. Call its reset() to use "
+                "it as a new one, or make a new one. (copy.deepcopy(cache) before a turn keeps the conversation so far.)"
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile decoding: static layers, on a transformers that compiles Mllama's decoding."""
+        return compat.compiles_mllama_decoding() and super().is_compileable
 
     # -- what transformers asks of a cache ----------------------------------------------------------------------
 
@@ -233,21 +216,68 @@ class TrimmedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times."""
-        batch = self._batch_size()
+        self._require_plain_text("batch_repeat_interleave")
+        batch = self.batch_size
         super().batch_repeat_interleave(repeats)
         if self.tokens is not None:
             self.tokens = self.tokens.of_samples(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these samples of the batch."""
+        self._require_plain_text("batch_select_indices")
         super().batch_select_indices(indices)
         if self.tokens is not None:
             self.tokens = self.tokens.of_samples(torch.as_tensor(indices))
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back text tokens (assisted decoding, prompt lookup); pictures stay."""
+        self._require_plain_text("crop")
+        super().crop(*args, **kwargs)
+
+    def _require_plain_text(self, method: str) -> None:
+        # Transformers' quantized layers inherit these methods, but apply them to an empty tensor beside what they hold.
+        if self.config.self_kv_quantization is not None:
+            raise ValueError(
+                f"{method} is not possible with self_kv_quantization={self.config.self_kv_quantization!r}: transformers' "
+                "quantized layers don't support it. Use self_kv_quantization=None for this way of generating."
+            )
+
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.tokens = self.step = None
+        self.unfinished = False
+
+
+def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
+    if config.static:
+        from trim_plugin.static import StaticCrossAttentionLayer
+
+        return StaticCrossAttentionLayer()
+    if config.kv_quantization is None:
+        return CrossAttentionLayer()
+    from trim_plugin.quantized import QuantizedCrossAttentionLayer
+
+    return QuantizedCrossAttentionLayer(config.kv_quantization)
+
+
+def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer | StaticLayer:
+    if config.static:
+        if max_cache_len is None:
+            raise ValueError(
+                "A static cache needs to know how long the text can get: give TrimConfig(static=True, max_cache_len=...). "
+                "(generate(cache_implementation='trimmed') knows it by itself.)"
+            )
+        return StaticLayer(max_cache_len)
+    if config.self_kv_quantization is None:
+        return DynamicLayer()
+    from trim_plugin.quantized import quantized_self_layer
+
+    return quantized_self_layer(config.self_kv_quantization)
 
 
 def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

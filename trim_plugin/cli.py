@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trim_plugin.commands import UserError, demo, plan
+from trim_plugin.commands import UserError, demo, generate, plan
 
-COMMANDS = (demo, plan)
+COMMANDS = (demo, generate, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

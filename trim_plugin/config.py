@@ -9,6 +9,9 @@ from typing import Any
 from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
 
 DEFAULT_TOP_K_RATIO = 0.25
+DEFAULT_STATIC_BUCKET = 256
+KV_QUANTIZATIONS = ("int8", "nf4")
+SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 SCOPES = ("prefill", "decode")
 
 
@@ -23,6 +26,16 @@ class TrimConfig:
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
+        kv_quantization: "int8" or "nf4" stores the kept visual tokens' keys and values in 8 or 4 bits with bitsandbytes,
+            quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included.
+        self_kv_quantization: "fp8" or "quanto" uses transformers' own quantized layers (with their default settings) for
+            self-attention; None keeps the model's dtype. Such layers cannot be cropped, repeated or selected from, so
+            assisted decoding and prompt lookup need None.
+        static: buffers of fixed size, so that `generate` can compile decoding: self-attention layers are transformers'
+            static layers, cross-attention layers hold the kept tokens padded to a multiple of `static_bucket`.
+        static_bucket: visual tokens; pictures whose kept tokens round up to the same multiple share one compiled graph.
+        max_cache_len: text tokens that a static cache has room for. `generate` makes it at least as large as the call
+            needs; give the longest you expect, so that longer prompts reuse the graph.
         scope: "prefill" is the paper's: the first cross-attention layer selects, later ones read survivors only. "decode"
             leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new
             token is stock's and decoding saves the same, but the prefill saves nothing.
@@ -43,11 +56,18 @@ class TrimConfig:
 
     top_k_ratio: float | None = None
     processors: tuple[ProcessorLike, ...] | None = None
+    kv_quantization: str | None = None
+    self_kv_quantization: str | None = None
+    static: bool = False
+    static_bucket: int = DEFAULT_STATIC_BUCKET
+    max_cache_len: int | None = None
     scope: str = "prefill"
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}.")
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
+        _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
+        _check_static(self)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
             ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio
@@ -64,6 +84,11 @@ class TrimConfig:
     def exact(self) -> bool:
         """Whether nothing lossy happens: prefill untouched, the cache drops the unreachable only."""
         return self.top_k_ratio == 1.0
+
+    @property
+    def bucket(self) -> int:
+        """What the number of cached positions is a multiple of."""
+        return self.static_bucket if self.static else 1
 
     @property
     def processor_list(self) -> VisualTokenProcessorList:
@@ -109,6 +134,26 @@ class TrimConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_static(config: TrimConfig) -> None:
+    if not isinstance(config.static, bool):
+        raise ValueError(f"static must be True or False, got {config.static!r}.")
+    for name, value in (("static_bucket", config.static_bucket), ("max_cache_len", config.max_cache_len)):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not is_count and not (name == "max_cache_len" and value is None):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    quantized = [name for name in ("kv_quantization", "self_kv_quantization") if getattr(config, name) is not None]
+    if config.static and quantized:
+        raise ValueError(
+            f"static=True and {quantized[0]}={getattr(config, quantized[0])!r} are both given, but a static cache holds its "
+            "tensors in the model's dtype. Choose one of the two."
+        )
 
 
 def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:

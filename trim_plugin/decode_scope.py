@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from trim_plugin.masks import pack
 from trim_plugin.prefill import Prefill, layer_queries, token_bytes
 from trim_plugin.scoring import visual_token_scores
 from trim_plugin.selection import select
@@ -39,8 +38,8 @@ class UntouchedPrefill(Prefill):
         scores = torch.cat([votes.to(self._scores[0].device) for votes in self._scores], dim=1)
         kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
         self._decodable = kept.to(self._valid.device) & self._valid & self._reachable.gather(1, self._index)
-        if not bool(self._decodable.all()):
-            positions = pack(self._decodable)[0]
+        positions = self._positions(self._decodable)
+        if positions is not None:
             for index in self._cache.cross_layers:
                 self._cache.layers[index].keep(positions)
         super().finish()

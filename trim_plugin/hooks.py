@@ -11,7 +11,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 from trim_plugin.cache import TrimmedCache
 from trim_plugin.decode_scope import UntouchedPrefill
 from trim_plugin.prefill import Prefill
-from trim_plugin.step import Decode, Step
+from trim_plugin.step import Reading, Step
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -52,14 +52,22 @@ def find_text_model(model: torch.nn.Module) -> Any:
         ValueError: there is none, or it has no cross-attention layer or no self-attention layer.
     """
     for module in model.modules():
-        if isinstance(module, MllamaTextModel):
-            crossing = len(_cross_layers(module))
-            if 0 < crossing < len(module.layers):
-                return module
+        if isinstance(module, MllamaTextModel) and _crosses(module):
+            return module
     raise ValueError(
         f"The trimmed cache needs an Mllama model (Llama-3.2-Vision) with cross-attention layers, but {type(model).__name__} "
         "has none. Use another cache_implementation for it."
     )
+
+
+def has_cross_attention(model: torch.nn.Module) -> bool:
+    """Whether a model, or what it wraps, can have a `TrimmedCache`."""
+    return any(isinstance(module, MllamaTextModel) and _crosses(module) for module in model.modules())
+
+
+def has_hooks(text_model: Any) -> bool:
+    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
+    return all(before_layer in layer._forward_pre_hooks.values() for layer in _cross_layers(text_model))
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -67,9 +75,14 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, TrimmedCache):
         return None
-    first = layer.layer_idx == cache.cross_layers[0]
+    first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
+    if kwargs["cross_attention_states"] is None and cache.tokens is not None and hidden_states.shape[1] == 1:
+        # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
+        if first and not torch.compiler.is_compiling():
+            _check_cache(layer, cache, hidden_states)
+        return args, {**kwargs, "cross_attention_mask": cache.tokens.decode_mask}
     if first:
-        cache.step = _begin(layer, cache, _hidden_states(args, kwargs), kwargs)
+        cache.step = _begin(layer, cache, hidden_states, kwargs)
     if cache.step is None:
         raise RuntimeError(
             "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
@@ -82,42 +95,53 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, TrimmedCache) or cache.step is None:
+    if not isinstance(cache, TrimmedCache):
         return
-    cache.step.after(layer, _hidden_states(args, kwargs))
-    if layer.layer_idx == cache.cross_layers[-1]:
+    if cache.step is not None:
+        cache.step.after(layer, _hidden_states(args, kwargs))
+    cache.layers[layer.layer_idx].release()
+    if cache.step is not None and layer.layer_idx == cache.cross_layers[-1]:
         cache.step.finish()
         cache.step = None
+        cache.unfinished = False
 
 
-def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+def _check_cache(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor) -> None:
+    """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
     if not cache.belongs_to(layer):
         raise ValueError(
             "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
         )
+    cache.check_finished()
     batch, tokens = hidden_states.shape[0], cache.tokens
     if tokens is not None and len(tokens.index) != batch:
         raise ValueError(
             f"This TrimmedCache holds {len(tokens.index)} samples, but the forward has {batch}. Make a new cache, or bring "
             "this one to the batch size with batch_repeat_interleave or batch_select_indices."
         )
+
+
+def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+    _check_cache(layer, cache, hidden_states)
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]
-    if tokens is None and cache.layers[layer.layer_idx].is_initialized:
-        raise ValueError(
-            "This TrimmedCache is left over from a forward that failed. Call its reset(), or make a new one."
-        )
+    # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
+    cache.unfinished = True
     if states is not None:
         untouched = cache.config.scope == "decode" and not cache.config.exact
         prefill = UntouchedPrefill if untouched else Prefill
         return prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
-    if tokens is None:
+    if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
-    return Decode(cache, tokens, mask, open_rows, hidden_states)
+    return Reading(cache, cache.tokens, mask, open_rows, hidden_states)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _crosses(text_model: Any) -> bool:
+    return 0 < len(_cross_layers(text_model)) < len(text_model.layers)
 
 
 def _cross_layers(text_model: Any) -> list[Any]:

@@ -61,15 +61,15 @@ def reads_any(mask: torch.Tensor, open_rows: torch.Tensor | None, tokens: torch.
     return (reads if open_rows is None else reads & (open_rows.to(mask.device) != 0)).any()
 
 
-def pack(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(chosen: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of the chosen entries of every row, ascending, padded to the longest row.
 
     Args:
         chosen: bool (batch, width).
+        multiple: the longest row is rounded up to a multiple of this.
 
     Returns:
-        positions int64 (batch, longest), and bool (batch, longest) that is False for padding (which points at an entry that
-        was not chosen).
+        positions int64 (batch, longest), and bool (batch, longest) that is False for padding (which points anywhere).
 
     Example:
         >>> positions, valid = pack(torch.tensor([[True, False, True], [False, True, False]]))
@@ -77,8 +77,10 @@ def pack(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ([[0, 2], [1, 0]], [[True, True], [True, False]])
     """
     counts = chosen.sum(dim=1)
-    longest = int(counts.max())
+    longest = -(-int(counts.max()) // multiple) * multiple
     positions = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    if positions.shape[1] < longest:
+        positions = torch.nn.functional.pad(positions, (0, longest - positions.shape[1]))
     return positions, torch.arange(longest, device=chosen.device) < counts[:, None]
 
 

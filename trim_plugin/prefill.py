@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import CachedTokens, TrimmedCache, take_tokens
+from trim_plugin.cache import TrimmedCache, take_tokens
 from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, pack, reads_any, take_columns
 from trim_plugin.scoring import visual_token_scores
 from trim_plugin.selection import select
 from trim_plugin.step import Step
+from trim_plugin.tokens import CachedTokens
 from trim_plugin.visibility import padding_of, read_visibility
 
 _warned_without_mask = False
@@ -64,6 +65,7 @@ class Prefill(Step):
         self._visibility = read_visibility(self._mask, open_rows, padding_of(causal_mask, rows))
         self._later_states, self._later_mask = self._states, self._mask
         self._token_bytes = 0
+        self._bucket = cache.config.bucket
         self._decodable = self._valid
         self._first_positions: torch.Tensor | None = None
         self._later_positions: torch.Tensor | None = None
@@ -101,7 +103,7 @@ class Prefill(Step):
     def _plan(self, kept: torch.Tensor) -> None:
         """Decide what later layers get, and what every layer's cache holds in the end."""
         self._decodable = kept & self._reachable.gather(1, self._index)
-        self._first_positions = _positions(self._decodable)
+        self._first_positions = self._positions(self._decodable)
         if torch.equal(kept, self._valid):
             self._later_positions = self._first_positions
             return
@@ -112,25 +114,23 @@ class Prefill(Step):
         self._later_mask = take_columns(self._mask, columns, present)
         decodable = self._decodable.gather(1, columns) & present
         # Without earlier turns the kept tokens are packed already: nothing to gather if decoding can read all of them.
-        done = self._first_new == 0 and torch.equal(decodable, present)
-        self._later_positions = None if done else _positions(decodable)
+        done = self._bucket == 1 and self._first_new == 0 and torch.equal(decodable, present)
+        self._later_positions = None if done else self._positions(decodable)
+
+    def _positions(self, chosen: torch.Tensor) -> torch.Tensor | None:
+        """Positions to keep, or None if that is everything as it stands."""
+        return None if self._bucket == 1 and bool(chosen.all()) else pack(chosen, self._bucket)[0]
 
     def _old_columns(self) -> torch.Tensor:
         return torch.arange(self._first_new, device=self._valid.device).expand(len(self._valid), -1)
 
     def finish(self) -> None:
         """Tell the cache which visual tokens its layers hold."""
-        positions, valid = pack(self._decodable)
         visible = self._visibility.visible[:, self._first_new :].sum(dim=1)
         if self._earlier is not None:
             visible += self._earlier.visible
-        self._cache.tokens = CachedTokens(
-            index=self._index.gather(1, positions),
-            valid=valid,
-            visible=visible,
-            reachable=self._reachable,
-            token_bytes=self._token_bytes,
-            unpadded=bool(valid.all()),
+        self._cache.tokens, _ = CachedTokens.choose(
+            self._index, self._decodable, visible, self._reachable, self._token_bytes, self._states.dtype, self._bucket
         )
 
 
@@ -157,11 +157,6 @@ def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.
         torch.cat([earlier.index.to(index.device), index + earlier.total], dim=1),
         torch.cat([earlier.valid.to(index.device), valid], dim=1),
     )
-
-
-def _positions(chosen: torch.Tensor) -> torch.Tensor | None:
-    """Positions to keep, or None if that is everything."""
-    return None if bool(chosen.all()) else pack(chosen)[0]
 
 
 def token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -81,6 +82,35 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
             storage = tensor.untyped_storage()
             storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
     return sum(storages.values())
+
+
+def stored_tensors(layer: Any) -> list[torch.Tensor]:
+    """The plain tensors in which a self-attention layer, quantized or not, holds keys and values.
+
+    Example:
+        >>> from transformers.cache_utils import DynamicLayer
+        >>> layer = DynamicLayer()
+        >>> _ = layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+        >>> held_bytes(stored_tensors(layer))
+        192
+    """
+    held = (
+        layer.keys,
+        layer.values,
+        getattr(layer, "_quantized_keys", None),
+        getattr(layer, "_quantized_values", None),
+    )
+    return [tensor for part in held for tensor in _plain_tensors(part)]
+
+
+def _plain_tensors(part: Any) -> list[torch.Tensor]:
+    if isinstance(part, tuple):
+        return [tensor for entry in part for tensor in _plain_tensors(entry)]
+    if not isinstance(part, torch.Tensor):
+        return []
+    if hasattr(part, "__tensor_flatten__"):  # quanto's tensors hold their codes, scales and shifts in other tensors
+        return [tensor for name in part.__tensor_flatten__()[0] for tensor in _plain_tensors(getattr(part, name))]
+    return [part]
 
 
 def format_bytes(count: int) -> str:

@@ -1,7 +1,8 @@
-"""What happens to the cross-attention layers in one forward.
+"""What happens to the cross-attention layers in one forward of several text rows.
 
 A `Step` is made before the first cross-attention layer runs, hands every layer its visual states and mask, and is dropped
-after the last one. A `Prefill` brings pictures, selects, and trims the layers; a `Decode` brings text only.
+after the last one. A `Prefill` brings pictures, selects, and trims the layers; a `Reading` brings text only. Decoding one row
+needs no step: its mask is `CachedTokens.decode_mask`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import CachedTokens, TrimmedCache
+from trim_plugin.cache import TrimmedCache
 from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, reads_any, take_columns
+from trim_plugin.tokens import CachedTokens
 
 
 class Step(ABC):
@@ -31,8 +33,8 @@ class Step(ABC):
         """Tell the cache what its layers hold now. Called after the last cross-attention layer."""
 
 
-class Decode(Step):
-    """Text rows that read what is cached: a decoding step, candidates to be verified, or a text-only turn.
+class Reading(Step):
+    """Several text rows that read what is cached: candidates to be verified, or a text-only turn.
 
     Args:
         cache: the cache, with its tokens.
@@ -54,11 +56,8 @@ class Decode(Step):
     ) -> None:
         self._cache, self._tokens = cache, tokens
         self._narrowed: CachedTokens | None = None
-        rows = hidden_states.shape[1]
-        if rows == 1 and tokens.unpadded:
-            self._mask = None
-        elif rows == 1 or mask is None:
-            self._mask = open_mask(tokens.valid, rows, hidden_states.dtype)
+        if mask is None:
+            self._mask = open_mask(tokens.valid, hidden_states.shape[1], hidden_states.dtype)
         else:
             self._mask = self._read_mask(mask, open_rows)
 
@@ -71,7 +70,7 @@ class Decode(Step):
         if lost_any:
             raise ValueError(LOST_TOKENS)
         if narrows:
-            self._positions, self._narrowed = tokens.narrowed_to(still)
+            self._narrowed, self._positions = tokens.narrowed_to(still)
         return take_columns(mask, tokens.index, tokens.valid)
 
     def before(self, first: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -1,0 +1,230 @@
+"""Several turns on one cache: against one full prefill, and against stock's own cache."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from trim_plugin import TrimmedCache
+from trim_plugin.compat import slices_mask_rows
+
+from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+from .conversations import PICTURE_INPUTS, Conversation, converse
+
+EXACT = {"top_k_ratio": 1.0}
+#: Conversations that begin with a picture: no row is blind, so a full prefill of the whole is the reference. (A blind row reads
+#: every picture, later ones too, if they come in the same prefill.)
+CONVERSATIONS = {
+    "text follows": [[Sample(((6,), 5))], [Sample((4,))], [Sample((1,))], [Sample((7,))]],
+    "picture follows": [[Sample(((6,), 5))], [Sample((2, (2,), 3))], [Sample((4,))]],
+    "pictures follow": [[Sample(((1,), 2, (3,), 2))], [Sample(((6, 2), 3))], [Sample((3, (8,), 3))], [Sample((2,))]],
+    "batch": [
+        [Sample(((6,), 5)), Sample(((1, 2), 2))],
+        [Sample((4,)), Sample((4,))],
+        [Sample((2, (2,), 3)), Sample((1, (3,), 4))],
+        [Sample((1,)), Sample((1,))],
+    ],
+    "batch with different numbers of pictures": [
+        [Sample(((6,), 5)), Sample(((1,), 2, (4,), 1))],
+        [Sample((2, (2,), 3)), Sample((6,))],
+        [Sample((3,)), Sample((3,))],
+        [Sample((4,)), Sample(((1,), 3))],
+    ],
+}
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_exact_conversation_equals_a_full_prefill_and_stock(turns, attention):
+    model = random_model(seed=1, attention=attention)
+    ours = converse(model, TrimmedCache(model, EXACT), turns)
+    stock = converse(model, DynamicCache(config=model.config.text_config), turns)
+    for (inputs, output), (_, theirs) in zip(ours, stock, strict=True):
+        whole = generate(model, inputs, 5)
+        assert torch.equal(whole.sequences, output.sequences)
+        assert largest_difference(whole, output) <= 1e-4
+        assert torch.equal(theirs.sequences, output.sequences)
+
+
+def test_blind_text_before_a_later_picture_equals_stock(model):
+    turns = [[Sample((3,)), Sample((2, (2,), 1))], [Sample((2, (6,), 3)), Sample((6,))], [Sample((2,)), Sample((2,))]]
+    ours = converse(model, TrimmedCache(model, EXACT), turns)
+    stock = converse(model, DynamicCache(config=model.config.text_config), turns)
+    for (_, output), (_, theirs) in zip(ours, stock, strict=True):
+        assert torch.equal(theirs.sequences, output.sequences)
+        assert largest_difference(theirs, output) <= 1e-5
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_a_new_picture_is_selected_as_in_a_full_prefill(ratio):
+    model = random_model(seed=2, image_size=16)
+    turns = [
+        [Sample(((6,), 5)), Sample(((1,), 3))],
+        [Sample((2, (2,), 3)), Sample((1, (3, 1), 3))],
+        [Sample((4,)), Sample((4,))],
+    ]
+    cache = TrimmedCache(model, {"top_k_ratio": ratio})
+    conversation = Conversation(model, 2)
+    kept = []
+    for turn in turns:
+        earlier = conversation.pixels.shape[1]
+        output = generate(model, conversation.say(*turn).inputs(earlier), 5, past_key_values=cache)
+        whole = trimmed(model, conversation.inputs(), {"top_k_ratio": ratio}, 2)
+        kept.append([indices.tolist() for indices in cache.kept_indices])
+        if turn is not turns[2]:  # there the full prefill has more voters than the turn that brought the picture
+            assert kept[-1] == [indices.tolist() for indices in whole.past_key_values.kept_indices]
+        assert cache.report().total_tokens == whole.past_key_values.report().total_tokens
+        assert cache.report().visible_tokens == whole.past_key_values.report().visible_tokens
+        conversation.hear(output.sequences)
+    per_picture = 4 * 17
+    assert all(index >= per_picture for sample in kept[1] for index in sample), "the first picture is out of reach"
+    assert kept[2] == kept[1], "a turn without a new picture keeps what there is"
+
+
+def test_several_groups_in_a_follow_up_are_selected_as_in_a_full_prefill(model):
+    turns = [[Sample(((6,), 3))], [Sample((1, (2,), 4, (6,), 3))]]
+    (_, _), (inputs, output) = converse(model, TrimmedCache(model, {"top_k_ratio": 0.2}), turns)
+    whole = trimmed(model, inputs, {"top_k_ratio": 0.2}, 1)
+    assert torch.equal(output.past_key_values.kept_indices[0], whole.past_key_values.kept_indices[0])
+
+
+@pytest.mark.parametrize("config", [EXACT, {"top_k_ratio": 0.2}])
+def test_out_of_reach_pictures_are_freed(model, config):
+    cache = TrimmedCache(model, config)
+    conversation = Conversation(model)
+    sizes, keys = [], []
+    for _ in range(5):
+        earlier = conversation.pixels.shape[1]
+        output = generate(model, conversation.say(Sample(((6,), 3))).inputs(earlier), 3, past_key_values=cache)
+        conversation.hear(output.sequences)
+        sizes.append(cache.report().cross_kv_bytes)
+        keys.append(weakref.ref(cache.layers[cache.cross_layers[0]].keys))
+        del output
+    assert max(sizes) <= 1.5 * sizes[0], "one picture's worth, however many turns"
+    gc.collect()
+    assert [ref() is not None for ref in keys] == [False] * 4 + [True]
+    assert cache.report().total_tokens == [5 * 20]
+    assert all(index >= 4 * 20 for index in cache.kept_indices[0])
+
+
+@pytest.mark.parametrize("config", [EXACT, {"top_k_ratio": 0.2}])
+def test_deep_copies_branch_a_conversation(model, config):
+    cache = TrimmedCache(model, config)
+    conversation = Conversation(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    questions = [Sample((3,)), Sample((2, (2,), 4)), Sample((3,))]
+    before = copy.deepcopy(cache)
+    answers = []
+    for question in questions:
+        branch, talk = copy.deepcopy(cache), copy.deepcopy(conversation)
+        talk.say(question)
+        answers.append(generate(model, talk.inputs(earlier_pictures=1), 5, past_key_values=branch))
+        alone = copy.deepcopy(before)
+        again = generate(model, talk.inputs(earlier_pictures=1), 5, past_key_values=alone)
+        assert torch.equal(answers[-1].sequences, again.sequences)
+        if config is EXACT:
+            assert torch.equal(answers[-1].sequences, generate(model, talk.inputs(), 5).sequences)
+    assert cache.get_seq_length() == before.get_seq_length(), "branches leave the trunk alone"
+    assert torch.equal(cache.kept_indices[0], before.kept_indices[0])
+
+
+def test_prefix_cache_serves_many_prompts(model):
+    """A prefix with a picture, read once; its branch repeated for a batch of questions."""
+    conversation = Conversation(model)
+    prefix = conversation.say(Sample(((6,), 4))).inputs()
+    cache = TrimmedCache(model, EXACT)
+    with torch.no_grad():
+        model(**prefix, past_key_values=cache, use_cache=True)
+    batch = copy.deepcopy(cache)
+    batch.batch_repeat_interleave(3)
+    length = prefix["input_ids"].shape[1]
+    whole = copy.deepcopy(conversation).say(Sample((4,))).inputs()
+    whole = {name: tensor.repeat_interleave(3, dim=0) for name, tensor in whole.items()}
+    whole["input_ids"][:, length:] = torch.arange(12).view(3, 4) + 5
+    questions = {name: tensor for name, tensor in whole.items() if name not in PICTURE_INPUTS}
+    output = generate(model, questions, 5, past_key_values=batch)
+    assert torch.equal(generate(model, whole, 5).sequences, output.sequences)
+    assert len(batch.kept_indices) == 3
+    assert cache.get_seq_length() == length, "the prefix is as it was"
+
+
+def test_only_the_new_tokens_may_be_given(model):
+    cache = TrimmedCache(model, EXACT)
+    conversation = Conversation(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    inputs = conversation.say(Sample((4,))).inputs(earlier_pictures=1)
+    whole = generate(model, conversation.inputs(), 5)
+    past = cache.get_seq_length()
+    new = dict(inputs, input_ids=inputs["input_ids"][:, past:])
+    branch = copy.deepcopy(cache)
+    assert torch.equal(generate(model, new, 5, past_key_values=branch).sequences[0, -5:], whole.sequences[0, -5:])
+    if not slices_mask_rows():
+        return  # the mask must be whole then
+    new["cross_attention_mask"] = new["cross_attention_mask"][:, past:]
+    assert torch.equal(generate(model, new, 5, past_key_values=cache).sequences[0, -5:], whole.sequences[0, -5:])
+
+
+def test_beams_and_chunks_in_a_follow_up(model):
+    cache = TrimmedCache(model, EXACT)
+    conversation = Conversation(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    inputs = conversation.say(Sample((7,))).inputs(earlier_pictures=1)
+    beams = copy.deepcopy(cache)
+    beams.batch_repeat_interleave(3)
+    ours = generate(model, inputs, 5, past_key_values=beams, num_beams=3)
+    assert torch.equal(generate(model, conversation.inputs(), 5, num_beams=3).sequences, ours.sequences)
+    for size in (2, 3):
+        if not slices_mask_rows():
+            with pytest.raises(ValueError, match="newer versions of transformers"):
+                generate(model, inputs, 5, past_key_values=copy.deepcopy(cache), prefill_chunk_size=size)
+            continue
+        chunks = generate(model, inputs, 5, past_key_values=copy.deepcopy(cache), prefill_chunk_size=size)
+        assert torch.equal(generate(model, conversation.inputs(), 5).sequences, chunks.sequences)
+
+
+@pytest.mark.parametrize("assistance", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_does_not_continue_a_cache(model, assistance):
+    """transformers reads the whole conversation again on top of the cache: stock's tokens are wrong, silently."""
+    helper = {"prompt_lookup_num_tokens": 3} if assistance == "prompt_lookup_num_tokens" else {"assistant_model": model}
+    cache = TrimmedCache(model, EXACT)
+    conversation = Conversation(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    inputs = conversation.say(Sample((7,))).inputs(earlier_pictures=1)
+    with pytest.raises(NotImplementedError, match="cannot continue a cache"):
+        generate(model, inputs, 5, past_key_values=cache, **helper)
+    again = generate(model, inputs, 5, past_key_values=cache)
+    assert torch.equal(generate(model, conversation.inputs(), 5).sequences, again.sequences)
+
+
+def test_reset_is_as_new(model):
+    first = random_inputs(model, [Sample((1, (6,), 5)), Sample((2, (1,), 3))])
+    second = random_inputs(model, [Sample((1, (2,), 4))], seed=5)
+    cache = TrimmedCache(model, {"top_k_ratio": 0.3})
+    generate(model, first, past_key_values=cache)
+    cache.reset()
+    assert cache.kept_indices == []
+    assert cache.get_seq_length() == 0
+    assert cache.report().cross_kv_bytes == cache.report().self_kv_bytes == 0
+    again = generate(model, second, past_key_values=cache)
+    fresh = trimmed(model, second, {"top_k_ratio": 0.3})
+    assert torch.equal(again.sequences, fresh.sequences)
+    assert torch.equal(again.past_key_values.kept_indices[0], fresh.past_key_values.kept_indices[0])
+
+
+def test_select_and_repeat_carry_the_kept_tokens(model):
+    inputs = random_inputs(model, [Sample((1, (6,), 5)), Sample((2, (1,), 3)), Sample((2, (2, 3), 3))])
+    cache = trimmed(model, inputs, {"top_k_ratio": 0.3}).past_key_values
+    kept = [indices.tolist() for indices in cache.kept_indices]
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert [indices.tolist() for indices in cache.kept_indices] == [kept[2], kept[0]]
+    cache.batch_repeat_interleave(2)
+    assert [indices.tolist() for indices in cache.kept_indices] == [kept[2], kept[2], kept[0], kept[0]]
+    cache.reorder_cache(torch.tensor([3, 0, 0, 1]))
+    assert [indices.tolist() for indices in cache.kept_indices] == [kept[0], kept[2], kept[2], kept[2]]
+    assert {len(layer.keys) for layer in cache.layers} == {4}
+    assert len(cache.report().kept_tokens) == 4

@@ -1,0 +1,182 @@
+"""A static trimmed cache: equal to the dynamic one, of fixed shape, and one compiled graph for many pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import CompileConfig
+
+from trim_plugin import TrimConfig, TrimmedCache, compat
+
+from .exactness.strategies import mixed_batches, model_settings
+from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+
+ONE = [Sample((1, (6,), 6))]
+
+
+def graph_counter():
+    """A compile configuration for every device whose backend only counts graphs, and the list that it counts in."""
+    graphs: list[int] = []
+
+    def backend(graph, example_inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config, graphs
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(model_settings, mixed_batches, st.integers(0, 99), st.sampled_from([1.0, 0.25, 0.1]), st.sampled_from([8, 64]))
+def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, bucket):
+    model = random_model(**model_kwargs)
+    inputs = random_inputs(model, samples, seed)
+    dynamic = trimmed(model, inputs, {"top_k_ratio": ratio}, 6)
+    static = trimmed(
+        model, inputs, {"top_k_ratio": ratio, "static": True, "static_bucket": bucket}, 6, disable_compile=True
+    )
+    references = [dynamic, generate(model, inputs, 6)] if ratio == 1.0 else [dynamic]
+    for reference in references:
+        assert torch.equal(reference.sequences, static.sequences)
+        assert largest_difference(reference, static) <= 1e-5
+    kept = zip(dynamic.past_key_values.kept_indices, static.past_key_values.kept_indices, strict=True)
+    assert all(torch.equal(first, second) for first, second in kept)
+    for index in static.past_key_values.cross_layers:
+        layer = static.past_key_values.layers[index]
+        assert not layer.is_initialized or layer.keys.shape[2] % bucket == 0
+
+
+@pytest.mark.skipif(
+    not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
+)
+@pytest.mark.parametrize("ratio", [1.0, 0.2])
+def test_one_graph_for_ten_pictures_and_longer_prompts(ratio):
+    torch._dynamo.reset()
+    model = random_model(seed=2)
+    compile_config, graphs = graph_counter()
+    settings = {"top_k_ratio": ratio, "static": True, "static_bucket": 64, "max_cache_len": 64}
+    for number in range(10):
+        inputs = random_inputs(model, [Sample((1 + number % 3, (1 + number % 8,), 4 + number))], seed=number)
+        compiled = trimmed(model, inputs, settings, 12, compile_config=compile_config)
+        eager = trimmed(model, inputs, {"top_k_ratio": ratio}, 12)
+        assert torch.equal(compiled.sequences, eager.sequences)
+        assert largest_difference(compiled, eager) <= 1e-5
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(
+    not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
+)
+def test_another_bucket_is_another_graph_and_so_is_another_batch():
+    """So that the count above means something."""
+    torch._dynamo.reset()
+    model = random_model(seed=2)
+    compile_config, graphs = graph_counter()
+    settings = {"top_k_ratio": 1.0, "static": True, "static_bucket": 8, "max_cache_len": 64}
+    for samples in (ONE, [Sample((1, (1,), 6))], [Sample((1, (1,), 6)), Sample((1, (2,), 6))]):
+        trimmed(model, random_inputs(model, samples), settings, 4, compile_config=compile_config)
+    assert len(graphs) >= 3
+
+
+@pytest.mark.skipif(
+    not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
+)
+def test_compiled_batches_sampling_and_128_tokens():
+    torch._dynamo.reset()
+    model = random_model(seed=4)
+    compile_config, graphs = graph_counter()
+    inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((2, (1,), 3)), Sample((7,))])
+    settings = {"top_k_ratio": 1.0, "static": True, "static_bucket": 32}
+    stock = generate(model, inputs, 128)
+    ours = trimmed(model, inputs, settings, 128, compile_config=compile_config)
+    assert torch.equal(stock.sequences, ours.sequences)
+    assert largest_difference(stock, ours) <= 1e-5
+    runs = []
+    for kwargs in ({}, {"cache_implementation": "trimmed", "cache_config": settings, "compile_config": compile_config}):
+        torch.manual_seed(0)
+        runs.append(generate(model, inputs, 16, do_sample=True, **kwargs))
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert graphs
+
+
+def test_buffers_are_kept_and_filled_again(model):
+    cache = TrimmedCache(model, TrimConfig(top_k_ratio=0.1, static=True, static_bucket=32, max_cache_len=64))
+    pointers = []
+    for seed in (0, 1):
+        inputs = random_inputs(model, [Sample((1, (1 + seed,), 6))], seed)
+        ours = generate(model, inputs, past_key_values=cache, disable_compile=True)
+        assert torch.equal(ours.sequences, trimmed(model, inputs, {"top_k_ratio": 0.1}).sequences)
+        pointers.append([layer.keys.data_ptr() for layer in cache.layers])
+        cache.reset()
+    assert pointers[0] == pointers[1]
+
+
+def test_beams_work_on_static_layers(model):
+    inputs = random_inputs(model, ONE)
+    settings = {"top_k_ratio": 0.2, "static": True}
+    static = model.generate(
+        **inputs,
+        max_new_tokens=6,
+        num_beams=3,
+        cache_implementation="trimmed",
+        cache_config=settings,
+        disable_compile=True,
+    )
+    assert torch.equal(
+        static,
+        model.generate(
+            **inputs, max_new_tokens=6, num_beams=3, cache_implementation="trimmed", cache_config={"top_k_ratio": 0.2}
+        ),
+    )
+
+
+def test_a_follow_up_with_a_new_picture_fills_the_buffers_anew(model):
+    whole = random_inputs(model, [Sample((1, (6,), 4, (1,), 5))])
+    length = 6
+    first = {
+        "input_ids": whole["input_ids"][:, :length],
+        "cross_attention_mask": whole["cross_attention_mask"][:, :length, :1],
+        **{name: whole[name][:, :1] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
+    }
+    second = {
+        "input_ids": whole["input_ids"],
+        "cross_attention_mask": whole["cross_attention_mask"],
+        **{name: whole[name][:, 1:] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
+    }
+    sequences = []
+    for extra in ({}, {"static": True, "static_bucket": 16, "max_cache_len": 40}):
+        cache = TrimmedCache(model, TrimConfig(top_k_ratio=1.0, **extra))
+        with torch.no_grad():
+            model(**first, past_key_values=cache, use_cache=True)
+        out = generate(model, second, past_key_values=cache, disable_compile=True)
+        sequences.append(out.sequences)
+        assert len(cache.kept_indices[0]) == 5
+    assert torch.equal(*sequences)
+    assert torch.equal(sequences[0], generate(model, whole).sequences)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"static": 1}, "static must be True or False"),
+        ({"static": True, "static_bucket": 0}, "static_bucket must be a positive integer"),
+        ({"static": True, "max_cache_len": -1}, "max_cache_len must be a positive integer"),
+        ({"static": True, "kv_quantization": "int8"}, "static=True and kv_quantization='int8' are both given"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrimConfig(**settings)
+
+
+def test_by_hand_it_needs_a_length(model):
+    with pytest.raises(ValueError, match="needs to know how long the text can get"):
+        TrimmedCache(model, TrimConfig(static=True))
+
+
+def test_prompt_lookup_says_what_it_needs(model):
+    with pytest.raises(NotImplementedError, match="static=False"):
+        trimmed(model, random_inputs(model, ONE), {"static": True}, 4, prompt_lookup_num_tokens=2)

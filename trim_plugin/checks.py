@@ -1,0 +1,171 @@
+"""Checks of what `generate` is called with, before the model runs: whatever is wrong is said while nothing has happened yet.
+
+`docs/errors.md` lists every error with what to do and the state after it. A plain forward has no such moment: there the
+hooks check what they can see, and the failed cache says so when it is used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trim_plugin.cache import CachedTokens, TrimmedCache
+from trim_plugin.compat import slices_mask_rows
+from trim_plugin.hooks import find_text_model, has_hooks
+from trim_plugin.masks import LOST_TOKENS
+
+
+def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int) -> None:
+    """Check a cache that the user gives as `past_key_values`.
+
+    Args:
+        model: the model that is about to generate.
+        cache: the user's cache, new or from an earlier turn.
+        batch: samples of this generation, beams and return sequences counted.
+
+    Raises:
+        ValueError: the cache was made for another model, holds another number of samples, or is left over from a forward
+            that failed; or the model's hooks were removed.
+    """
+    text_model = find_text_model(model)
+    if not cache.belongs_to(text_model.layers[cache.cross_layers[0]]):
+        raise ValueError(
+            "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
+        )
+    if not has_hooks(text_model):
+        raise ValueError(
+            "This TrimmedCache reached a model whose trim_plugin hooks were removed (trim_plugin.detach). Make a new one, "
+            "which attaches them again: TrimmedCache(model, ...)."
+        )
+    cache.check_finished()
+    held = cache.batch_size
+    if held not in (-1, 0, batch):
+        raise ValueError(
+            f"This TrimmedCache holds {held} samples, but this generation has {batch} (beams and return sequences count). "
+            "Make a new cache, or bring this one to the batch size with batch_repeat_interleave or batch_select_indices."
+        )
+
+
+def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], batch: int) -> None:
+    """Check the tensors that `generate` was given.
+
+    Args:
+        model: the model that is about to generate; its config says what a picture is.
+        cache: the cache of this generation; it may hold earlier turns.
+        inputs: `generate`'s model inputs, expanded for beams and return sequences.
+        batch: samples of this generation, beams and return sequences counted.
+
+    Raises:
+        ValueError: something does not fit; the message names the argument and what to do.
+    """
+    attention_mask = inputs.get("attention_mask")
+    if attention_mask is not None and not bool(attention_mask.any(dim=-1).all()):
+        sample = int((~attention_mask.any(dim=-1)).nonzero()[0])
+        raise ValueError(
+            f"attention_mask is 0 for every token of sample {sample}: there is no text to go on from. Give the mask that "
+            "the processor returns, 1 for text and 0 for padding, or leave the sample out."
+        )
+    pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
+    if pixel_values is not None:
+        _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
+    if mask is not None:
+        _check_mask(mask, batch)
+        _check_mask_rows(mask, cache, inputs)
+        if pixel_values is not None or cache.tokens is not None:
+            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values)
+
+
+def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
+    """Check that `prefill_chunk_size` leaves a prompt with pictures in one piece.
+
+    Raises:
+        ValueError: it does not, or this transformers cannot cut the masks of cached pictures into chunks.
+    """
+    mask = inputs.get("cross_attention_mask")
+    if chunk_size is None or mask is None:
+        return
+    # Where transformers cannot cut the mask's rows, it cuts a prompt that fits into one chunk wrongly as well.
+    if slices_mask_rows() and mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
+        return
+    if inputs.get("pixel_values") is not None or not slices_mask_rows():
+        raise ValueError(
+            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the whole prompt chooses the "
+            "visual tokens. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures (for "
+            "follow-ups, in newer versions of transformers)."
+        )
+
+
+def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch: int, finite: bool) -> None:
+    if inputs.get("aspect_ratio_ids") is None:
+        raise ValueError(
+            "pixel_values were given without aspect_ratio_ids, which say how each picture is tiled. Pass everything that "
+            "the processor returns: model.generate(**processor(...))."
+        )
+    if pixel_values.ndim != 6 or pixel_values.shape[0] != batch:
+        raise ValueError(
+            f"pixel_values must have the shape ({batch} samples, pictures, tiles, channels, height, width) here, got "
+            f"{tuple(pixel_values.shape)}. Pass what the processor returns."
+        )
+    if finite and not bool(pixel_values.isfinite().all()):
+        raise ValueError(
+            "pixel_values hold NaN or inf: no head could choose visual tokens. Mend the picture or its preprocessing; "
+            "top_k_ratio=1.0 chooses nothing and does what transformers does with such a picture."
+        )
+
+
+def _check_mask(mask: torch.Tensor, batch: int) -> None:
+    if mask.ndim != 4 or mask.shape[0] != batch:
+        raise ValueError(
+            f"cross_attention_mask must have the shape ({batch} samples, text tokens, pictures, tiles) here, got "
+            f"{tuple(mask.shape)}. Pass what the processor returns."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "cross_attention_mask holds values other than 0 and 1. It is not additive: 1 lets a text token read a tile, 0 does "
+            "not. Pass what the processor returns."
+        )
+
+
+def _check_mask_rows(mask: torch.Tensor, cache: TrimmedCache, inputs: Mapping[str, Any]) -> None:
+    past = int(cache.get_seq_length())
+    texts = [inputs[name].shape[-1] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
+    allowed = {*texts, *(text - past for text in texts if slices_mask_rows())}
+    if texts and mask.shape[1] not in allowed:
+        new = f" (or for the {texts[0] - past} new ones)" if past else ""
+        raise ValueError(
+            f"cross_attention_mask has rows for {mask.shape[1]} text tokens, but there are {texts[0]}{new}. It needs one row "
+            "per token of input_ids; let the processor make it, or repeat its last row for text added by hand."
+        )
+
+
+def _check_mask_columns(
+    mask: torch.Tensor, cache: TrimmedCache, vision_config: Any, pixel_values: torch.Tensor | None
+) -> None:
+    tiles = vision_config.max_num_tiles
+    tile_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
+    earlier = 0 if cache.tokens is None else cache.tokens.total // (tiles * tile_tokens)
+    new = 0 if pixel_values is None else pixel_values.shape[1]
+    if mask.shape[3] != tiles or mask.shape[2] != earlier + new:
+        follow_up = (
+            f" ({earlier} from earlier turns and {new} new: in a follow-up, pixel_values hold the new pictures only, "
+            "cross_attention_mask covers all)"
+            if earlier
+            else ""
+        )
+        raise ValueError(
+            f"cross_attention_mask covers {mask.shape[2]} pictures of {mask.shape[3]} tiles, but there are {earlier + new} "
+            f"of {tiles}{follow_up}. Pass what the processor returns for the whole conversation."
+        )
+    if cache.tokens is not None:
+        _check_nothing_lost(mask, cache.tokens, int(cache.get_seq_length()), tile_tokens)
+
+
+def _check_nothing_lost(mask: torch.Tensor, tokens: CachedTokens, past: int, tile_tokens: int) -> None:
+    """Raise if this turn's text reads a tile that earlier turns' last rows could not read: the cache has dropped it."""
+    rows = mask[:, past:] if mask.shape[1] > past else mask
+    read = rows.flatten(2).any(dim=1)
+    reachable = tokens.reachable[:, ::tile_tokens].to(read.device)
+    if bool((read[:, : reachable.shape[1]] & ~reachable).any()):
+        raise ValueError(LOST_TOKENS)
