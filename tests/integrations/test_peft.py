@@ -110,7 +110,7 @@ def test_names_of_older_transformers_are_understood(adapters, tmp_path):
 def test_an_adapter_for_another_architecture(adapters, tmp_path):
     other = make_adapter(tmp_path / "wide", "cross_attention", 0, width=32)
     with pytest.raises(
-        ValueError, match=r"for another architecture: its .*q_proj has 32 inputs and 32 outputs, the model's"
+        ValueError, match=r"for another architecture: its .*k_proj has 32 inputs and 16 outputs, the model's"
     ):
         load_adapters(base(), other)
     deeper = make_adapter(tmp_path / "deep", "text_attention", 0, layers=6, cross_layers=(1, 3))
