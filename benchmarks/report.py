@@ -216,6 +216,7 @@ def latency_tables(result: dict[str, Any]) -> str:
             "prefill / stock",
         ]
         parts.append(table(header, lines))
+    parts.append(_verdict(result))
     parts.append("### What scoring costs (one page, one sample)\n")
     parts.append(
         table(
@@ -241,6 +242,34 @@ def latency_tables(result: dict[str, Any]) -> str:
         )
     )
     return "\n".join(parts)
+
+
+def slower_than_stock(case: dict[str, Any], way: str = "exact") -> bool:
+    """Whether a way's decoding step is slower than stock's beyond the noise, the interval of stock against itself."""
+    intervals = {row["way"]: row["step_ratio_interval"] for row in case["rows"]}
+    return way in intervals and intervals[way][0] > max(1.0, intervals["stock again"][1])
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    cases = result["rows"]
+    slower = [
+        f"{case['shape']}, {case['scenario']}, batch {case['batch']}" for case in cases if slower_than_stock(case)
+    ]
+    exact = f"Exact mode decodes slower than stock beyond the noise in {len(slower)} of {len(cases)} cases"
+    text = exact + (f": {'; '.join(slower)}.\n" if slower else ".\n")
+    trimmed = [
+        row["roofline_share"]
+        for case in cases
+        if case["shape"] != "small"
+        for row in case["rows"]
+        if row["way"].startswith("kept")
+    ]
+    if trimmed:
+        reached = sum(share >= 0.9 for share in trimmed)
+        text += (
+            f"\nAt random shapes trimmed ways reach 0.9 of the roofline's ratio in {reached} of {len(trimmed)} cases.\n"
+        )
+    return text
 
 
 def latency_plots(result: dict[str, Any], assets: Path) -> list[Path]:

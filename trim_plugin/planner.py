@@ -360,7 +360,8 @@ def _working_set(config: MllamaConfig, job: Job, way: str, kept: int, cross: int
     in_text = states + mask + attention + (layer if way != "stock" else 0)
     if way == "trimmed":
         in_text += job.batch * kept * text.hidden_size * element
-        in_text = max(in_text, states + mask + layer + SCORING_SCRATCH)
+        logits = 2 * text.num_attention_heads * job.prompt_tokens * job.images * image_tokens(config) * 4
+        in_text = max(in_text, states + mask + layer + min(SCORING_SCRATCH, logits))
     making_mask = states + rows * job.images * image_tokens(config) * (8 + 4 + element)
     # While the tower runs, no cache exists yet.
     return max(in_text, making_mask - caches, _vision_set(config, job, element) - caches if job.tower else 0)
