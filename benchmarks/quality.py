@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,43 +218,24 @@ def smallest_share(rows: list[dict[str, Any]], family: str, allowed: float = 0.0
     return smallest
 
 
-@contextlib.contextmanager
-def model_of(condition: str, adapter: Path | None) -> Iterator[Any]:
+def model_of(condition: str, adapter: Path | None) -> Any:
     """The small model in a condition: "float32", "nf4 weights" or "LoRA"."""
-    from transformers import MllamaForConditionalGeneration
+    from trim_plugin.integrations.accelerate import load
 
-    extra: dict[str, Any] = {}
-    if condition == "nf4 weights":
-        from trim_plugin.integrations.bitsandbytes import quantization_config
-
-        extra["quantization_config"] = quantization_config("nf4", compute_dtype=torch.float32)
-    model: Any = MllamaForConditionalGeneration.from_pretrained(SMALL_MODEL, dtype=torch.float32, **extra).eval()
-    if condition == "nf4 weights":
-        from trim_plugin.integrations.bitsandbytes import use_standard_layout
-
-        use_standard_layout(model, only_misfits=True)
-    if condition == "LoRA":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter)).eval().base_model.model
-    yield model
+    weights = "nf4" if condition == "nf4 weights" else "fp32"
+    own = adapter if condition == "LoRA" else None
+    model, _ = load(SMALL_MODEL, weights, adapter=own, device_map=None, dtype=torch.float32)
+    return model.base_model.model if own is not None else model
 
 
 def conditions(adapter: Path | None) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name → (model's condition, further `TrimConfig` fields) of what this installation can run."""
-    fields = {field.name for field in dataclasses.fields(TrimConfig)}
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    with contextlib.suppress(ImportError):
-        import bitsandbytes  # noqa: F401
-
-        if "kv_quantization" in fields:
-            found["int8 KV"] = ("float32", {"kv_quantization": "int8"})
-            found["nf4 KV"] = ("float32", {"kv_quantization": "nf4"})
-        import trim_plugin.integrations.bitsandbytes  # noqa: F401
-
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        found["int8 KV"] = ("float32", {"kv_quantization": "int8"})
+        found["nf4 KV"] = ("float32", {"kv_quantization": "nf4"})
         found["nf4 weights"] = ("nf4 weights", {})
-        if "kv_quantization" in fields:
-            found["nf4 weights, nf4 KV"] = ("nf4 weights", {"kv_quantization": "nf4"})
+        found["nf4 weights, nf4 KV"] = ("nf4 weights", {"kv_quantization": "nf4"})
     if adapter is not None:
         found["LoRA"] = ("LoRA", {})
     return found
@@ -291,17 +273,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _run_conditions(scenes: list[Scene], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, (condition, fields) in track(conditions(arguments.adapter).items(), "quality: quantized and adapted"):
-        with model_of(condition, arguments.adapter) as model:
-            batches = question_batches(model, scenes, 60)
-            stock = run_rule(model, batches, None)
-            if fields == {}:
-                rows.append(
-                    {"condition": name, "rule": "stock", "ratio": None} | figures(batches, stock, stock, len(scenes))
-                )
-            for ratio in (1.0, 0.25, 0.1):
-                found = run_rule(model, batches, Rule("paper", ratio, {"top_k_ratio": ratio} | fields))
-                own = figures(batches, stock, found, len(scenes))
-                rows.append({"condition": name, "rule": "paper", "ratio": ratio} | own)
+        model = model_of(condition, arguments.adapter)
+        batches = question_batches(model, scenes, 60)
+        stock = run_rule(model, batches, None)
+        if not fields:
+            rows.append(
+                {"condition": name, "rule": "stock", "ratio": None} | figures(batches, stock, stock, len(scenes))
+            )
+        for ratio in (1.0, 0.25, 0.1):
+            found = run_rule(model, batches, Rule("paper", ratio, {"top_k_ratio": ratio} | fields))
+            rows.append(
+                {"condition": name, "rule": "paper", "ratio": ratio} | figures(batches, stock, found, len(scenes))
+            )
     return rows
 
 
