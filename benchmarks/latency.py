@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 
 import trim_plugin.prefill
+from benchmarks import compiled
 from benchmarks.common import (
     SCENARIOS,
     Decoding,
@@ -259,6 +260,8 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
+    if arguments.compiled:
+        return compiled.run(arguments)
     seed_everything()
     rows, scoring, skipped, models = [], [], [], {}
     with Progress() as bar:
@@ -289,3 +292,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
+    parser.add_argument(
+        "--compiled", action="store_true", help="latency: compiled decoding instead, with a static cache"
+    )

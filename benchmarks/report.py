@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import compiled_report
 from benchmarks.common import SCENARIOS, read_result
+from benchmarks.markdown import milliseconds, percent, table
 from trim_plugin.report import format_bytes
 
 
@@ -54,26 +55,10 @@ def _footer(result: dict[str, Any]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first are right-aligned."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """A share as "12.3 %"."""
-    return f"{100 * value:.{digits}f} %"
-
-
 def points(row: dict[str, Any]) -> str:
     """The change to stock in percentage points, with its interval."""
     low, high = row["change_interval"]
     return f"{100 * row['change']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
-
-
-def milliseconds(value: float) -> str:
-    """Seconds as milliseconds, three digits."""
-    return f"{1000 * value:.3g}" if value < 1 else f"{1000 * value:.0f}"
 
 
 def memory_tables(result: dict[str, Any]) -> str:
@@ -447,4 +432,5 @@ SECTIONS = {
     "quality": (quality_tables, quality_plots),
     "memory": (memory_tables, memory_plots),
     "latency": (latency_tables, latency_plots),
+    "compiled": (compiled_report.tables, compiled_report.plots),
 }

@@ -6,7 +6,6 @@ have no column for, and taking candidates back crops the picture in the assistan
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +103,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
         pictures = {name: inputs.pop(name, None) for name in _PICTURE_INPUTS}
         if has_cross_attention(assistant):
             inputs["past_key_values"] = TrimmedCache(assistant, cache.config)
-            if pictures["pixel_values"] is not None and "pixel_values" in _accepted(assistant):
+            if pictures["pixel_values"] is not None and _sees_alike(assistant, model):
                 _show_pictures(assistant, input_ids, inputs, pictures)
                 inputs["cross_attention_mask"] = pictures["cross_attention_mask"]
 
@@ -126,5 +125,9 @@ def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, An
     )
 
 
-def _accepted(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+def _sees_alike(assistant: Any, model: Any) -> bool:
+    """Whether the assistant can take the pictures as they were prepared for the model."""
+    theirs, ours = (getattr(one.config, "vision_config", None) for one in (assistant, model))
+    if theirs is None or ours is None:
+        return False
+    return (theirs.image_size, theirs.max_num_tiles) == (ours.image_size, ours.max_num_tiles)

@@ -70,7 +70,8 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
-    if mask is not None:
+    # Without a vision config it is a text model that is given prepared states and an additive mask.
+    if mask is not None and hasattr(model.config, "vision_config"):
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
         if pixel_values is not None or cache.tokens is not None:

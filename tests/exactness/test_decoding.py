@@ -152,12 +152,14 @@ def test_prompt_lookup_without_pictures_equals_greedy(shared_model):
 
 @needs_sliced_rows
 @pytest.mark.parametrize("ratio", [1.0, 0.2])
-@pytest.mark.parametrize("kind", ["itself", "smaller", "text only"])
+@pytest.mark.parametrize("kind", ["itself", "smaller", "other picture size", "text only"])
 def test_assistant_equals_greedy(shared_model, single, ratio, kind):
     if kind == "itself":
         assistant = random_model()
     elif kind == "smaller":
         assistant = random_model(layers=3, cross_layers=(1,))
+    elif kind == "other picture size":
+        assistant = random_model(layers=3, cross_layers=(1,), image_size=16)
     else:
         assistant = MllamaForCausalLM(shared_model.config.text_config).eval()
         assistant.generation_config.eos_token_id = None
