@@ -245,15 +245,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     scenes = held_out_scenes(24 if arguments.quick else arguments.scenes)
-    with model_of("float32", None) as model:
-        batches = question_batches(model, scenes, 60)
-        stock = run_rule(model, batches, None)
-        rows = [{"rule": "stock", "parameter": None} | figures(batches, stock, stock, len(scenes))]
-        for rule in track(all_rules(arguments.quick), "quality: rules"):
-            found = run_rule(model, batches, rule)
-            rows.append(
-                {"rule": rule.family, "parameter": rule.parameter} | figures(batches, stock, found, len(scenes))
-            )
+    model = model_of("float32", None)
+    batches = question_batches(model, scenes, 60)
+    stock = run_rule(model, batches, None)
+    rows = [{"rule": "stock", "parameter": None} | figures(batches, stock, stock, len(scenes))]
+    for rule in track(all_rules(arguments.quick), "quality: rules"):
+        found = run_rule(model, batches, rule)
+        rows.append({"rule": rule.family, "parameter": rule.parameter} | figures(batches, stock, found, len(scenes)))
     result = {
         "environment": environment(),
         "quick": arguments.quick,
@@ -264,8 +262,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "loss_below_half_a_point": {
             family: smallest_share(rows, family) for family in dict.fromkeys(row["rule"] for row in rows[1:])
         },
-        "conditions": _run_conditions(scenes, arguments),
+        "conditions": [],
     }
+    write_result("quality", result, arguments.out)
+    result["conditions"] = _run_conditions(scenes, arguments)
     write_result("quality", result, arguments.out)
     return result
 

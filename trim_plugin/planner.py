@@ -61,7 +61,7 @@ class Job:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if field.name != "tower" and value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}.")
         if self.readable_images is not None and self.readable_images > self.images:
             raise ValueError(f"readable_images must be at most images ({self.images}), got {self.readable_images}.")
