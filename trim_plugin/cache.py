@@ -67,7 +67,7 @@ class CrossAttentionLayer(DynamicLayer):
     def settle(self) -> None:
         """Lay keys and values out head by head, as decoding reads them; a projection returns them token by token.
 
-        Measured: decoding from the projection's own layout took up to 1.4 times as long (small model, CPU, 8 samples of 8 pictures).
+        Measured: decoding from the projection's layout took up to 1.4 times as long (small model, CPU, 8 samples of 8 pictures).
         """
         self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
