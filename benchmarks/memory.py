@@ -307,6 +307,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     wanted = cases(arguments)
     rows: list[dict[str, Any]] = []
+    result = {
+        "environment": environment(arguments.device),
+        "quick": arguments.quick,
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
         task = bar.add_task("memory", total=len(wanted))
@@ -325,14 +331,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 except EOFError:
                     break
                 bar.advance(task)
+                write_result("memory", result, arguments.out)  # a run that is cut off leaves what it has
             process.join()
-    result = {
-        "environment": environment(arguments.device),
-        "quick": arguments.quick,
-        "new_tokens": NEW_TOKENS,
-        "rows": rows,
-    }
-    write_result("memory", result, arguments.out)
     return result
 
 
