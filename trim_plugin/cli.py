@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from trim_plugin.commands import UserError, demo
+from trim_plugin.commands import eval as evaluation
 
-COMMANDS = (demo,)
+COMMANDS = (demo, evaluation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
