@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from trim_plugin.integrations import bitsandbytes as quantization
+
 from trim_plugin.quantized import require_bitsandbytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +71,7 @@ def load(
     if isinstance(device_map, Mapping):
         check_device_map(skeleton, device_map)
         _check_quantized_placement(weights, device_map)
+        device_map = dict(_without_overlap("", skeleton, device_map))
     if adapter is not None:
         from trim_plugin.integrations.peft import load_adapters, read_adapters
 
@@ -84,7 +85,7 @@ def load(
     model = MllamaForConditionalGeneration.from_pretrained(
         path_or_id,
         dtype=DTYPES.get(weights, dtype),
-        device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+        device_map=device_map,
         max_memory=None if max_memory is None else dict(max_memory),
         offload_folder=offload_folder,
         attn_implementation=attention,
@@ -116,13 +117,16 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, int | str 
         ValueError: device_map splits the block '' (Linear): 'weight' is on 0, 'bias' on cpu. Give the whole block one device.
     """
     names = [name for name, _ in model.named_parameters()]
+    known = {name for name, _ in model.named_modules()}.union(names, (name for name, _ in model.named_buffers()))
     for entry in device_map:
-        if entry and not any(_inside(name, entry) for name in names):
+        if entry not in known:
             raise ValueError(f"device_map names {entry!r}, which the model does not have.")
     places = {name: _placed(name, device_map) for name in names}
     for name, place in places.items():
         if place is None:
-            raise ValueError(f"device_map leaves out {name!r}. Give it a device, or add a default: '' covers everything.")
+            raise ValueError(
+                f"device_map leaves out {name!r}. Give it a device, or add a default: '' covers everything."
+            )
     for block, kind in _blocks(model):
         own = {name: str(place) for name, place in places.items() if _inside(name, block)}
         first = next(iter(own), None)
@@ -132,6 +136,18 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, int | str 
                 f"device_map splits the block {block!r} ({kind}): {first!r} is on {own[first]}, {other!r} on {own[other]}. "
                 "Give the whole block one device."
             )
+
+
+def _without_overlap(name: str, module: torch.nn.Module, device_map: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A device map that says the same, but in which no entry contains another: accelerate cannot place nested ones."""
+    if not any(entry != name and _inside(entry, name) for entry in device_map):
+        yield name, _placed(name, device_map)
+        return
+    prefix = f"{name}." if name else ""
+    for child_name, child in module.named_children():
+        yield from _without_overlap(prefix + child_name, child, device_map)
+    for own, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        yield prefix + own, _placed(prefix + own, device_map)
 
 
 def _check_weights(weights: str) -> None:
@@ -146,9 +162,7 @@ def _mllama_config(path_or_id: str | Path) -> Any:
 
     config = AutoConfig.from_pretrained(path_or_id)
     if config.model_type != "mllama":
-        raise ValueError(
-            f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model."
-        )
+        raise ValueError(f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model.")
     return config
 
 

@@ -233,7 +233,9 @@ def weight_memory(model: torch.nn.Module) -> WeightMemory:
 def _placed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that a module holds itself, with the part of the model that it belongs to."""
     layers = {
-        name: "cross_attention_layers" if isinstance(module, MllamaCrossAttentionDecoderLayer) else "self_attention_layers"
+        name: "cross_attention_layers"
+        if isinstance(module, MllamaCrossAttentionDecoderLayer)
+        else "self_attention_layers"
         for name, module in model.named_modules()
         if isinstance(module, MllamaCrossAttentionDecoderLayer | MllamaSelfAttentionDecoderLayer)
     }

@@ -50,7 +50,9 @@ _RENAMED = {
 }
 
 
-def lora_config(preset: str, rank: int = 16, *, alpha: float | None = None, dropout: float = 0.0, **overrides: Any) -> Any:
+def lora_config(
+    preset: str, rank: int = 16, *, alpha: float | None = None, dropout: float = 0.0, **overrides: Any
+) -> Any:
     """A `LoraConfig` for Mllama's text model; the vision tower is never touched.
 
     Args:
@@ -112,9 +114,7 @@ def prepare_qlora(model: Any, config: Any, *, gradient_checkpointing: bool = Fal
     return get_peft_model(prepared, config)
 
 
-def load_adapters(
-    model: Any, adapters: str | Path | Mapping[str, str | Path], *, trainable: bool = False
-) -> Any:
+def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *, trainable: bool = False) -> Any:
     """Load LoRA adapters from folders onto a model, after checking that they are safe to read and fit it.
 
     Only safetensors are read. Adapters are put where their weights say, not where a bare module name might match too. Names
@@ -193,7 +193,9 @@ def merge_adapters(model: Any, names: Sequence[str] | None = None, weights: Sequ
     weights = [1.0] * len(names) if weights is None else list(weights)
     _check_loaded(model, names)
     if not names or len(weights) != len(names):
-        raise ValueError(f"Give a weight for each adapter and at least one: got {len(names)} names, {len(weights)} weights.")
+        raise ValueError(
+            f"Give a weight for each adapter and at least one: got {len(names)} names, {len(weights)} weights."
+        )
     _use_standard_layout(model)
     merged = names[0]
     if len(names) > 1 or weights != [1.0]:

@@ -169,11 +169,13 @@ def test_padding_between_samples_is_masked_while_decoding(model):
 def test_a_cache_for_another_model_is_refused(model):
     other = random_model(seed=1)
     inputs = random_inputs(model, PAIR)
-    with pytest.raises(RuntimeError, match="made for another model"):
-        generate(other, inputs, past_key_values=TrimmedCache(model))
-    TrimmedCache(other)  # hooks on it now
     with pytest.raises(ValueError, match="made for another model"):
         generate(other, inputs, past_key_values=TrimmedCache(model))
+    with pytest.raises(RuntimeError, match="made for another model"), torch.no_grad():
+        other(**inputs, past_key_values=TrimmedCache(model), use_cache=True)
+    TrimmedCache(other)  # hooks on it now
+    with pytest.raises(ValueError, match="made for another model"), torch.no_grad():
+        other(**inputs, past_key_values=TrimmedCache(model), use_cache=True)
 
 
 def test_models_without_cross_attention_are_refused():

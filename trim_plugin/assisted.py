@@ -6,7 +6,6 @@ have no column for, and taking candidates back crops the picture in the assistan
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +64,11 @@ def check_supported(cache: TrimmedCache, inputs: dict[str, Any]) -> None:
     Its assisted decoding reads the whole `input_ids` again on top of a cache that holds a part of them. And up to some
     version after 5.17 Mllama's mask grows by one row per forward, however many candidates there are.
     """
+    if cache.config.static:
+        raise NotImplementedError(
+            "Assisted decoding (prompt_lookup_num_tokens, assistant_model) takes rejected tokens back, which transformers' "
+            "static cache layers cannot. Use TrimConfig(static=False) for it, or generate without assistance."
+        )
     if cache.get_seq_length() > 0:
         raise NotImplementedError(
             "Assisted decoding (prompt_lookup_num_tokens, assistant_model) cannot continue a cache: transformers would read "
@@ -99,7 +103,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
         pictures = {name: inputs.pop(name, None) for name in _PICTURE_INPUTS}
         if has_cross_attention(assistant):
             inputs["past_key_values"] = TrimmedCache(assistant, cache.config)
-            if pictures["pixel_values"] is not None and "pixel_values" in _accepted(assistant):
+            if pictures["pixel_values"] is not None and _sees_alike(assistant, model):
                 _show_pictures(assistant, input_ids, inputs, pictures)
                 inputs["cross_attention_mask"] = pictures["cross_attention_mask"]
 
@@ -121,5 +125,9 @@ def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, An
     )
 
 
-def _accepted(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+def _sees_alike(assistant: Any, model: Any) -> bool:
+    """Whether the assistant can take the pictures as they were prepared for the model."""
+    theirs, ours = (getattr(one.config, "vision_config", None) for one in (assistant, model))
+    if theirs is None or ours is None:
+        return False
+    return (theirs.image_size, theirs.max_num_tiles) == (ours.image_size, ours.max_num_tiles)

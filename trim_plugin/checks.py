@@ -70,7 +70,8 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
-    if mask is not None:
+    # Without a vision config it is a text model that is given prepared states and an additive mask.
+    if mask is not None and hasattr(model.config, "vision_config"):
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
         if pixel_values is not None or cache.tokens is not None:
@@ -84,7 +85,10 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
         ValueError: it does not, or this transformers cannot cut the masks of cached pictures into chunks.
     """
     mask = inputs.get("cross_attention_mask")
-    if chunk_size is None or mask is None or mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
+    if chunk_size is None or mask is None:
+        return
+    # Where transformers cannot cut the mask's rows, it cuts a prompt that fits into one chunk wrongly as well.
+    if slices_mask_rows() and mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
         return
     if inputs.get("pixel_values") is not None or not slices_mask_rows():
         raise ValueError(

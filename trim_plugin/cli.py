@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trim_plugin.commands import UserError, demo
+from trim_plugin.commands import UserError, demo, generate, plan
 from trim_plugin.commands import eval as evaluation
 
-COMMANDS = (demo, evaluation)
+COMMANDS = (demo, generate, evaluation, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256
 KV_QUANTIZATIONS = ("int8", "nf4")
 SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
+SCOPES = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class TrimConfig:
         static_bucket: visual tokens; pictures whose kept tokens round up to the same multiple share one compiled graph.
         max_cache_len: text tokens that a static cache has room for. `generate` makes it at least as large as the call
             needs; give the longest you expect, so that longer prompts reuse the graph.
+        scope: "prefill" is the paper's: the first cross-attention layer selects, later ones read survivors only. "decode"
+            leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new
+            token is stock's and decoding saves the same, but the prefill saves nothing.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -57,10 +61,12 @@ class TrimConfig:
     static: bool = False
     static_bucket: int = DEFAULT_STATIC_BUCKET
     max_cache_len: int | None = None
+    scope: str = "prefill"
 
     def __post_init__(self) -> None:
-        _check_choice("kv_quantization", self.kv_quantization, KV_QUANTIZATIONS)
-        _check_choice("self_kv_quantization", self.self_kv_quantization, SELF_KV_QUANTIZATIONS)
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
+        _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
         _check_static(self)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
@@ -130,10 +136,9 @@ class TrimConfig:
         return self
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be None or one of {allowed}, got {value!r}.")
+def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _check_static(config: TrimConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
 
 from trim_plugin.cache import TrimmedCache
+from trim_plugin.decode_scope import UntouchedPrefill
 from trim_plugin.prefill import Prefill
 from trim_plugin.step import Reading, Step
 
@@ -127,7 +128,9 @@ def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs:
     # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
     cache.unfinished = True
     if states is not None:
-        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+        untouched = cache.config.scope == "decode" and not cache.config.exact
+        prefill = UntouchedPrefill if untouched else Prefill
+        return prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
     return Reading(cache, cache.tokens, mask, open_rows, hidden_states)

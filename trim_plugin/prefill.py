@@ -85,7 +85,7 @@ class Prefill(Step):
         cached = self._cache.layers[layer.layer_idx]
         first = layer.layer_idx == self._cache.cross_layers[0]
         if first:
-            self._token_bytes = _token_bytes(cached.keys, cached.values)
+            self._token_bytes = token_bytes(cached.keys, cached.values)
             self._plan(self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
         positions = self._first_positions if first else self._later_positions
         if positions is not None:
@@ -97,11 +97,6 @@ class Prefill(Step):
             return self._valid
         queries = layer_queries(layer, hidden_states)
         scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling)
-        if bool(scores.isnan().any()):
-            raise ValueError(
-                "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
-                "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
-            )
         kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
         return kept.to(self._valid.device) & self._valid
 
@@ -164,7 +159,8 @@ def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.
     )
 
 
-def _token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+def token_bytes(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Bytes of one visual token's keys and values in a layer, (batch, key-value heads, tokens, head_dim) each."""
     return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in (keys, values))
 
 

@@ -149,7 +149,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         super().__init__()
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> Any:
         """Full keys, (batch, key-value heads, tokens, head_dim); None before the first picture."""
         return self._read("keys")
 
@@ -158,7 +158,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         self._full["keys"] = states
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> Any:
         """Full values, like `keys`."""
         return self._read("values")
 

@@ -29,7 +29,7 @@ def select(
 
     Raises:
         TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
-            a group.
+            a group; or the scores are NaN.
 
     Example:
         >>> from trim_plugin import TopKPerHead
@@ -39,6 +39,11 @@ def select(
         >>> select(votes, seen, VisualTokenProcessorList([TopKPerHead(0.25)]))
         tensor([[ True, False, False,  True]])
     """
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
+            "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
+        )
     kept = ~visibility.voters.any(dim=-1).to(scores.device)[:, None].expand(scores.shape[0], scores.shape[-1])
     kept = kept.clone()
     kept[:, :first_token] = True

@@ -53,7 +53,9 @@ def held_out_questions(count: int, kinds: tuple[str, ...] = TRAINED_TYPES, seed:
     return questions
 
 
-def batches(processor: Any, questions: list[Question], size: int) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
+def batches(
+    processor: Any, questions: list[Question], size: int
+) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
     """Left-padded batches of questions of one type, so that answers are of like length."""
     ordered = sorted(questions, key=lambda question: question.kind)
     processor.tokenizer.padding_side = "left"
@@ -85,11 +87,16 @@ def answers(model: Any, processor: Any, inputs: dict[str, torch.Tensor], **setti
     return [text.strip() for text in texts], output.past_key_values
 
 
-def evaluate(model: Any, processor: Any, questions: list[Question], ratios: tuple[float, ...], size: int) -> dict[str, Any]:
+def evaluate(
+    model: Any, processor: Any, questions: list[Question], ratios: tuple[float, ...], size: int
+) -> dict[str, Any]:
     """Answers and accuracy of stock and of every ratio."""
     ways: list[tuple[str, dict[str, Any]]] = [("stock", {})]
     ways += [
-        ("exact" if ratio == 1 else f"{ratio:g}", {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": ratio}})
+        (
+            "exact" if ratio == 1 else f"{ratio:g}",
+            {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": ratio}},
+        )
         for ratio in ratios
     ]
     found: dict[str, list[tuple[Question, str, float]]] = {name: [] for name, _ in ways}
@@ -113,8 +120,9 @@ def _summary(entries: list[tuple[Question, str, float]], stock: list[str]) -> di
     kinds = sorted({question.kind for question, _, _ in entries}, key=TRAINED_TYPES.index)
     tiles = sorted({question.tiles for question, _, _ in entries})
 
-    def mean(chosen: list[bool]) -> float:
-        return sum(flag for flag, use in zip(right, chosen, strict=True) if use) / sum(chosen)
+    def mean(chosen: list[bool]) -> float | None:  # None: nothing was asked
+        count = sum(chosen)
+        return sum(flag for flag, use in zip(right, chosen, strict=True) if use) / count if count else None
 
     return {
         "questions": len(entries),
@@ -130,11 +138,26 @@ def _summary(entries: list[tuple[Question, str, float]], stock: list[str]) -> di
     }
 
 
+def training_lines(record: dict[str, Any]) -> list[str]:
+    """How the checkpoint was trained, as Markdown."""
+    lines = [f"Training record of this checkpoint: seed {record['seed']}.", ""]
+    lines += ["| stage | steps | minutes | answer tokens right | digit patches named right |", "| --- " * 5 + "|"]
+    for name, stage in record["stages"].items():
+        words = f"{stage['words']:.3f}" if "words" in stage else ""
+        lines.append(f"| {name} | {stage['steps']} | {stage['minutes']} | {words} | {stage['patches']:.3f} |")
+    return [*lines, "", "The last two columns are running means on training scenes, with augmentation.", ""]
+
+
+def _cell(accuracy: float | None) -> str:
+    return "–" if accuracy is None else f"{accuracy:.3f}"
+
+
 def tables(results: dict[str, Any]) -> str:
     """The README's tables."""
     ways = results["ways"]
     kinds, tiles = list(ways["stock"]["by_type"]), list(ways["stock"]["by_tiles"])
-    lines = [
+    lines = training_lines(results["training"]) if results["training"] else []
+    lines += [
         f"{results['questions']} questions about held-out scenes ({results['questions'] // len(kinds)} of each type), "
         f"scene seed {results['seed']}.",
         "",
@@ -147,8 +170,8 @@ def tables(results: dict[str, Any]) -> str:
         ("all types", "by_tiles", ways["stock"]["accuracy"]),
         ("colour question", "colour_by_tiles", ways["stock"]["by_type"]["colour"]),
     ):
-        cells = [f"{ways['stock'][key][count]:.3f}" for count in tiles]
-        lines.append(f"| {title} | " + " | ".join(cells) + f" | {total:.3f} |")
+        cells = [_cell(ways["stock"][key][count]) for count in tiles]
+        lines.append(f"| {title} | " + " | ".join([*cells, _cell(total)]) + " |")
     lines += [
         "",
         "Trimmed, by `top_k_ratio` (kept: mean share of the visible tokens that survive the union over heads):",
@@ -158,7 +181,7 @@ def tables(results: dict[str, Any]) -> str:
     ]
     for name, way in ways.items():
         cells = [f"{way['kept_share']:.2f}", f"{way['accuracy']:.3f}"]
-        cells += [f"{way['by_type'][kind]:.3f}" for kind in kinds]
+        cells += [_cell(way["by_type"][kind]) for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {100 * way['same_as_stock']:.1f} % |")
     return "\n".join(lines)
 
@@ -187,11 +210,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     model = transformers.MllamaForConditionalGeneration.from_pretrained(args.model).eval()
     processor = transformers.AutoProcessor.from_pretrained(args.model)
+    record = Path(args.model) / "training.json"
     begin = time.monotonic()
-    ways = evaluate(model, processor, held_out_questions(args.questions, seed=args.seed), tuple(args.ratios), args.batch)
+    ways = evaluate(
+        model, processor, held_out_questions(args.questions, seed=args.seed), tuple(args.ratios), args.batch
+    )
     results = {
         "questions": args.questions,
         "seed": args.seed,
+        "training": json.loads(record.read_text(encoding="utf-8")) if record.exists() else None,
         "minutes": round((time.monotonic() - begin) / 60, 1),
         "versions": {
             "trim_plugin": trim_plugin.__version__,

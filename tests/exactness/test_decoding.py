@@ -152,12 +152,14 @@ def test_prompt_lookup_without_pictures_equals_greedy(shared_model):
 
 @needs_sliced_rows
 @pytest.mark.parametrize("ratio", [1.0, 0.2])
-@pytest.mark.parametrize("kind", ["itself", "smaller", "text only"])
+@pytest.mark.parametrize("kind", ["itself", "smaller", "other picture size", "text only"])
 def test_assistant_equals_greedy(shared_model, single, ratio, kind):
     if kind == "itself":
         assistant = random_model()
     elif kind == "smaller":
         assistant = random_model(layers=3, cross_layers=(1,))
+    elif kind == "other picture size":
+        assistant = random_model(layers=3, cross_layers=(1,), image_size=16)
     else:
         assistant = MllamaForCausalLM(shared_model.config.text_config).eval()
         assistant.generation_config.eos_token_id = None
@@ -264,8 +266,9 @@ def test_outputs(attention):
 
 def test_prefill_in_chunks(shared_model, single):
     whole = generate(shared_model, single)
-    fits = trimmed(shared_model, single, {"top_k_ratio": 1.0}, prefill_chunk_size=64)
-    assert torch.equal(whole.sequences, fits.sequences)
+    if slices_mask_rows():
+        fits = trimmed(shared_model, single, {"top_k_ratio": 1.0}, prefill_chunk_size=64)
+        assert torch.equal(whole.sequences, fits.sequences)
     text = random_inputs(shared_model, [Sample((11,)), Sample((7,))])
     in_chunks = trimmed(shared_model, text, {}, prefill_chunk_size=3)
     assert torch.equal(generate(shared_model, text, prefill_chunk_size=3).sequences, in_chunks.sequences)

@@ -89,7 +89,9 @@ def in_the_prefill(model, inputs, error, match, config):
 
 
 def test_unknown_field(model, inputs, forwards):
-    before_work(forwards, ValueError, "Unknown field 'top_k'.*Allowed: top_k_ratio", trimmed, model, inputs, {"top_k": 5})
+    before_work(
+        forwards, ValueError, "Unknown field 'top_k'.*Allowed: top_k_ratio", trimmed, model, inputs, {"top_k": 5}
+    )
     before_work(forwards, ValueError, "Unknown field 'top_k'", TrimmedCache, model, {"top_k": 5})
 
 
@@ -245,7 +247,7 @@ def test_mask_columns(model, inputs, forwards):
 def test_mask_columns_in_a_forward(model, inputs):
     inputs["cross_attention_mask"] = inputs["cross_attention_mask"][:, :, :1]
     cache = TrimmedCache(model)
-    with pytest.raises(ValueError, match="covers 20 visual tokens, but the pictures .* are 60"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"covers 20 visual tokens, but the pictures .* are 60"), torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="left over"):
         generate(model, inputs, past_key_values=cache)

@@ -62,9 +62,7 @@ class Tally:
 
     def __str__(self):
         modes = ", ".join(f"{mode}: {count}" for mode, count in sorted(self.examples.items()))
-        return (
-            f"\n{sum(self.examples.values())} comparisons, {self.tokens} tokens compared, {self.different} different ({modes})"
-        )
+        return f"\n{sum(self.examples.values())} comparisons, {self.tokens} tokens compared, {self.different} different ({modes})"
 
 
 def check_decoding(tally, data, model, seed):
@@ -116,7 +114,12 @@ def run(profile, capsys):
     count = collections.Counter()
 
     @settings(settings.get_profile(profile))
-    @given(model_settings, st.integers(0, 2**16), st.sampled_from([check_decoding, check_alone, check_conversation]), st.data())
+    @given(
+        model_settings,
+        st.integers(0, 2**16),
+        st.sampled_from([check_decoding, check_alone, check_conversation]),
+        st.data(),
+    )
     def examples(model_kwargs, seed, check, data):
         count["examples"] += 1
         check(tally, data, random_model(**model_kwargs), seed)

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory):
-    """Folders of two adapters that change the checkpoint's answers: "first" on all text attention, "second" on cross-attention."""
+    """Folders of two adapters for it: "first" on all text attention, "second" on cross-attention."""
     return {
         name: make_adapter(tmp_path_factory.mktemp(name), preset, seed)
         for name, preset, seed in [("first", "text_attention", 1), ("second", "cross_attention", 2)]
@@ -31,7 +31,6 @@ def adapters(tmp_path_factory):
 def make_adapter(folder, preset, seed, **settings):
     """Save a random adapter for `random_model(width=64, vision_width=32, **settings)`."""
     from peft import get_peft_model
-
     from trim_plugin.integrations.peft import lora_config
 
     model = random_model(**({"width": 64, "vision_width": 32} | settings))

@@ -185,7 +185,7 @@ def _write_summary(folder: Path, rows: list[Summary]) -> None:
     write_whole(folder / "summary.md", "\n".join(lines) + "\n")
 
 
-HEADINGS = ("cache", "questions", "accuracy", "agreement", "word overlap", "kept", "cross KV", "s/question", "peak GPU")
+HEADINGS = ("cache", "n", "accuracy", "agree", "overlap", "kept", "KV", "s", "GPU")
 
 
 def _cells(row: Summary) -> list[str]:

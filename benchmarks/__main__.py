@@ -1,0 +1,51 @@
+"""``python -m benchmarks all|memory|latency|quality|report [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import latency, memory, quality, report
+from benchmarks.common import RESULTS, SHAPES
+
+BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Memory, speed and quality of trimmed generation."
+    )
+    parser.add_argument(
+        "what", choices=["all", *BENCHMARKS, "report"], help="`report` only makes tables and plots from JSON"
+    )
+    parser.add_argument("--quick", action="store_true", help="few cases, under 10 minutes in all")
+    parser.add_argument(
+        "--shape", action="append", choices=SHAPES, dest="shapes", help="models (default: small, 11b-layers)"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="batch sizes instead of the benchmark's own")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON files (default: benchmarks/results; with --quick, .../quick)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, help="folder of benchmarks.md and assets/ (default: docs; with --quick, --out)"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    for benchmark in BENCHMARKS.values():
+        benchmark.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    arguments.shapes = arguments.shapes or ["small", "11b-layers"]
+    arguments.out = arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS)
+    arguments.docs = arguments.docs or (arguments.out if arguments.quick else RESULTS.parents[1] / "docs")
+    torch.set_num_threads(arguments.threads)
+    for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
+        if name in BENCHMARKS:
+            BENCHMARKS[name].run(arguments)
+    report.write(arguments.out, arguments.docs)
+
+
+if __name__ == "__main__":
+    main()

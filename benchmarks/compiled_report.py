@@ -1,0 +1,73 @@
+"""Tables of `benchmarks.compiled`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import SCENARIOS
+from benchmarks.markdown import milliseconds, table
+from trim_plugin.report import format_bytes
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Time per token of the four ways, and bytes of the static form."""
+    parts = []
+    for row in result["rows"]:
+        parts.append(
+            f"{result['shape']} model, {SCENARIOS[row['scenario']].title}, batch {row['batch']}, {row['new_tokens']} new tokens, "
+            f"trimmed ways keep {100 * result['kept']:.0f} % of the visual tokens:\n"
+        )
+        parts.append(
+            table(
+                ["way", "ms per token", "faster than stock eager", "first generation, compiling, s"],
+                [
+                    [
+                        way["way"],
+                        milliseconds(way["step_seconds"]["median"]),
+                        f"{way['times_stock_eager']['median']:.2f}× ({way['times_stock_eager']['low']:.2f} … "
+                        f"{way['times_stock_eager']['high']:.2f})",
+                        f"{way['first_generation_seconds']:.1f}",
+                    ]
+                    for way in row["rows"]
+                ],
+            )
+        )
+        parts.append(
+            f"Same tokens compiled as eager: stock {100 * row['same_tokens']['stock']:.0f} %, trimmed "
+            f"{100 * row['same_tokens']['trimmed']:.0f} %.\n"
+        )
+    parts.append(
+        "Bytes held after the prompt, with room for 64 tokens (static self-attention layers hold that room at once):\n"
+    )
+    parts.append(
+        table(
+            [
+                "scenario",
+                "kept tokens",
+                "cross KV, stock",
+                "cross KV, dynamic",
+                "cross KV, static",
+                "self KV, dynamic",
+                "self KV, static",
+            ],
+            [
+                [
+                    SCENARIOS[row["scenario"]].title,
+                    str(row["kept_tokens"]),
+                    format_bytes(row["stock_cross_kv"]),
+                    format_bytes(row["dynamic"]["cross_kv"]),
+                    format_bytes(row["static"]["cross_kv"]),
+                    format_bytes(row["dynamic"]["self_kv"]),
+                    format_bytes(row["static"]["self_kv"]),
+                ]
+                for row in result["memory"]
+            ],
+        )
+    )
+    return "\n".join(parts)
+
+
+def plots(result: dict[str, Any], assets: Path) -> list[Path]:
+    """None: the tables say it."""
+    return []

@@ -1,0 +1,339 @@
+"""What is held in memory and what a process needs at its peak: ``python -m benchmarks memory``.
+
+Every case generates a few tokens in a process of its own. On the CPU a loader process makes a model once and forks, so that a
+case starts with the weights in place; its peak is the resident set's high-water mark, reset before generation starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import itertools
+import multiprocessing
+import os
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from benchmarks.common import (
+    SCENARIOS,
+    environment,
+    finish,
+    load_shape,
+    random_model,
+    scenario_inputs,
+    seed_everything,
+    shape_config,
+    synchronize,
+    write_result,
+)
+from benchmarks.rules import EvenlySpaced
+from trim_plugin import TrimConfig, planner
+from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.report import held_bytes
+
+NEW_TOKENS = 8
+PROMPT_DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One combination. `cache` is a key of `caches()`."""
+
+    shape: str
+    scenario: str
+    batch: int
+    weights: str
+    lora: bool
+    cache: str
+
+    @property
+    def model_key(self) -> tuple[str, str, bool]:
+        return self.shape, self.weights, self.lora
+
+
+def caches(shape: str) -> dict[str, dict[str, Any] | None]:
+    """Cache name → `TrimConfig` fields, None for stock's.
+
+    Random weights attend nearly evenly, so that the paper's rule would keep nearly everything: there a processor keeps a given
+    share.
+    """
+    fields = {field.name for field in dataclasses.fields(TrimConfig)}
+
+    def trimmed(ratio: float) -> dict[str, Any]:
+        return {"top_k_ratio": ratio} if shape == "small" else {"processors": [EvenlySpaced(ratio)]}
+
+    word = "ratio" if shape == "small" else "kept"
+    found: dict[str, dict[str, Any] | None] = {
+        "stock dynamic": None,
+        "stock static": None,
+        "exact": {"top_k_ratio": 1.0},
+    }
+    found |= {f"{word} {ratio:g}": trimmed(ratio) for ratio in (0.5, 0.25, 0.1)}
+    if "kv_quantization" in fields:
+        found["exact, int8 KV"] = {"top_k_ratio": 1.0, "kv_quantization": "int8"}
+        found[f"{word} 0.25, int8 KV"] = trimmed(0.25) | {"kv_quantization": "int8"}
+        found[f"{word} 0.25, nf4 KV"] = trimmed(0.25) | {"kv_quantization": "nf4"}
+    return found
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    """What is measured."""
+    found: list[Case] = []
+    for shape in arguments.shapes:
+        dtype = PROMPT_DTYPE[shape]
+        every, batches = list(caches(shape)), [1, 8] if shape == "small" else [1]
+        plain = ["stock dynamic", "stock static", "exact", every[4]]
+        if arguments.quick:
+            chosen = ["photo", "page"] if shape == "small" else ["photo"]
+            found += [Case(shape, name, 1, dtype, False, cache) for name in chosen for cache in plain]
+            continue
+        for name, batch in itertools.product(SCENARIOS, batches):
+            wanted = every if name == "page" or shape == "small" else plain
+            found += [
+                Case(shape, name, batch, dtype, False, cache) for cache in wanted if not (name == "video" and batch > 1)
+            ]
+        if shape != "small":
+            found += [Case(shape, "page", batch, dtype, False, cache) for batch in arguments.batches for cache in plain]
+        combined = ["stock dynamic", "exact", *every[4:5], *every[-1:]]
+        for weights, lora in itertools.product(("bfloat16", "int8", "nf4"), (False, True)):
+            found += [Case(shape, "page", 1, weights, lora, cache) for cache in combined]
+    return list(dict.fromkeys(found))
+
+
+def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> Any:
+    """A model in that format; quantized ones are loaded from `folder`, where the 16-bit weights are saved first."""
+    if weights in ("float32", "bfloat16"):
+        model = load_shape(shape, getattr(torch, weights), device)
+    else:
+        from transformers import MllamaForConditionalGeneration
+        from trim_plugin.integrations.bitsandbytes import quantization_config
+
+        source = SMALL_MODEL if shape == "small" else folder / shape
+        if not source.exists():
+            _save_random(shape, source)
+        model = MllamaForConditionalGeneration.from_pretrained(
+            source, dtype=torch.bfloat16, quantization_config=quantization_config(weights), device_map={"": device}
+        ).eval()
+        model = finish(model, shape)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        target = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=target)).base_model.model.eval()
+    return model
+
+
+def _save_random(shape: str, folder: Path) -> None:
+    from transformers import MllamaForConditionalGeneration
+
+    model = random_model(shape, torch.bfloat16)
+    if shape == "11b-layers":  # the stand-in has no weights to be loaded again
+        tower = MllamaForConditionalGeneration._from_config(
+            shape_config(shape), dtype=torch.bfloat16
+        ).model.vision_model
+        model.model.vision_model = tower
+    model.save_pretrained(folder)
+
+
+def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
+    """Generate and count."""
+    torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)))))
+    seed_everything()
+    inputs = scenario_inputs(model, SCENARIOS[case.scenario], case.batch)
+    settings = caches(case.shape)[case.cache]
+    if settings is not None:
+        how: dict[str, Any] = {"cache_implementation": "trimmed", "cache_config": settings}
+    elif case.cache == "stock static":
+        how = {"cache_implementation": "static", "disable_compile": True}
+    else:
+        how = {}
+    _warm_up(model, inputs)
+    before = _start_peak(device)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how)
+    synchronize(device)
+    peak = _peak(device)
+    cache = output.past_key_values
+    if settings is not None:
+        report = cache.report()
+        cross, own = report.cross_kv_bytes, report.self_kv_bytes
+        kept: Any = report.kept_tokens
+    else:
+        cross, own, kept = *_stock_bytes(model, cache), None
+    return dataclasses.asdict(case) | {
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "weights_by_part": weights_by_part(model),
+        "adapters": sum(tensor.nbytes for name, tensor in model.named_parameters() if "lora_" in name),
+        "cross_kv": cross,
+        "self_kv": own,
+        "kept_tokens": kept,
+        "before": before,
+        "peak": peak,
+    }
+
+
+def _warm_up(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Generate without a picture, so that code and buffers that any first call loads are not counted."""
+    text = {"input_ids": torch.ones_like(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
+    for how in ({}, {"cache_implementation": "trimmed"}):
+        model.generate(**text, max_new_tokens=2, do_sample=False, **how)
+
+
+def weights_by_part(model: Any) -> dict[str, int]:
+    """Bytes of the weights by part, in the planner's words; adapters left out."""
+    try:
+        from trim_plugin.integrations.bitsandbytes import weight_memory
+    except ImportError:
+        parts: dict[str, int] = {}
+        crossing = set(model.config.text_config.cross_attention_layers)
+        for name, tensor in model.named_parameters():
+            part = planner.part_of(name, crossing)
+            parts[part] = parts.get(part, 0) + tensor.nbytes
+        return parts
+    return {name: size for name, size in weight_memory(model).rows() if name not in ("total", "adapters")}
+
+
+def _stock_bytes(model: Any, cache: Any) -> tuple[int, int]:
+    crossing = set(model.config.text_config.cross_attention_layers)
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for index, layer in enumerate(cache.layers):
+        sides[index not in crossing].extend([layer.keys, layer.values])
+    return held_bytes(sides[0]), held_bytes(sides[1])
+
+
+def _start_peak(device: str) -> int:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def _child(model: Any, case: Case, device: str, pipe: Any) -> None:
+    try:
+        pipe.send(measure(model, case, device))
+    except Exception as error:  # noqa: BLE001 - whatever fails in a case is reported as that case's result
+        pipe.send(dataclasses.asdict(case) | {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        traceback.print_exc()
+
+
+def _loader(key: tuple[str, str, bool], own: list[Case], device: str, folder: Path, pipe: Any) -> None:
+    """Make a model with one thread (a thread pool would not survive the fork), then fork a process a case."""
+    torch.set_num_threads(1)
+    try:
+        model = build(*key, device, folder)
+    except Exception as error:  # noqa: BLE001 - reported for every case of this model
+        for case in own:
+            pipe.send(dataclasses.asdict(case) | {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        traceback.print_exc()
+        return
+    if device.startswith("cuda"):  # CUDA cannot be forked; the allocator's own peak needs no process a case
+        for case in own:
+            _child(model, case, device, pipe)
+        return
+    context = multiprocessing.get_context("fork")
+    for case in own:
+        process = context.Process(target=_child, args=(model, case, device, pipe))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            pipe.send(dataclasses.asdict(case) | {"error": f"the process ended with status {process.exitcode}"})
+
+
+def with_plan(row: dict[str, Any]) -> dict[str, Any]:
+    """Add what the planner says about the same case, and its errors."""
+    if "error" in row or row["lora"]:
+        return row
+    scenario, shape = SCENARIOS[row["scenario"]], row["shape"]
+    config = planner_config(shape)
+    tower = shape != "11b-layers"
+    job = planner.Job(
+        row["batch"], scenario.images, scenario.tiles, scenario.readable, row["prompt_tokens"], NEW_TOKENS, tower=tower
+    )
+    readable = scenario.readable * scenario.tiles * planner.tile_tokens(config)
+    kept = max(row["kept_tokens"]) if row["kept_tokens"] else readable
+    format = next((name for name in planner.KV_FORMATS if f"{name} KV" in row["cache"]), None)
+    ways = planner.plan(config, job, weights=row["weights"], kept_share=min(1.0, kept / readable), kv=format)
+    way = ways[0 if row["cache"].startswith("stock") else 1 if row["cache"].startswith("exact") else 2]
+    left_out = () if tower else ("vision tower",)
+
+    def total(parts: dict[str, int]) -> int:
+        return sum(size for name, size in parts.items() if name.replace("_", " ") not in left_out)
+
+    return row | {
+        "planned": {
+            "weights": total(way.weights),
+            "weights_error": total(way.weights) / total(row["weights_by_part"]) - 1,
+            "cross_kv": way.cross_kv,
+            "cross_kv_error": way.cross_kv - row["cross_kv"],
+            "self_kv": way.self_kv,
+            "generation": way.cross_kv + way.self_kv + way.working,
+            "generation_measured": row["peak"] - row["before"],
+        }
+    }
+
+
+def planner_config(shape: str) -> Any:
+    """The configuration of a benchmark's shape."""
+    if shape != "small":
+        return shape_config(shape)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(SMALL_MODEL)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write and return the result."""
+    wanted = cases(arguments)
+    rows: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, Progress() as bar:
+        task = bar.add_task("memory", total=len(wanted))
+        for key, group in itertools.groupby(
+            sorted(wanted, key=lambda case: case.model_key), key=lambda case: case.model_key
+        ):
+            own = list(group)
+            bar.update(task, description=f"memory: {key[0]}, {key[1]}{', LoRA' if key[2] else ''}")
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_loader, args=(key, own, arguments.device, Path(folder), send))
+            process.start()
+            send.close()
+            while True:
+                try:
+                    rows.append(with_plan(receive.recv()))
+                except EOFError:
+                    break
+                bar.advance(task)
+            process.join()
+    result = {
+        "environment": environment(arguments.device),
+        "quick": arguments.quick,
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
+    write_result("memory", result, arguments.out)
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark alone."""
