@@ -151,18 +151,21 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def ways_for(ratios: Sequence[float], kv_quantization: str | None = None, *, stock: bool = True) -> list[Way]:
-    """Stock, then a trimmed cache for each ratio; 1.0 is exact mode.
+def ways_for(
+    ratios: Sequence[float], kv_quantization: str | None = None, *, scope: str = "prefill", stock: bool = True
+) -> list[Way]:
+    """Stock, then a trimmed cache for each ratio; 1.0 is exact mode. The other arguments are `TrimConfig`'s.
 
     Example:
         >>> [way.name for way in ways_for([1.0, 0.25], "int8")]
         ['stock', 'exact, int8', '0.25, int8']
     """
-    suffix = "" if kv_quantization is None else f", {kv_quantization}"
+    extras = [*([] if scope == "prefill" else [scope]), *([] if kv_quantization is None else [kv_quantization])]
     ways = [Way("stock", None)] if stock else []
     for ratio in ratios:
         name = "exact" if ratio == 1.0 else f"{ratio:g}"
-        ways.append(Way(name + suffix, TrimConfig(top_k_ratio=ratio, kv_quantization=kv_quantization)))
+        config = TrimConfig(top_k_ratio=ratio, kv_quantization=kv_quantization, scope=scope)
+        ways.append(Way(", ".join([name, *extras]), config))
     return ways
 
 

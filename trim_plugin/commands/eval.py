@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import DTYPES, check_device, check_is_mllama, check_ratio, first_line, load_model
-from trim_plugin.config import KV_QUANTIZATIONS
+from trim_plugin.config import KV_QUANTIZATIONS, SCOPES
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.evaluation import (
     MATCHES,
@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
     )
     parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="store the kept tokens in 8 or 4 bits")
+    parser.add_argument("--scope", choices=SCOPES, default="prefill", help="where the choice is made, see TrimConfig")
     parser.add_argument("--no-stock", action="store_true", help="leave stock out; agreement is with the first ratio")
     parser.add_argument("--match", choices=MATCHES, default="exact", help="how an answer is compared with the given ones")
     parser.add_argument("--limit", type=int, help="only the first questions")
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     process, processes = process_of(os.environ)
     ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
-    ways = ways_for(ratios, arguments.kv_quantization, stock=not arguments.no_stock)
+    ways = ways_for(ratios, arguments.kv_quantization, scope=arguments.scope, stock=not arguments.no_stock)
     questions = _questions(arguments)
     device = check_device(device_of(arguments.device, os.environ))
     check_is_mllama(arguments.model)
