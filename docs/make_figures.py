@@ -121,7 +121,9 @@ def main() -> None:
     draw_overlap(found)
     model.set_attn_implementation("sdpa")
     draw_kept_share(model, processor, chosen)
-    several = max(chosen, key=lambda example: int(ask(processor, picture=example.picture)["cross_attention_mask"].sum()))
+    several = max(
+        chosen, key=lambda example: int(ask(processor, picture=example.picture)["cross_attention_mask"].sum())
+    )
     figure = trim_plugin.visualize(model, ask(processor, several.question, several.picture), {"top_k_ratio": RATIO})
     figure.savefig(ASSETS / "kept.png", dpi=110)
 

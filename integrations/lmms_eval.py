@@ -22,9 +22,9 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
+from trim_plugin.integrations.accelerate import load
 
 from trim_plugin.config import TrimConfig
-from trim_plugin.integrations.accelerate import load
 
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -48,7 +48,7 @@ class Asked:
         return len(self.pictures), json.dumps(self.settings, sort_keys=True, default=str)
 
 
-class LlamaVisionTrimmed(lmms):  # type: ignore[misc]
+class LlamaVisionTrimmed(lmms):
     """`llama_vision` of lmms-eval with a trimmed cross-attention cache.
 
     Args:
@@ -179,9 +179,7 @@ class LlamaVisionTrimmed(lmms):  # type: ignore[misc]
         ).to(self.device)
         own = {} if self.trimming is None else {"cache_implementation": "trimmed", "cache_config": self.trimming}
         with torch.no_grad():
-            output = self.model.generate(
-                **inputs, **generation_settings(settings), **own, return_dict_in_generate=True
-            )
+            output = self.model.generate(**inputs, **generation_settings(settings), **own, return_dict_in_generate=True)
         self._report(output.past_key_values, len(batch))
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)

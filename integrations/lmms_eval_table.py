@@ -86,8 +86,10 @@ def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
         >>> cache_of("llama_vision_trimmed", {"top_k_ratio": 1.0, "kv_quantization": "int8"})
         'exact, int8'
     """
-    given = arguments if isinstance(arguments, dict) else dict(
-        part.split("=", 1) for part in arguments.split(",") if "=" in part
+    given = (
+        arguments
+        if isinstance(arguments, dict)
+        else dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
     )
     if model != "llama_vision_trimmed" or given.get("top_k_ratio") == STOCK:
         return STOCK

@@ -200,7 +200,7 @@ class AnswerLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(dict(settings))
         if self._file.is_file():
-            kept = [line for line in _whole_lines(self._file)]
+            kept = list(_whole_lines(self._file))
             write_whole(self._file, "".join(f"{line}\n" for line in kept))
 
     def _check_settings(self, settings: dict[str, Any]) -> None:

@@ -45,7 +45,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--model", default=str(SMALL_MODEL), help="model folder or hub id (default: the embedded small model)"
     )
-    parser.add_argument("--weights", choices=PRECISIONS, help="quantize the weights with bitsandbytes (default: --dtype)")
+    parser.add_argument(
+        "--weights", choices=PRECISIONS, help="quantize the weights with bitsandbytes (default: --dtype)"
+    )
     parser.add_argument("--adapter", type=Path, help="a LoRA adapter's folder")
     parser.add_argument(
         "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
@@ -53,10 +55,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="store the kept tokens in 8 or 4 bits")
     parser.add_argument("--scope", choices=SCOPES, default="prefill", help="where the choice is made, see TrimConfig")
     parser.add_argument("--no-stock", action="store_true", help="leave stock out; agreement is with the first ratio")
-    parser.add_argument("--match", choices=MATCHES, default="exact", help="how an answer is compared with the given ones")
+    parser.add_argument(
+        "--match", choices=MATCHES, default="exact", help="how an answer is compared with the given ones"
+    )
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--out", type=Path, default=Path("trim-eval"), help="folder of answers and summary")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; under a launcher, cuda means one GPU a process")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:1; under a launcher, cuda means one GPU a process"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.set_defaults(run=run)

@@ -1,8 +1,11 @@
 """`generate` with a trimmed cache, for `model.generate(custom_generate=<this folder or repository>, trust_remote_code=True)`."""
 
+import dataclasses
+
 import trim_plugin
 
-SETTINGS = tuple(trim_plugin.TrimConfig.__dataclass_fields__)
+#: Taken by name. `max_cache_len` is an argument of `generate` already, which a static trimmed cache obeys.
+SETTINGS = [field.name for field in dataclasses.fields(trim_plugin.TrimConfig) if field.name != "max_cache_len"]
 
 
 def generate(model, **arguments):
@@ -13,14 +16,16 @@ def generate(model, **arguments):
         arguments: those of `generate`, and any field of `trim_plugin.TrimConfig` (`top_k_ratio`, `kv_quantization`, ...).
 
     Raises:
-        ValueError: another `cache_implementation` was asked for, a `cache_config` beside single fields, or a cache was given.
+        ValueError: another `cache_implementation` was asked for, or a `cache_config` beside single fields.
     """
-    own = {name: arguments.pop(name) for name in SETTINGS if name in arguments and name != "max_cache_len"}
-    # Handed on by `generate` for every argument of its signature, whether it was given or not.
+    own = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
+    # transformers hands on every argument in `generate`'s signature, given or not.
     given = {name: value for name, value in arguments.items() if value is not None}
     implementation = given.pop("cache_implementation", "trimmed")
     if implementation != "trimmed":
-        raise ValueError(f"This custom_generate makes a trimmed cache; cache_implementation={implementation!r} is another one.")
+        raise ValueError(
+            f"This custom_generate makes a trimmed cache; cache_implementation={implementation!r} is another one."
+        )
     if own and "cache_config" in given:
         raise ValueError(f"Give {', '.join(own)} either by name or in cache_config, not both.")
     if own:
