@@ -178,7 +178,7 @@ def test_evaluator_runs_trimmed_and_stock(tmp_path, capsys):
             bootstrap_iters=0,
             log_samples=True,
         )
-        tracker.save_results_aggregated(results=results, samples=results.get("samples"))
+        tracker.save_results_aggregated(results=results, samples=results.get("samples"), datetime_str="2025-01-01")
     capsys.readouterr()
     assert lmms_eval_table.main([str(tmp_path / "results"), "--out", str(tmp_path / "comparison")]) == 0
     lines = capsys.readouterr().out.splitlines()
