@@ -146,22 +146,25 @@ def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *
             model = get_peft_model(model, config, adapter.name)
         key_mapping = _RENAMED if adapter.renamed else None
         weights = load_peft_weights(adapter.folder, device="cpu", key_mapping=key_mapping)
+        # Beside offloaded weights peft makes adapters on meta, which can only be replaced.
+        replace = any(parameter.is_meta for name, parameter in model.named_parameters() if "lora_" in name)
         with _layout_kept(model):
-            set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
-    _follow_offloaded_layers(model)
+            set_peft_model_state_dict(model, weights, adapter_name=adapter.name, low_cpu_mem_usage=replace)
+    _follow_layers(model)
     model.set_adapter(found[0].name, inference_mode=not trainable)
     return model if trainable else model.eval()
 
 
-def _follow_offloaded_layers(model: torch.nn.Module) -> None:
-    """Put adapters where accelerate runs the offloaded layer beside them; peft puts them where its weights rest."""
+def _follow_layers(model: torch.nn.Module) -> None:
+    """Put adapters where the layer beside them runs: accelerate runs offloaded ones elsewhere than they rest."""
     for module in model.modules():
-        hook = getattr(getattr(module, "base_layer", None), "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is None:
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, torch.nn.Module):
             continue
+        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        device = base.weight.device if device is None else device
         for name, child in module.named_children():
-            if name.startswith("lora_"):
+            if name.startswith("lora_") and device != torch.device("meta"):
                 child.to(device)
 
 

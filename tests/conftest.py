@@ -28,9 +28,9 @@ def _registered():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    # Fewer where other programs keep the cores busy: two threads that wait for each other are slower than one.
-    torch.set_num_threads(int(os.environ.get("TRIM_TEST_THREADS", "2")))
+def _threads():
+    # Tiny tensors gain nothing from a second thread, and on a busy machine two threads wait for each other.
+    torch.set_num_threads(int(os.environ.get("TRIM_TEST_THREADS", "1")))
 
 
 @pytest.fixture

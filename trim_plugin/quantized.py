@@ -228,6 +228,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
     def reset(self) -> None:
         """Forget everything."""
         self._stored = None
+        self.is_initialized = False  # so that no version of transformers goes on to zero tensors that are gone
         super().reset()
 
     def held_tensors(self) -> list[torch.Tensor | None]:

@@ -116,6 +116,16 @@ def test_processors_not_a_list(model, inputs, forwards, processors):
     before_work(forwards, ValueError, "processors must", trimmed, model, inputs, {"processors": processors})
 
 
+@pytest.mark.parametrize("field", ["kv_quantization", "self_kv_quantization", "scope"])
+def test_field_not_allowed(model, inputs, forwards, field):
+    before_work(forwards, ValueError, f"{field} must be one of .*, got 'int9'", trimmed, model, inputs, {field: "int9"})
+
+
+def test_static_without_length(model, forwards):
+    match = "A static cache needs to know how long the text can get"
+    before_work(forwards, ValueError, match, TrimmedCache, model, {"static": True})
+
+
 def test_no_cross_attention(forwards):
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, eos_token_id=None, **settings)).eval()
@@ -379,6 +389,13 @@ def test_assisted_continuation(model, forwards, helper):
     settings = {"past_key_values": cache, helper: 3 if helper == "prompt_lookup_num_tokens" else model}
     before_work(forwards, NotImplementedError, "cannot continue a cache", generate, model, follow_up, **settings)
     generate(model, follow_up, past_key_values=cache)
+
+
+def test_assisted_on_a_static_cache(model, forwards):
+    inputs = random_inputs(model, SAMPLES[:1])
+    match = "takes rejected tokens back, which transformers' static cache layers cannot"
+    config = {"static": True}
+    before_work(forwards, NotImplementedError, match, trimmed, model, inputs, config, prompt_lookup_num_tokens=3)
 
 
 def test_assisted_on_old_transformers(model, forwards, monkeypatch):
