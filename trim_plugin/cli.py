@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from trim_plugin.commands import UserError, demo, generate, plan
+from trim_plugin.commands import eval as evaluation
 
-COMMANDS = (demo, generate, plan)
+COMMANDS = (demo, generate, evaluation, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,259 @@
+"""Llama-3.2-Vision with a trimmed cache as a model of lmms-eval, which runs the benchmarks of the paper.
+
+    python -m lmms_eval --model llama_vision_trimmed --tasks mmvp --batch_size 1 --output_path results/0.25 \
+        --model_args pretrained=meta-llama/Llama-3.2-11B-Vision-Instruct,top_k_ratio=0.25,dtype=bfloat16
+
+It builds prompts as lmms-eval's own `llama_vision` does: the pictures, then the text, in the chat format, no system prompt;
+greedy decoding unless the task says otherwise. Where it differs: batches, `until` is obeyed, videos are refused.
+`python -m trim_plugin.integrations.lmms_eval_table` compares the result files.
+
+The interface is lmms-eval's `api.model.lmms` as of 0.7.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+from trim_plugin.integrations.accelerate import load
+
+from trim_plugin.config import TrimConfig
+
+STOCK = "stock"
+DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+MAX_NEW_TOKENS = 1024
+
+
+Entry = TypeVar("Entry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request as it is answered: the prompt in the chat format, its pictures, and the task's generation settings."""
+
+    prompt: str
+    pictures: list[Image.Image]
+    settings: dict[str, Any]
+
+    @property
+    def group(self) -> tuple[int, str]:
+        """Equal for requests that can share a batch."""
+        return len(self.pictures), json.dumps(self.settings, sort_keys=True, default=str)
+
+
+class LlamaVisionTrimmed(lmms):
+    """`llama_vision` of lmms-eval with a trimmed cross-attention cache.
+
+    Args:
+        pretrained: model folder or hub id.
+        top_k_ratio: in (0, 1]; 1.0 is exact mode, "stock" is transformers' own cache. 0.25 by default.
+        kv_quantization: "int8" or "nf4" for the kept tokens' keys and values; None for the model's dtype.
+        weights: "nf4", "fp4" or "int8" quantizes the weights with bitsandbytes; None loads them in `dtype`.
+        dtype: "bfloat16", "float16", "float32" or "auto" (bfloat16); with quantized weights, what is computed in.
+        device: "cuda", "cuda:0", "cpu"; under `accelerate launch`, "cuda" means one GPU a process.
+        device_map: as transformers takes it ("auto", …); overrides `device`.
+        batch_size: questions answered together. Batches hold only questions with the same number of pictures.
+        revision: of the model on the hub.
+        attn_implementation: "sdpa" or "eager".
+        report_to: a JSON Lines file to which every batch's tokens and bytes are appended.
+
+    Raises:
+        ValueError: an unknown or wrong argument.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        top_k_ratio: float | str = 0.25,
+        kv_quantization: str | None = None,
+        weights: str | None = None,
+        dtype: str = "auto",
+        device: str = "cuda",
+        device_map: str = "",
+        batch_size: int | str = 1,
+        revision: str = "main",
+        attn_implementation: str = "sdpa",
+        report_to: str | None = None,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ValueError(f"Unknown model argument {next(iter(unknown))!r} of llama_vision_trimmed.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
+        self.trimming = trimming(top_k_ratio, kv_quantization)
+        self.batch_size_per_gpu = _positive("batch_size", batch_size)
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._device = torch.device(self._own_device(device))
+        self._report_to = report_to
+        self._model, self.processor = load(
+            pretrained,
+            weights or DTYPES[dtype],
+            device_map=device_map or {"": str(self._device)},
+            dtype=torch.float32 if dtype == "float32" else torch.float16 if dtype == "float16" else torch.bfloat16,
+            attention=attn_implementation,
+            revision=revision,
+        )
+
+    def _own_device(self, device: str) -> str:
+        several = self._world_size > 1 and device == "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several else device
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Questions answered together."""
+        return self.batch_size_per_gpu
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer requests whose arguments are (text, generation settings, doc_to_visual, doc id, task, split)."""
+        texts: list[str] = [""] * len(requests)
+        bar = tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding")
+        prepared = ((index, self._prepare(request.args)) for index, request in enumerate(requests))
+        for batch in batches(prepared, lambda entry: entry[1].group, self.batch_size):
+            answers = self._answer([asked for _, asked in batch])
+            for (index, _), text in zip(batch, answers, strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", tuple(requests[index].args[:2]), text)
+            bar.update(len(batch))
+        bar.close()
+        return texts
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered, as in lmms-eval's own `llama_vision`: use tasks that generate.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered, as in lmms-eval's own `llama_vision`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
+
+    def _prepare(self, arguments: tuple[Any, ...]) -> Asked:
+        text, settings, doc_to_visual, doc_id, task, split = arguments
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        pictures = [visual.convert("RGB") for visual in visuals if isinstance(visual, Image.Image)]
+        if len(pictures) != len(visuals):
+            raise ValueError(f"Task {task!r} gives something else than pictures; llama_vision_trimmed reads no videos.")
+        content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        return Asked(self.processor.apply_chat_template(messages, add_generation_prompt=True), pictures, dict(settings))
+
+    def _answer(self, batch: list[Asked]) -> list[str]:
+        prompts = [asked.prompt for asked in batch]
+        pictures = [asked.pictures for asked in batch]
+        settings = batch[0].settings
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        inputs = self.processor(
+            images=pictures if pictures[0] else None,
+            text=prompts,
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        ).to(self.device)
+        own = {} if self.trimming is None else {"cache_implementation": "trimmed", "cache_config": self.trimming}
+        with torch.no_grad():
+            output = self.model.generate(**inputs, **generation_settings(settings), **own, return_dict_in_generate=True)
+        self._report(output.past_key_values, len(batch))
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [cut(text, settings.get("until")) for text in texts]
+
+    def _report(self, cache: Any, questions: int) -> None:
+        if self._report_to is None or self.trimming is None:
+            return
+        report = cache.report()
+        line = {
+            "questions": questions,
+            "visible_tokens": report.visible_tokens,
+            "kept_tokens": report.kept_tokens,
+            "cross_kv_bytes": report.cross_kv_bytes,
+            "stock_cross_kv_bytes": report.stock_cross_kv_bytes,
+        }
+        with open(self._report_to, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def trimming(top_k_ratio: float | str, kv_quantization: str | None) -> TrimConfig | None:
+    """The configuration that model arguments ask for; None for stock.
+
+    Raises:
+        ValueError: a value that is not allowed, or KV quantization of stock's cache.
+    """
+    if top_k_ratio == STOCK:
+        if kv_quantization is not None:
+            raise ValueError("kv_quantization needs a trimmed cache: give top_k_ratio=1.0 instead of stock.")
+        return None
+    if isinstance(top_k_ratio, str):
+        raise ValueError(f"top_k_ratio must be a number in (0, 1] or {STOCK!r}, got {top_k_ratio!r}.")
+    return TrimConfig(top_k_ratio=top_k_ratio, kv_quantization=kv_quantization)
+
+
+def batches(entries: Iterable[Entry], group: Callable[[Entry], Hashable], size: int) -> Iterator[list[Entry]]:
+    """Entries that can be answered together: of one group, at most `size`; no more are held than wait for company."""
+    waiting: dict[Hashable, list[Entry]] = {}
+    for entry in entries:
+        batch = waiting.setdefault(group(entry), [])
+        batch.append(entry)
+        if len(batch) == size:
+            yield waiting.pop(group(entry))
+    yield from waiting.values()
+
+
+def generation_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's generation settings as `generate` takes them; greedy unless the task samples, as in `llama_vision`."""
+    temperature = settings.get("temperature") or 0
+    sample = bool(settings.get("do_sample", False)) and temperature > 0
+    chosen = {
+        "max_new_tokens": settings.get("max_new_tokens") or MAX_NEW_TOKENS,
+        "num_beams": settings.get("num_beams") or 1,
+        "do_sample": sample,
+    }
+    # Unset for greedy decoding: a checkpoint's own sampling defaults would only cause warnings.
+    return chosen | {"temperature": temperature if sample else None, "top_p": settings.get("top_p") if sample else None}
+
+
+def cut(text: str, until: str | Sequence[str] | None) -> str:
+    """A text up to the first of the strings at which a task wants it to stop."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    return number
+
+
+__all__ = ["Asked", "LlamaVisionTrimmed", "batches", "cut", "generation_settings", "trimming"]

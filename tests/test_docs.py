@@ -1,0 +1,75 @@
+"""Every python block of the tutorials and of the guides that show Python runs as it is written, page by page."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "guides").glob("*.md")])
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Line numbers and sources of a page's python blocks."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+
+
+def run(page: Path) -> dict:
+    namespace: dict = {"__name__": "page"}
+    for line, source in blocks(page):
+        # Empty lines before the block make tracebacks point into the page.
+        exec(compile("\n" * line + source, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_blocks_run_as_written(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "tutorials").glob("*.md")), ids=lambda page: page.stem)
+def test_a_tutorial_names_its_model_once(page):
+    sources = "\n".join(source for _, source in blocks(page))
+    assert len(re.findall(r"^MODEL = ", sources, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"meta-llama/", sources)) == 1
+    assert "load_small_model" not in sources
+
+
+def test_a_processor_written_by_the_guide_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = run(DOCS / "guides" / "writing-a-processor.md")
+    report = page["output"].past_key_values.report()
+    assert 8 <= report.kept_tokens[0] < report.visible_tokens[0]
+    again = page["model"].generate(
+        **page["inputs"],
+        max_new_tokens=2,
+        return_dict_in_generate=True,
+        cache_implementation="trimmed",
+        cache_config={"processors": [page["TwoHeadsAgree"](minimum=8)]},
+    )
+    assert again.past_key_values.kept_indices[0].equal(page["output"].past_key_values.kept_indices[0])
+
+
+class _Loader(yaml.SafeLoader):
+    """mkdocs.yml may hold tags of Python names."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+
+
+def test_every_page_is_in_the_navigation():
+    # bandit: a SafeLoader that ignores tags
+    settings = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=_Loader)
+
+    def pages(entry):
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [page for value in values for page in pages(value)]
+
+    assert sorted(pages(settings["nav"])) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))

@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from trim_plugin.cli import main
+from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, ways_for
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two held-out pictures with questions."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for example in examples()[:2]:
+        (folder / example.picture.name).write_bytes(example.picture.read_bytes())
+        lines.append({"picture": example.picture.name, "question": example.question, "answer": example.answer})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_compares_stock_and_ratios(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "3", "--top-k-ratio", "1.0",
+                 "--top-k-ratio", "0.1", "--kv-quantization", "int8"]) == 0  # fmt: skip
+    rows = {row["way"]: row for row in json.loads((out / "summary.json").read_text())}
+    assert list(rows) == ["stock", "exact, int8", "0.1, int8"]
+    assert rows["stock"]["agreement"] == 1.0
+    assert rows["stock"]["kept_share"] is None
+    assert rows["exact, int8"]["kept_share"] == 1.0
+    assert 0 < rows["0.1, int8"]["kept_share"] < 1
+    assert rows["0.1, int8"]["cross_kv_ratio"] < rows["exact, int8"]["cross_kv_ratio"] < 1
+    assert all(row["questions"] == 2 and row["seconds"] > 0 for row in rows.values())
+    assert (out / "summary.md").read_text().startswith("| cache |")
+    shown = capsys.readouterr().out
+    assert "0.1, int8" in shown
+
+
+def test_exact_agrees_with_stock(data, tmp_path):
+    model, processor = load_small_model()
+    questions, ways = read_questions(data), ways_for([1.0])
+    log = AnswerLog(tmp_path / "log", {})
+    evaluate(model, processor, questions, ways, log, max_new_tokens=3)
+    stock, exact = summarize(questions, ways, log.answers())
+    assert exact.agreement == exact.overlap == 1.0
+    assert exact.accuracy == stock.accuracy is not None
+
+
+def test_goes_on_after_an_interruption(data, tmp_path):
+    model, processor = load_small_model()
+    questions, ways = read_questions(data), ways_for([0.5])
+
+    def stop(answer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, processor, questions, ways, AnswerLog(tmp_path, {}), max_new_tokens=2, on_answer=stop)
+    (file,) = tmp_path.glob("answers-*.jsonl")
+    first = file.read_text()
+    file.write_text(first + '{"question": "1", "way": "0.5", "te')  # the power went
+    log, seen = AnswerLog(tmp_path, {}), []
+    assert file.read_text() == first
+    evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=seen.append)
+    assert [(answer.question, answer.way) for answer in seen] == [("1", "0.5"), ("2", "stock"), ("2", "0.5")]
+    assert len(log.answers()) == 4
+    evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=pytest.fail)
+
+
+def test_processes_share_the_questions(data, tmp_path):
+    """As under `accelerate launch`, which sets these variables; the second to end writes the summary."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "trim_plugin.cli", "eval", "--data", str(data), "--out", str(out)]
+    command += ["--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    for rank in range(2):
+        assert not (out / "summary.json").exists()
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    by_process = [
+        {json.loads(line)["question"] for line in (out / f"answers-{rank}.jsonl").read_text().splitlines()}
+        for rank in range(2)
+    ]
+    assert by_process == [{"1"}, {"2"}]
+    assert json.loads((out / "summary.json").read_text())[0]["questions"] == 2
+
+
+def test_what_the_user_can_mend(data, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    Image.new("RGB", (8, 8)).save(data / "a.png")
+    (data / "text.png").write_text("no picture")
+    lines = {
+        "not JSON": "{",
+        "unknown field 'image'": '{"image": "a.png", "question": "?"}',
+        "give either 'picture' or 'pictures'": '{"question": "?"}',
+        "no such picture: b.png": '{"picture": "b.png", "question": "?"}',
+        "'question' must be a text": '{"picture": "a.png"}',
+        "line 2: the id '7' occurs twice": '{"picture": "a.png", "question": "?", "id": "7"}\n' * 2,
+        "is empty": "\n",
+        "not a picture that Pillow can read": '{"picture": "text.png", "question": "?"}',
+    }
+    for message, line in lines.items():
+        (data / "questions.jsonl").write_text(line)
+        assert main(["eval", "--data", str(data), *out]) == 2, line
+        error = capsys.readouterr().err
+        assert message in error, line
+        assert "Traceback" not in error
+    assert main(["eval", "--data", str(data / "nowhere"), *out]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["eval", "--data", str(data), *out, "--limit", "0"]) == 2
+    assert "--limit must be a positive number" in capsys.readouterr().err
+
+
+def test_answers_of_other_settings_are_refused(data, tmp_path, capsys):
+    command = [
+        "eval",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "1",
+        "--top-k-ratio",
+        "0.5",
+        "--no-stock",
+    ]
+    assert main([*command, "--max-new-tokens", "1"]) == 0
+    assert main([*command, "--max-new-tokens", "2"]) == 2
+    assert "holds answers of another run (max_new_tokens was 1, now 2)" in capsys.readouterr().err
