@@ -81,7 +81,8 @@ def read_visibility(mask: torch.Tensor, open_rows: torch.Tensor | None, padding:
         padding: bool (batch, rows), True for padding; None if there is none.
 
     Example:
-        >>> mask = torch.tensor([[[[0.0, 0.0, -1e30], [0.0, 0.0, 0.0]]]])
+        >>> lowest = torch.finfo(torch.float32).min
+        >>> mask = torch.tensor([[[[0.0, 0.0, lowest], [0.0, 0.0, 0.0]]]])
         >>> seen = read_visibility(mask, torch.tensor([1.0, 0.0]).view(1, 1, 2, 1), None)
         >>> seen.lengths.tolist(), seen.rows.tolist(), seen.voters.tolist()
         ([2, 1], [[[True, False], [False, False]]], [[True, False]])
