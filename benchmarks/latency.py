@@ -235,9 +235,9 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
         if shape == "small":
             batches = arguments.batches or ([1, 8] if arguments.quick else [1, 8, 32])
             names = ("photo", "page") if arguments.quick else tuple(SCENARIOS)
-            steps, prefills = (30, 3) if arguments.quick else (200, 9)
+            steps, prefills = (30, 3) if arguments.quick else (101, 5)
             found += [
-                (shape, name, batch, steps, prefills, every)
+                (shape, name, batch, steps, prefills if batch * SCENARIOS[name].images <= 8 else 3, every)
                 for name in names
                 for batch in batches
                 if batch * SCENARIOS[name].images <= 64
@@ -248,12 +248,12 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
             found += [(shape, name, batch, 30, 3, every) for name in SCENARIOS for batch in arguments.batches]
         else:
             found += [
-                (shape, "page", 1, 30, 3, every),
-                (shape, "page", 4, 20, 1, every),
-                (shape, "page", 16, 12, 1, every),
+                (shape, "page", 1, 24, 2, every),
+                (shape, "page", 4, 16, 1, every),
+                (shape, "page", 16, 12, 1, FEW_WAYS),
             ]
-            found += [(shape, "photo", 1, 30, 3, every), (shape, "photo", 8, 15, 1, every)]
-            found += [(shape, "chat", 1, 20, 1, FEW_WAYS), (shape, "pages", 1, 20, 1, every)]
+            found += [(shape, "photo", 1, 24, 2, every), (shape, "photo", 8, 15, 1, FEW_WAYS)]
+            found += [(shape, "chat", 1, 20, 1, FEW_WAYS), (shape, "pages", 1, 20, 1, FEW_WAYS)]
             found += [(shape, "video", 1, 12, 1, FEW_WAYS)]
     return found
 

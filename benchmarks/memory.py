@@ -113,7 +113,7 @@ def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> An
         model = load_shape(shape, getattr(torch, weights), device)
     else:
         from transformers import MllamaForConditionalGeneration
-        from trim_plugin.integrations.bitsandbytes import quantization_config
+        from trim_plugin.integrations.bitsandbytes import quantization_config, use_standard_layout
 
         source = SMALL_MODEL if shape == "small" else folder / shape
         if not source.exists():
@@ -121,12 +121,13 @@ def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> An
         model = MllamaForConditionalGeneration.from_pretrained(
             source, dtype=torch.bfloat16, quantization_config=quantization_config(weights), device_map={"": device}
         ).eval()
+        use_standard_layout(model, only_misfits=True)
         model = finish(model, shape)
     if lora:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
+        from trim_plugin.integrations.peft import lora_config
 
-        target = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=target)).base_model.model.eval()
+        model = get_peft_model(model, lora_config("text_attention")).base_model.model.eval()
     return model
 
 
@@ -306,6 +307,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     wanted = cases(arguments)
     rows: list[dict[str, Any]] = []
+    result = {
+        "environment": environment(arguments.device),
+        "quick": arguments.quick,
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
         task = bar.add_task("memory", total=len(wanted))
@@ -324,14 +331,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 except EOFError:
                     break
                 bar.advance(task)
+                write_result("memory", result, arguments.out)  # a run that is cut off leaves what it has
             process.join()
-    result = {
-        "environment": environment(arguments.device),
-        "quick": arguments.quick,
-        "new_tokens": NEW_TOKENS,
-        "rows": rows,
-    }
-    write_result("memory", result, arguments.out)
     return result
 
 

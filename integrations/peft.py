@@ -144,19 +144,22 @@ def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *
             model.add_adapter(adapter.name, config)
         else:
             model = get_peft_model(model, config, adapter.name)
+    _follow_layers(model)
+    for adapter in found:
         key_mapping = _RENAMED if adapter.renamed else None
         weights = load_peft_weights(adapter.folder, device="cpu", key_mapping=key_mapping)
-        # Beside offloaded weights peft makes adapters on meta, which can only be replaced.
-        replace = any(parameter.is_meta for name, parameter in model.named_parameters() if "lora_" in name)
         with _layout_kept(model):
-            set_peft_model_state_dict(model, weights, adapter_name=adapter.name, low_cpu_mem_usage=replace)
-    _follow_layers(model)
+            set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
     model.set_adapter(found[0].name, inference_mode=not trainable)
     return model if trainable else model.eval()
 
 
 def _follow_layers(model: torch.nn.Module) -> None:
-    """Put adapters where the layer beside them runs: accelerate runs offloaded ones elsewhere than they rest."""
+    """Put adapters, whose weights are still to come, where the layer beside them runs.
+
+    accelerate runs offloaded layers elsewhere than they rest, and peft makes adapters where they rest: on meta. Its own
+    `low_cpu_mem_usage` would move loaded adapters there once more.
+    """
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if not isinstance(base, torch.nn.Module):
@@ -165,7 +168,11 @@ def _follow_layers(model: torch.nn.Module) -> None:
         device = base.weight.device if device is None else device
         for name, child in module.named_children():
             if name.startswith("lora_") and device != torch.device("meta"):
-                child.to(device)
+                child.to_empty(device=device) if _on_meta(child) else child.to(device)
+
+
+def _on_meta(module: torch.nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def switch_adapter(model: Any, name: str) -> None:

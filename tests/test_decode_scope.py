@@ -97,6 +97,16 @@ def test_beams_and_text_only_prompts():
     assert torch.equal(generate(model, text).sequences, trimmed(model, text, DECODE).sequences)
 
 
+@pytest.mark.parametrize("more", [{"kv_quantization": "int8"}, {"static": True, "static_bucket": 8}])
+def test_goes_with_quantized_and_static_caches(more):
+    model = random_model(seed=4, image_size=16)
+    inputs = random_inputs(model, PAIR)
+    plain, ours = trimmed(model, inputs, DECODE, 5), trimmed(model, inputs, DECODE | more, 5, disable_compile=True)
+    kept = [[tokens.tolist() for tokens in output.past_key_values.kept_indices] for output in (plain, ours)]
+    assert kept[0] == kept[1]
+    assert largest_difference(plain, ours) < (0.5 if "kv_quantization" in more else 1e-5)
+
+
 def test_unknown_scopes_are_refused():
     with pytest.raises(ValueError, match="scope must be one of 'prefill', 'decode', got 'all'"):
         TrimConfig(scope="all")

@@ -64,6 +64,13 @@ class CrossAttentionLayer(DynamicLayer):
         self.keys = take_tokens(self.keys, positions)
         self.values = take_tokens(self.values, positions)
 
+    def settle(self) -> None:
+        """Lay keys and values out head by head, as decoding reads them; a projection returns them token by token.
+
+        Measured: decoding from the projection's layout took up to 1.4 times as long (small model, CPU, 8 samples of 8 pictures).
+        """
+        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+
     def release(self) -> None:
         """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
 

@@ -39,7 +39,9 @@ class UntouchedPrefill(Prefill):
         kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
         self._decodable = kept.to(self._valid.device) & self._valid & self._reachable.gather(1, self._index)
         positions = self._positions(self._decodable)
-        if positions is not None:
-            for index in self._cache.cross_layers:
+        for index in self._cache.cross_layers:
+            if positions is None:
+                self._cache.layers[index].settle()
+            else:
                 self._cache.layers[index].keep(positions)
         super().finish()

@@ -61,7 +61,7 @@ class Job:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if field.name != "tower" and value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}.")
         if self.readable_images is not None and self.readable_images > self.images:
             raise ValueError(f"readable_images must be at most images ({self.images}), got {self.readable_images}.")
@@ -356,7 +356,9 @@ def _working_set(config: MllamaConfig, job: Job, way: str, kept: int, cross: int
     )
     # int64 as it comes, float32 while it is inverted, then the model's dtype.
     mask = rows * job.images * image_tokens(config) * element
-    attention = max(3 * rows * text.intermediate_size * element, _projection_scratch(config, total, element))
+    # With several rows and a mask, sdpa attention reads keys and values that are repeated for every head.
+    repeated = 2 * states if text.num_key_value_heads < text.num_attention_heads else 0
+    attention = max(3 * rows * text.intermediate_size * element, _projection_scratch(config, total, element), repeated)
     in_text = states + mask + attention + (layer if way != "stock" else 0)
     if way == "trimmed":
         in_text += job.batch * kept * text.hidden_size * element

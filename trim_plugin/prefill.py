@@ -88,7 +88,9 @@ class Prefill(Step):
             self._token_bytes = token_bytes(cached.keys, cached.values)
             self._plan(self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
         positions = self._first_positions if first else self._later_positions
-        if positions is not None:
+        if positions is None:
+            cached.settle()
+        else:
             cached.keep(positions)
 
     def _choose(self, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
