@@ -164,7 +164,7 @@ def _follow_layers(model: torch.nn.Module) -> None:
         base = getattr(module, "base_layer", None)
         if not isinstance(base, torch.nn.Module):
             continue
-        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        device: Any = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
         device = base.weight.device if device is None else device
         for name, child in module.named_children():
             if name.startswith("lora_") and device != torch.device("meta"):

@@ -1,6 +1,7 @@
 """`generate` with a trimmed cache, for `model.generate(custom_generate=<this folder or repository>, trust_remote_code=True)`."""
 
 import dataclasses
+from typing import Any
 
 import trim_plugin
 
@@ -8,7 +9,7 @@ import trim_plugin
 SETTINGS = [field.name for field in dataclasses.fields(trim_plugin.TrimConfig) if field.name != "max_cache_len"]
 
 
-def generate(model, **arguments):
+def generate(model: Any, **arguments: Any) -> Any:
     """Call the model's own `generate` with a trimmed cache.
 
     Args:
