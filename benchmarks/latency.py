@@ -248,13 +248,15 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
             found += [(shape, name, batch, 30, 3, every) for name in SCENARIOS for batch in arguments.batches]
         else:
             found += [
-                (shape, "page", 1, 24, 2, every),
-                (shape, "page", 4, 16, 1, every),
+                (shape, "page", 1, 20, 1, every),
+                (shape, "photo", 1, 20, 1, every),
+                (shape, "page", 4, 12, 1, FEW_WAYS),
+                (shape, "chat", 1, 12, 1, FEW_WAYS),
+                (shape, "photo", 8, 12, 1, FEW_WAYS),
+                (shape, "pages", 1, 12, 1, FEW_WAYS),
                 (shape, "page", 16, 12, 1, FEW_WAYS),
+                (shape, "video", 1, 12, 1, FEW_WAYS),
             ]
-            found += [(shape, "photo", 1, 24, 2, every), (shape, "photo", 8, 15, 1, FEW_WAYS)]
-            found += [(shape, "chat", 1, 20, 1, FEW_WAYS), (shape, "pages", 1, 20, 1, FEW_WAYS)]
-            found += [(shape, "video", 1, 12, 1, FEW_WAYS)]
     return found
 
 
@@ -272,7 +274,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if shape not in models:
                 models.clear()
                 models[shape] = load_shape(shape, getattr(torch, PROMPT_DTYPE[shape]), arguments.device)
-                scoring.append(scoring_cost(models[shape], shape, arguments.device, 1 if arguments.quick else 5))
+                scoring.append(scoring_cost(models[shape], shape, arguments.device, 1 if arguments.quick else 3))
             try:
                 rows.append(measure(models[shape], shape, name, batch, steps, prefills, ways, arguments.device))
             except torch.OutOfMemoryError:

@@ -29,7 +29,7 @@ SCALE_BLOCK = 256
 SCORING_SCRATCH = 64 * 2**20
 #: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model. The union over heads
 #: depends on model and picture; give the share itself where it is known.
-MEASURED_KEPT = ((0.0, 0.0), (0.05, 0.16), (0.1, 0.28), (0.15, 0.41), (0.25, 0.64), (0.5, 0.96), (1.0, 1.0))
+MEASURED_KEPT = ((0.0, 0.0), (0.1, 0.246), (0.25, 0.611), (0.35, 0.814), (0.5, 0.965), (1.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def expected_kept_share(top_k_ratio: float) -> float:
 
     Example:
         >>> expected_kept_share(1.0), round(expected_kept_share(0.2), 3)
-        (1.0, 0.525)
+        (1.0, 0.489)
     """
     for (low, below), (high, above) in itertools.pairwise(MEASURED_KEPT):
         if low <= top_k_ratio <= high:
@@ -265,7 +265,7 @@ def plan(
     Example:
         >>> stock, exact, trimmed = plan(built_in_config("11b"), Job(tiles=1))
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
-        (4, 1025)
+        (4, 979)
     """
     most = int(config.vision_config.max_num_tiles)
     if job.tiles > most:
