@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trim_plugin
+from trim_plugin import compat
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -135,7 +136,8 @@ def test_pictures_change_the_answer(model):
 
 def test_other_caches_are_untouched_by_import_and_hooks(model):
     inputs = random_inputs(model, [Sample((1, (2,), 6)), Sample((1, (1, 3), 4))])
-    names = [None, "dynamic", "static"]
+    # Before its own static cache, transformers sized Mllama's cross-attention layers for the text.
+    names = [None, "dynamic", "static"] if compat.compiles_mllama_decoding() else [None, "dynamic"]
     trim_plugin.unregister()
     before = [generate(model, inputs, cache_implementation=name, disable_compile=True) for name in names]
     trim_plugin.register()

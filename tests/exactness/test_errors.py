@@ -371,8 +371,9 @@ def test_cache_left_over(model, inputs, forwards):
     forwards.clear()
     match = "left over from a forward that failed"
     before_work(forwards, ValueError, match, generate, model, inputs, past_key_values=cache)
-    with pytest.raises(ValueError, match=match), torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+    if slices_mask_rows():  # before that, transformers itself fails on rows that the mask does not have
+        with pytest.raises(ValueError, match=match), torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
     fail[0] = False
     cache.reset()
     ours = generate(model, inputs, past_key_values=cache)
