@@ -11,7 +11,8 @@ from trim_plugin.masks import open_mask, pack
 #: From this many cached tokens on, decoding on a CPU gets an open mask instead of none: transformers' sdpa attention takes
 #: another way without a mask (`enable_gqa`), which is slower there. Measured in whole steps at 11B widths (two self- and two
 #: cross-attention layers, bfloat16, two threads): with 6,404 tokens 1.39 times stock without a mask and 1.00 with one; with 1,601
-#: tokens 1.06 and 0.95. On a GPU no mask is the faster way.
+#: tokens 1.06 and 0.95. Medians of 11 steps in turns, on a machine that ran other work. The limit between was not measured, nor
+#: was a GPU; there no mask is passed.
 CPU_MASK_FROM = 1024
 
 
