@@ -188,3 +188,15 @@ def test_models_without_cross_attention_are_refused():
         TrimmedCache(llama)
     with pytest.raises(ValueError, match="needs an Mllama model"):
         llama.generate(torch.tensor([[1, 2]]), max_new_tokens=1, cache_implementation="trimmed")
+
+
+def test_many_tokens_on_a_cpu_get_an_open_mask_and_the_same_answer(model, monkeypatch):
+    from trim_plugin import tokens
+
+    inputs = random_inputs(model, [Sample((1, (6,), 6))])
+    few = trimmed(model, inputs, {"top_k_ratio": 0.2})
+    assert few.past_key_values.tokens.decode_mask is None
+    monkeypatch.setattr(tokens, "CPU_MASK_FROM", 1)
+    many = trimmed(model, inputs, {"top_k_ratio": 0.2})
+    assert bool((many.past_key_values.tokens.decode_mask == 0).all())
+    assert torch.equal(few.sequences, many.sequences)
