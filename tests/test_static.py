@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,8 @@ from trim_plugin import TrimConfig, TrimmedCache, compat
 from .exactness.strategies import mixed_batches, model_settings
 from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
+#: Formats of `kv_quantization` that this installation has.
+FORMATS = ("int8", "nf4") if importlib.util.find_spec("bitsandbytes") is not None else ()
 ONE = [Sample((1, (6,), 6))]
 
 
@@ -30,15 +34,22 @@ def graph_counter():
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
-@given(model_settings, mixed_batches, st.integers(0, 99), st.sampled_from([1.0, 0.25, 0.1]), st.sampled_from([8, 64]))
-def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, bucket):
+@given(
+    model_settings,
+    mixed_batches,
+    st.integers(0, 99),
+    st.sampled_from([1.0, 0.25, 0.1]),
+    st.sampled_from([8, 64]),
+    st.sampled_from([None, *FORMATS]),
+)
+def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, bucket, kv_quantization):
     model = random_model(**model_kwargs)
     inputs = random_inputs(model, samples, seed)
-    dynamic = trimmed(model, inputs, {"top_k_ratio": ratio}, 6)
-    static = trimmed(
-        model, inputs, {"top_k_ratio": ratio, "static": True, "static_bucket": bucket}, 6, disable_compile=True
-    )
-    references = [dynamic, generate(model, inputs, 6)] if ratio == 1.0 else [dynamic]
+    what = {"top_k_ratio": ratio, "kv_quantization": kv_quantization}
+    dynamic = trimmed(model, inputs, what, 6)
+    static = trimmed(model, inputs, what | {"static": True, "static_bucket": bucket}, 6, disable_compile=True)
+    lossless = ratio == 1.0 and kv_quantization is None
+    references = [dynamic, generate(model, inputs, 6)] if lossless else [dynamic]
     for reference in references:
         assert torch.equal(reference.sequences, static.sequences)
         assert largest_difference(reference, static) <= 1e-5
@@ -52,16 +63,18 @@ def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, buc
 @pytest.mark.skipif(
     not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
 )
+@pytest.mark.parametrize("kv_quantization", [None, *FORMATS])
 @pytest.mark.parametrize("ratio", [1.0, 0.2])
-def test_one_graph_for_ten_pictures_and_longer_prompts(ratio):
+def test_one_graph_for_ten_pictures_and_longer_prompts(ratio, kv_quantization):
     torch._dynamo.reset()
     model = random_model(seed=2)
     compile_config, graphs = graph_counter()
-    settings = {"top_k_ratio": ratio, "static": True, "static_bucket": 64, "max_cache_len": 64}
+    what = {"top_k_ratio": ratio, "kv_quantization": kv_quantization}
+    settings = what | {"static": True, "static_bucket": 64, "max_cache_len": 64}
     for number in range(10):
         inputs = random_inputs(model, [Sample((1 + number % 3, (1 + number % 8,), 4 + number))], seed=number)
         compiled = trimmed(model, inputs, settings, 12, compile_config=compile_config)
-        eager = trimmed(model, inputs, {"top_k_ratio": ratio}, 12)
+        eager = trimmed(model, inputs, what, 12)
         assert torch.equal(compiled.sequences, eager.sequences)
         assert largest_difference(compiled, eager) <= 1e-5
     assert len(graphs) == 1
@@ -102,16 +115,34 @@ def test_compiled_batches_sampling_and_128_tokens():
     assert graphs
 
 
-def test_buffers_are_kept_and_filled_again(model):
-    cache = TrimmedCache(model, TrimConfig(top_k_ratio=0.1, static=True, static_bucket=32, max_cache_len=64))
-    pointers = []
+@pytest.mark.parametrize("kv_quantization", [None, *FORMATS])
+def test_buffers_are_kept_and_filled_again(model, kv_quantization):
+    what = {"top_k_ratio": 0.1, "kv_quantization": kv_quantization}
+    cache = TrimmedCache(model, TrimConfig(**what, static=True, static_bucket=32, max_cache_len=64))
+    pointers, held = [], []
     for seed in (0, 1):
         inputs = random_inputs(model, [Sample((1, (1 + seed,), 6))], seed)
         ours = generate(model, inputs, past_key_values=cache, disable_compile=True)
-        assert torch.equal(ours.sequences, trimmed(model, inputs, {"top_k_ratio": 0.1}).sequences)
-        pointers.append([layer.keys.data_ptr() for layer in cache.layers])
+        assert torch.equal(ours.sequences, trimmed(model, inputs, what).sequences)
+        layers = [cache.layers[index].held_tensors() for index in cache.cross_layers]
+        pointers.append([tensor.data_ptr() for tensors in layers for tensor in tensors])
+        held.append(cache.report().cross_kv_bytes)
         cache.reset()
     assert pointers[0] == pointers[1]
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantized_buffers_hold_as_few_bytes_as_a_dynamic_cache_of_that_width(format):
+    model = random_model(width=128, kv_heads=4)
+    inputs = random_inputs(model, [Sample((1, (6,), 6))])
+    reports = []
+    for extra in ({}, {"static": True, "static_bucket": 4}):
+        settings = {"top_k_ratio": 1.0, "kv_quantization": format, **extra}
+        reports.append(trimmed(model, inputs, settings, 4, disable_compile=True).past_key_values.report())
+    dynamic, static = reports
+    width = -(-dynamic.kept_tokens[0] // 4) * 4
+    assert static.cross_kv_bytes * dynamic.kept_tokens[0] == dynamic.cross_kv_bytes * width
 
 
 def test_beams_work_on_static_layers(model):
@@ -164,7 +195,7 @@ def test_a_follow_up_with_a_new_picture_fills_the_buffers_anew(model):
         ({"static": 1}, "static must be True or False"),
         ({"static": True, "static_bucket": 0}, "static_bucket must be a positive integer"),
         ({"static": True, "max_cache_len": -1}, "max_cache_len must be a positive integer"),
-        ({"static": True, "kv_quantization": "int8"}, "static=True and kv_quantization='int8' are both given"),
+        ({"static": True, "self_kv_quantization": "fp8"}, "static=True and self_kv_quantization='fp8' are both given"),
     ],
 )
 def test_bad_settings(settings, message):

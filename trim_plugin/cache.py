@@ -261,15 +261,13 @@ class TrimmedCache(Cache):
 
 
 def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
-    if config.static:
-        from trim_plugin.static import StaticCrossAttentionLayer
-
-        return StaticCrossAttentionLayer()
-    if config.kv_quantization is None:
-        return CrossAttentionLayer()
     from trim_plugin.quantized import QuantizedCrossAttentionLayer
+    from trim_plugin.static import StaticCrossAttentionLayer, StaticQuantizedCrossAttentionLayer
 
-    return QuantizedCrossAttentionLayer(config.kv_quantization)
+    if config.kv_quantization is None:
+        return StaticCrossAttentionLayer() if config.static else CrossAttentionLayer()
+    quantized = StaticQuantizedCrossAttentionLayer if config.static else QuantizedCrossAttentionLayer
+    return quantized(config.kv_quantization)
 
 
 def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer | StaticLayer:

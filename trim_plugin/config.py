@@ -148,11 +148,10 @@ def _check_static(config: TrimConfig) -> None:
         is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not is_count and not (name == "max_cache_len" and value is None):
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    quantized = [name for name in ("kv_quantization", "self_kv_quantization") if getattr(config, name) is not None]
-    if config.static and quantized:
+    if config.static and config.self_kv_quantization is not None:
         raise ValueError(
-            f"static=True and {quantized[0]}={getattr(config, quantized[0])!r} are both given, but a static cache holds its "
-            "tensors in the model's dtype. Choose one of the two."
+            f"static=True and self_kv_quantization={config.self_kv_quantization!r} are both given, but transformers has no "
+            "static quantized layer for self-attention. Choose one of the two; kv_quantization goes with static=True."
         )
 
 

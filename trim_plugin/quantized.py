@@ -48,6 +48,8 @@ class QuantizedTokens:
         head_dim: values a head.
         dtype: what it is dequantized to.
         format: "int8" (255 evenly spaced levels) or "nf4" (16 levels at the quantiles of a normal distribution).
+        levels: float32 (256,), what the codes of "int8" stand for; None for "nf4", whose kernels know them. Held here, so that a
+            compiled graph takes it as an input.
     """
 
     codes: torch.Tensor
@@ -56,6 +58,7 @@ class QuantizedTokens:
     head_dim: int
     dtype: torch.dtype
     format: str
+    levels: torch.Tensor | None = None
 
     @classmethod
     def of(cls, states: torch.Tensor, format: str) -> QuantizedTokens:
@@ -77,12 +80,13 @@ class QuantizedTokens:
         rows = states.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
         # Padded with zeros to whole blocks; real models have a multiple of 64 values a token.
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % BLOCK)).contiguous()
+        levels = _levels(rows.device) if format == "int8" else None
         if format == "nf4":
             codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
         else:
-            codes, state = functional.quantize_blockwise(rows, code=_levels(rows.device), blocksize=BLOCK)
+            codes, state = functional.quantize_blockwise(rows, code=levels, blocksize=BLOCK)
         codes, scales = codes.view(batch, tokens, -1), state.absmax.view(batch, tokens, -1)
-        return cls(codes, scales, heads, head_dim, states.dtype, format)
+        return cls(codes, scales, heads, head_dim, states.dtype, format, levels)
 
     def dequantized(self) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) in `dtype`."""
@@ -92,7 +96,7 @@ class QuantizedTokens:
         state = functional.QuantState(
             absmax=self.scales.flatten(),
             shape=torch.Size((batch, tokens, blocks * BLOCK)),
-            code=_levels(self.codes.device) if self.format == "int8" else None,
+            code=self.levels,
             blocksize=BLOCK,
             quant_type="nf4" if self.format == "nf4" else None,
             dtype=self.dtype,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from trim_plugin.cache import CrossAttentionLayer, take_tokens
+from trim_plugin.quantized import QuantizedCrossAttentionLayer, QuantizedTokens
 
 
 class StaticCrossAttentionLayer(CrossAttentionLayer):
@@ -28,25 +30,74 @@ class StaticCrossAttentionLayer(CrossAttentionLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers: list[torch.Tensor] | None = None
 
     def keep(self, positions: torch.Tensor) -> None:
         """Copy the tokens at `positions`, int64 (batch, width), into the buffers."""
         positions = positions.to(self.keys.device)
-        kept = take_tokens(self.keys, positions), take_tokens(self.values, positions)
-        if self._buffers is None or not all(map(_fits, self._buffers, kept)):
-            # Contiguous copies whose address a CUDA graph may rely on, as transformers' static layers do it.
-            self._buffers = kept[0].contiguous(), kept[1].contiguous()
-            for buffer in self._buffers:
-                torch._dynamo.mark_static_address(buffer)
-        else:
-            for buffer, tensor in zip(self._buffers, kept, strict=True):
-                buffer.copy_(tensor)
+        kept = [take_tokens(self.keys, positions), take_tokens(self.values, positions)]
+        self._buffers = _filled(self._buffers, kept)
         self.keys, self.values = self._buffers
 
     def held_tensors(self) -> list[torch.Tensor | None]:
         """The buffers, also while they wait to be filled again."""
         return [self.keys, self.values, *(self._buffers or ())]
+
+
+class StaticQuantizedCrossAttentionLayer(QuantizedCrossAttentionLayer):
+    """A `QuantizedCrossAttentionLayer` whose codes and scales lie in buffers, as `StaticCrossAttentionLayer`'s tensors do.
+
+    A compiled step dequantizes within its graph.
+
+    Example:
+        >>> layer = StaticQuantizedCrossAttentionLayer("int8")
+        >>> layer.expected = True
+        >>> _ = layer.update(torch.ones(1, 2, 5, 32), torch.ones(1, 2, 5, 32))
+        >>> layer.keep(torch.tensor([[0, 3, 0, 0]]))
+        >>> layer.release()
+        >>> layer.keys.shape, layer.is_compileable
+        (torch.Size([1, 2, 4, 32]), True)
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, format: str) -> None:
+        super().__init__(format)
+        self._buffered: dict[str, QuantizedTokens] | None = None
+
+    def release(self) -> None:
+        """Quantize what a prefill has left, into the buffers; drop the full tensors."""
+        super().release()
+        if self._stored is self._buffered or self._stored is None:
+            return
+        buffers = None if self._buffered is None else _tensors(self._buffered)
+        filled = iter(_filled(buffers, _tensors(self._stored)))
+        self._stored = self._buffered = {
+            name: dataclasses.replace(tokens, codes=next(filled), scales=next(filled))
+            for name, tokens in self._stored.items()
+        }
+
+    def held_tensors(self) -> list[torch.Tensor | None]:
+        """Codes and scales, also while they wait to be filled again."""
+        return [*super().held_tensors(), *(_tensors(self._buffered) if self._buffered is not None else ())]
+
+
+def _tensors(stored: dict[str, QuantizedTokens]) -> list[torch.Tensor]:
+    return [tensor for tokens in stored.values() for tensor in (tokens.codes, tokens.scales)]
+
+
+def _filled(buffers: list[torch.Tensor] | None, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The buffers, filled; new ones if there are none or they don't fit."""
+    if buffers is not None and all(map(_fits, buffers, tensors)):
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        return buffers
+    # Contiguous copies whose address a CUDA graph may rely on, as transformers' static layers do it.
+    made = [tensor.contiguous() for tensor in tensors]
+    for buffer in made:
+        torch._dynamo.mark_static_address(buffer)
+    return made
 
 
 def _fits(buffer: torch.Tensor, tensor: torch.Tensor) -> bool:
