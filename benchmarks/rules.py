@@ -25,6 +25,18 @@ def _keep_best(scores: torch.Tensor, ranking: torch.Tensor, visible: torch.Tenso
     return scores.masked_fill(~kept[:, None], -math.inf)
 
 
+def _first_of_cells(ranking: torch.Tensor, visible: torch.Tensor, share: float) -> torch.Tensor:
+    """The ranking with each cell's best token lifted above all that are not their cell's best."""
+    lifted = ranking.clone()
+    for sample, group in enumerate(visible.sum(dim=-1).tolist()):
+        cells = max(1, round(share * group))
+        tokens = visible[sample].nonzero()[:, 0]
+        cell = torch.arange(group) * cells // group
+        best = torch.full((cells,), -math.inf).scatter_reduce(0, cell, ranking[sample, tokens].cpu(), "amax")
+        lifted[sample, tokens] += (ranking[sample, tokens].cpu() >= best[cell]).float().to(lifted.device) * 1e6
+    return lifted
+
+
 @dataclasses.dataclass
 class HeadMean(VisualTokenProcessor):
     """The tokens with the highest mean score over the heads."""
@@ -97,6 +109,70 @@ class EvenlySpaced(VisualTokenProcessor):
         # At least one token of every group.
         kept |= visible & (visible.long().cumsum(dim=-1) == 1) & ~kept.any(dim=-1, keepdim=True)
         return scores.masked_fill(~kept[:, None], -math.inf)
+
+
+@dataclasses.dataclass
+class BestOfCell(VisualTokenProcessor):
+    """The best token of every cell, where cells are runs of neighbouring tokens of equal length: diverse, yet chosen."""
+
+    share: float
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        ranking = scores.amax(dim=1).masked_fill(~visible, -math.inf)
+        return _keep_best(scores, _first_of_cells(ranking, visible, self.share), visible, self.share)
+
+
+@dataclasses.dataclass
+class HalfEven(VisualTokenProcessor):
+    """Half of the budget evenly spaced, the other half the best of what is left."""
+
+    share: float
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        even = (EvenlySpaced(self.share / 2)(scores, visible) > -math.inf).any(dim=1)
+        return _keep_best(scores, scores.amax(dim=1).masked_fill(even, math.inf), visible, self.share)
+
+
+@dataclasses.dataclass
+class DrawnByScore(VisualTokenProcessor):
+    """Tokens drawn at random, in proportion to their mean score to some power: between `HeadMean` and `RandomTokens`."""
+
+    share: float
+    power: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(visible.shape, generator=self._generator).clamp(min=1e-9).to(scores.device)
+        weights = scores.mean(dim=1).clamp(min=1e-12).log() * self.power
+        return _keep_best(scores, weights - (-drawn.log()).log(), visible, self.share)
+
+
+@contextlib.contextmanager
+def merged_neighbours(tile_tokens: int = 65) -> Iterator[None]:
+    """Within this context later layers get a kept token as the mean of itself and what was dropped nearest to it in its tile."""
+    taken = trim_plugin.prefill.take_tokens
+
+    def merged(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        found = taken(states, positions)
+        every = torch.arange(states.shape[1])
+        for sample, own in enumerate(positions):
+            kept = own[: 1 + int((own[1:] > own[:-1]).sum())]  # ascending; what follows is padding
+            apart = (every[:, None] - kept[None]).abs() + 10_000 * (
+                every[:, None] // tile_tokens != kept // tile_tokens
+            )
+            distance, nearest = apart.min(dim=1)
+            nearest = nearest.masked_fill(distance >= 10_000, len(kept))  # nobody's: its tile keeps nothing
+            sums = torch.zeros(len(kept) + 1, states.shape[2], dtype=states.dtype).index_add_(
+                0, nearest, states[sample]
+            )
+            found[sample, : len(kept)] = (sums / nearest.bincount(minlength=len(kept) + 1)[:, None])[:-1]
+        return found
+
+    with mock.patch.object(trim_plugin.prefill, "take_tokens", merged):
+        yield
 
 
 @contextlib.contextmanager

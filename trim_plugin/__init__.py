@@ -15,6 +15,7 @@ from trim_plugin.cache import TrimmedCache  # noqa: E402
 from trim_plugin.config import TrimConfig  # noqa: E402
 from trim_plugin.hooks import detach  # noqa: E402
 from trim_plugin.processors import (  # noqa: E402
+    BestOfCells,
     TopKPerHead,
     TopPPerHead,
     VisualTokenProcessor,
@@ -27,6 +28,7 @@ from trim_plugin.visualize import visualize  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "BestOfCells",
     "TopKPerHead",
     "TopPPerHead",
     "TrimConfig",

@@ -23,12 +23,12 @@ def picture_or_error(path: Path) -> Image.Image:
         raise UserError(str(error)) from None
 
 
-def check_ratio(text: str) -> float:
-    """A `--top-k-ratio`, or `UserError`."""
+def check_ratio(text: str, option: str = "--top-k-ratio") -> float:
+    """A share given as an option, or `UserError`."""
     try:
-        return share("--top-k-ratio", float(text))
+        return share(option, float(text))
     except ValueError:
-        raise UserError(f"--top-k-ratio must be a number in (0, 1], got {text}") from None
+        raise UserError(f"{option} must be a number in (0, 1], got {text}") from None
 
 
 def check_device(text: str) -> str:

@@ -52,6 +52,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
     )
+    parser.add_argument(
+        "--kept-share", action="append", metavar="SHARE", help="share that BestOfCells keeps; may be given again"
+    )
     parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="store the kept tokens in 8 or 4 bits")
     parser.add_argument("--scope", choices=SCOPES, default="prefill", help="where the choice is made, see TrimConfig")
     parser.add_argument("--no-stock", action="store_true", help="leave stock out; agreement is with the first ratio")
@@ -77,7 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     process, processes = process_of(os.environ)
     ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
-    ways = ways_for(ratios, arguments.kv_quantization, scope=arguments.scope, stock=not arguments.no_stock)
+    cells = [check_ratio(text, "--kept-share") for text in arguments.kept_share or ()]
+    ways = ways_for(ratios, arguments.kv_quantization, cells=cells, scope=arguments.scope, stock=not arguments.no_stock)
     questions = _questions(arguments)
     device = check_device(device_of(arguments.device, os.environ))
     check_is_mllama(arguments.model)

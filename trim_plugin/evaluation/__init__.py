@@ -1,0 +1,24 @@
+"""Stock beside trimmed on a user's own pictures and questions: reading them, answering, remembering, summing up.
+
+`trim-plugin eval` is this package with a command line.
+"""
+
+from trim_plugin.evaluation.log import Answer, AnswerLog, write_whole
+from trim_plugin.evaluation.questions import QUESTIONS, Question, read_questions
+from trim_plugin.evaluation.run import Way, evaluate, ways_for
+from trim_plugin.evaluation.summary import MATCHES, Summary, summarize
+
+__all__ = [
+    "MATCHES",
+    "QUESTIONS",
+    "Answer",
+    "AnswerLog",
+    "Question",
+    "Summary",
+    "Way",
+    "evaluate",
+    "read_questions",
+    "summarize",
+    "ways_for",
+    "write_whole",
+]

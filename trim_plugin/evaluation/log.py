@@ -1,0 +1,127 @@
+"""Answers on disk: appended as they come, so that an interrupted run goes on, and several processes share the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What one generation gave.
+
+    Args:
+        question: name of the question.
+        way: name of the way.
+        text: the answer.
+        seconds: wall-clock time of `generate`, vision tower and prefill included.
+        new_tokens: generated text tokens.
+        visible_tokens: visual tokens that the text may read; 0 for stock, which does not count them.
+        kept_tokens: visual tokens that decoding could read; 0 for stock.
+        cross_kv_bytes: bytes of the cached visual keys and values; for stock see `stock_cross_kv_bytes` of the others.
+        stock_cross_kv_bytes: bytes that transformers' own cache would hold.
+        peak_bytes: most memory allocated on the GPU during `generate`, weights included; 0 without a GPU.
+    """
+
+    question: str
+    way: str
+    text: str
+    seconds: float
+    new_tokens: int
+    visible_tokens: int = 0
+    kept_tokens: int = 0
+    cross_kv_bytes: int = 0
+    stock_cross_kv_bytes: int = 0
+    peak_bytes: int = 0
+
+
+class AnswerLog:
+    """The answers so far, in `answers-*.jsonl` of a folder; each process appends to a file of its own.
+
+    A line that an interruption cut short is dropped, and its question is answered again.
+
+    Args:
+        folder: made if need be.
+        settings: what the answers depend on; a folder with answers of other settings is refused.
+        process: which of the processes this is.
+
+    Raises:
+        ValueError: the folder holds answers that were made with other settings.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> AnswerLog(folder, {"model": "small"}).add(Answer("1", "stock", "seven", 0.5, 2))
+        >>> [answer.text for answer in AnswerLog(folder, {"model": "small"}).answers()]
+        ['seven']
+        >>> AnswerLog(folder, {"model": "large"})
+        Traceback (most recent call last):
+        ...
+        ValueError: ... holds answers of another run (model was 'small', now 'large'). Give another folder...
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], process: int = 0) -> None:
+        self.folder = folder
+        self._file = folder / f"answers-{process}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings(dict(settings))
+        if self._file.is_file():
+            kept = list(_whole_lines(self._file))
+            write_whole(self._file, "".join(f"{line}\n" for line in kept))
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        file = self.folder / "settings.json"
+        if not file.is_file():
+            write_whole(file, json.dumps(settings, indent=2) + "\n")
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name in sorted(set(before) | set(settings)):
+            if before.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{self.folder} holds answers of another run ({name} was {before.get(name)!r}, now "
+                    f"{settings.get(name)!r}). Give another folder, or remove this one."
+                )
+
+    def add(self, answer: Answer) -> None:
+        """Append an answer; it is on disk when this returns."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(answer)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def answers(self) -> list[Answer]:
+        """The answers of all processes, one for each question and way."""
+        found: dict[tuple[str, str], Answer] = {}
+        for file in sorted(self.folder.glob("answers-*.jsonl")):
+            for line in _whole_lines(file):
+                answer = Answer(**json.loads(line))
+                found.setdefault((answer.question, answer.way), answer)
+        return list(found.values())
+
+
+def _whole_lines(file: Path) -> Iterator[str]:
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        yield line
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that no other process ever sees half of it.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> write_whole(file, "all")
+        >>> file.read_text()
+        'all'
+    """
+    draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)

@@ -1,0 +1,135 @@
+"""Answering questions in several ways: stock and trimmed caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trim_plugin.config import TrimConfig
+from trim_plugin.evaluation.log import Answer, AnswerLog
+from trim_plugin.evaluation.questions import Question
+from trim_plugin.processors import BestOfCells
+from trim_plugin.prompting import build_inputs, open_picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to answer: stock (`config` is None) or a trimmed cache."""
+
+    name: str
+    config: TrimConfig | None
+
+
+def ways_for(
+    ratios: Sequence[float],
+    kv_quantization: str | None = None,
+    *,
+    cells: Sequence[float] = (),
+    scope: str = "prefill",
+    stock: bool = True,
+) -> list[Way]:
+    """Stock, a trimmed cache for each ratio (1.0 is exact mode), and one with `BestOfCells` for each share in `cells`.
+
+    The other arguments are `TrimConfig`'s.
+
+    Example:
+        >>> [way.name for way in ways_for([1.0, 0.25], "int8", cells=[0.3])]
+        ['stock', 'exact, int8', '0.25, int8', 'cells 0.3, int8']
+    """
+    extras = [*([] if scope == "prefill" else [scope]), *([] if kv_quantization is None else [kv_quantization])]
+    rules: list[tuple[str, dict[str, Any]]] = [
+        ("exact" if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
+    ]
+    rules += [(f"cells {kept:g}", {"processors": [BestOfCells(kept)]}) for kept in cells]
+    ways = [Way("stock", None)] if stock else []
+    for name, rule in rules:
+        config = TrimConfig(**rule, kv_quantization=kv_quantization, scope=scope)
+        ways.append(Way(", ".join([name, *extras]), config))
+    return ways
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    ways: Sequence[Way],
+    log: AnswerLog,
+    *,
+    max_new_tokens: int = 64,
+    process: int = 0,
+    processes: int = 1,
+    on_answer: Callable[[Answer], None] | None = None,
+) -> None:
+    """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
+
+    Args:
+        model: an Mllama model, on its device.
+        processor: its processor.
+        questions: all questions; this process takes every `processes`-th.
+        ways: how to answer each.
+        log: where answers go.
+        max_new_tokens: longest answer.
+        process: which process this is, 0 … processes − 1.
+        processes: how many share the questions.
+        on_answer: called after every answer, for progress.
+
+    Raises:
+        FileNotFoundError, ValueError: a picture cannot be read.
+    """
+    done = {(answer.question, answer.way) for answer in log.answers()}
+    device = next(model.parameters()).device
+    warm: set[str] = set()
+    for question in questions[process::processes]:
+        missing = [way for way in ways if (question.name, way.name) not in done]
+        if not missing:
+            continue
+        pictures = [open_picture(picture) for picture in question.pictures]
+        inputs = build_inputs(processor, question.text, pictures, device)
+        for way in missing:
+            if way.name not in warm:  # the first generation pays for allocations and kernels: not timed
+                _generate(model, processor, inputs, question, way, max_new_tokens)
+                warm.add(way.name)
+            answer = _generate(model, processor, inputs, question, way, max_new_tokens)
+            log.add(answer)
+            if on_answer is not None:
+                on_answer(answer)
+
+
+def _generate(
+    model: Any, processor: Any, inputs: dict[str, torch.Tensor], question: Question, way: Way, max_new_tokens: int
+) -> Answer:
+    settings = {} if way.config is None else {"cache_implementation": "trimmed", "cache_config": way.config}
+    on_gpu = inputs["input_ids"].is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
+    )
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    answer = Answer(
+        question=question.name,
+        way=way.name,
+        text=processor.decode(new, skip_special_tokens=True).strip(),
+        seconds=seconds,
+        new_tokens=len(new),
+        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+    )
+    if way.config is None:
+        return answer
+    report = output.past_key_values.report()
+    return dataclasses.replace(
+        answer,
+        visible_tokens=report.visible_tokens[0],
+        kept_tokens=report.kept_tokens[0],
+        cross_kv_bytes=report.cross_kv_bytes,
+        stock_cross_kv_bytes=report.stock_cross_kv_bytes,
+    )

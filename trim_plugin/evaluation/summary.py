@@ -1,0 +1,132 @@
+"""Accuracy, agreement with the first way, kept share and time, over all questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from trim_plugin.evaluation.log import Answer
+from trim_plugin.evaluation.questions import Question
+from trim_plugin.evaluation.run import Way
+
+MATCHES = ("exact", "contains")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One way over all questions; means, and None for what cannot be known.
+
+    Args:
+        way: its name.
+        questions: answered questions.
+        accuracy: share of right answers among the questions whose answer is given.
+        agreement: share of answers that are the same as the first way's, case, spaces and final punctuation aside.
+        overlap: mean F1 of the words shared with the first way's answer, which suits long answers.
+        kept_share: kept visual tokens over visible ones.
+        cross_kv_ratio: bytes of cached visual keys and values over stock's.
+        seconds: per question.
+        peak_bytes: most memory on the GPU, over all questions.
+    """
+
+    way: str
+    questions: int
+    accuracy: float | None
+    agreement: float
+    overlap: float
+    kept_share: float | None
+    cross_kv_ratio: float | None
+    seconds: float
+    peak_bytes: int | None
+
+
+def summarize(
+    questions: Sequence[Question], ways: Sequence[Way], answers: Sequence[Answer], match: str = "exact"
+) -> list[Summary]:
+    """Sum up every way over the questions that all ways have answered; agreement is with the first way.
+
+    Args:
+        questions: as read.
+        ways: as run.
+        answers: from the log.
+        match: "exact": an answer is right if it equals a given one; "contains": if a given one occurs in it as whole words.
+            Both leave case, spaces and final punctuation aside.
+
+    Raises:
+        ValueError: another `match`.
+
+    Example:
+        >>> from trim_plugin.evaluation import ways_for
+        >>> question = Question("1", (), "Which digit is red?", ("seven",))
+        >>> given = [Answer("1", "stock", "Seven.", 0.1, 2), Answer("1", "0.25", "nine", 0.1, 2, 65, 13, 20, 80)]
+        >>> for row in summarize([question], ways_for([0.25]), given):
+        ...     print(row.way, row.accuracy, row.agreement, row.kept_share)
+        stock 1.0 1.0 None
+        0.25 0.0 0.0 0.2
+    """
+    if match not in MATCHES:
+        raise ValueError(f"match must be one of {', '.join(map(repr, MATCHES))}, got {match!r}.")
+    found = {(answer.question, answer.way): answer for answer in answers}
+    whole = [question for question in questions if all((question.name, way.name) in found for way in ways)]
+    if not whole:
+        return []
+    first = [found[question.name, ways[0].name] for question in whole]
+    return [_summary(way, whole, [found[question.name, way.name] for question in whole], first, match) for way in ways]
+
+
+def _summary(way: Way, questions: list[Question], answers: list[Answer], first: list[Answer], match: str) -> Summary:
+    known = [(q, a) for q, a in zip(questions, answers, strict=True) if q.answers]
+    pairs = [(a.text, b.text) for a, b in zip(answers, first, strict=True)]
+    visible, stock = sum(a.visible_tokens for a in answers), sum(a.stock_cross_kv_bytes for a in answers)
+    return Summary(
+        way=way.name,
+        questions=len(answers),
+        accuracy=_mean([is_right(a.text, q.answers, match) for q, a in known]) if known else None,
+        agreement=_mean([normalized(text) == normalized(other) for text, other in pairs]),
+        overlap=_mean([word_overlap(text, other) for text, other in pairs]),
+        kept_share=sum(a.kept_tokens for a in answers) / visible if visible else None,
+        cross_kv_ratio=sum(a.cross_kv_bytes for a in answers) / stock if stock else None,
+        seconds=_mean([a.seconds for a in answers]),
+        peak_bytes=max(a.peak_bytes for a in answers) or None,
+    )
+
+
+def normalized(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the end.
+
+    Example:
+        >>> normalized(" Red  seven, blue two. ")
+        'red seven, blue two'
+    """
+    return " ".join(text.casefold().split()).rstrip(".!?,;: ")
+
+
+def is_right(text: str, answers: Sequence[str], match: str = "exact") -> bool:
+    """Whether an answer is one of those that count as right.
+
+    Example:
+        >>> is_right("It is seven.", ["seven"]), is_right("It is seven.", ["seven"], "contains")
+        (False, True)
+    """
+    given = normalized(text)
+    if match == "exact":
+        return any(given == normalized(answer) for answer in answers)
+    return any(re.search(rf"(?<!\w){re.escape(normalized(answer))}(?!\w)", given) is not None for answer in answers)
+
+
+def word_overlap(text: str, other: str) -> float:
+    """F1 of the words that two texts share, counted with repetition; 1.0 if both are empty.
+
+    Example:
+        >>> word_overlap("red seven, blue two", "red seven, blue nine")
+        0.75
+    """
+    own, others = (Counter(re.findall(r"\w+", part.casefold())) for part in (text, other))
+    if not own and not others:
+        return 1.0
+    return 2 * (own & others).total() / (own.total() + others.total())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
