@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 import trim_plugin.prefill
-from trim_plugin import VisualTokenProcessor
+from trim_plugin import BestOfCells, TopKPerHead, VisualTokenProcessor
 
 
 def _keep_best(scores: torch.Tensor, ranking: torch.Tensor, visible: torch.Tensor, share: float) -> torch.Tensor:
@@ -23,18 +23,6 @@ def _keep_best(scores: torch.Tensor, ranking: torch.Tensor, visible: torch.Tenso
         best = ranking[sample].sort(descending=True, stable=True).indices[: max(1, round(share * group))]
         kept[sample, best] = True
     return scores.masked_fill(~kept[:, None], -math.inf)
-
-
-def _first_of_cells(ranking: torch.Tensor, visible: torch.Tensor, share: float) -> torch.Tensor:
-    """The ranking with each cell's best token lifted above all that are not their cell's best."""
-    lifted = ranking.clone()
-    for sample, group in enumerate(visible.sum(dim=-1).tolist()):
-        cells = max(1, round(share * group))
-        tokens = visible[sample].nonzero()[:, 0]
-        cell = torch.arange(group) * cells // group
-        best = torch.full((cells,), -math.inf).scatter_reduce(0, cell, ranking[sample, tokens].cpu(), "amax")
-        lifted[sample, tokens] += (ranking[sample, tokens].cpu() >= best[cell]).float().to(lifted.device) * 1e6
-    return lifted
 
 
 @dataclasses.dataclass
@@ -112,17 +100,6 @@ class EvenlySpaced(VisualTokenProcessor):
 
 
 @dataclasses.dataclass
-class BestOfCell(VisualTokenProcessor):
-    """The best token of every cell, where cells are runs of neighbouring tokens of equal length: diverse, yet chosen."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        ranking = scores.amax(dim=1).masked_fill(~visible, -math.inf)
-        return _keep_best(scores, _first_of_cells(ranking, visible, self.share), visible, self.share)
-
-
-@dataclasses.dataclass
 class HalfEven(VisualTokenProcessor):
     """Half of the budget evenly spaced, the other half the best of what is left."""
 
@@ -135,10 +112,9 @@ class HalfEven(VisualTokenProcessor):
 
 @dataclasses.dataclass
 class DrawnByScore(VisualTokenProcessor):
-    """Tokens drawn at random, in proportion to their mean score to some power: between `HeadMean` and `RandomTokens`."""
+    """Tokens drawn at random without replacement, in proportion to their mean score."""
 
     share: float
-    power: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,8 +122,23 @@ class DrawnByScore(VisualTokenProcessor):
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         drawn = torch.rand(visible.shape, generator=self._generator).clamp(min=1e-9).to(scores.device)
-        weights = scores.mean(dim=1).clamp(min=1e-12).log() * self.power
+        weights = scores.mean(dim=1).clamp(min=1e-12).log()  # Gumbel's trick
         return _keep_best(scores, weights - (-drawn.log()).log(), visible, self.share)
+
+
+@dataclasses.dataclass
+class CellsOnBudget(VisualTokenProcessor):
+    """`BestOfCells` with as many tokens as `TopKPerHead(ratio)` keeps of the same group, or a part of them."""
+
+    ratio: float
+    part: float = 1.0
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        kept = (TopKPerHead(self.ratio)(scores, visible) > -math.inf).any(dim=1).sum(dim=-1)
+        # Half a token less, so that rounding up gives the budget itself.
+        shares = (self.part * kept - 0.5).clamp(min=0.5) / visible.sum(dim=-1)
+        chosen = [BestOfCells(float(shares[i]))(scores[i : i + 1], visible[i : i + 1]) for i in range(len(scores))]
+        return torch.cat(chosen)
 
 
 @contextlib.contextmanager
@@ -187,4 +178,23 @@ def last_row_votes() -> Iterator[None]:
         return scored(queries, keys, dataclasses.replace(visibility, voters=last), scaling)
 
     with mock.patch.object(trim_plugin.prefill, "visual_token_scores", of_last_row):
+        yield
+
+
+@contextlib.contextmanager
+def value_norms_weigh() -> Iterator[None]:
+    """Within this context every score is weighed by the norm of the token's value in that head: what is seen, not where."""
+    choose, scored = trim_plugin.prefill.Prefill._choose, trim_plugin.prefill.visual_token_scores
+
+    def choose_weighed(self: Any, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        norms = self._cache.layers[layer.layer_idx].values.float().norm(dim=-1)
+
+        def weighed(*args: Any) -> torch.Tensor:
+            scores = scored(*args)
+            return scores * norms.repeat_interleave(scores.shape[1] // norms.shape[1], dim=1)
+
+        with mock.patch.object(trim_plugin.prefill, "visual_token_scores", weighed):
+            return choose(self, layer, hidden_states, keys)
+
+    with mock.patch.object(trim_plugin.prefill.Prefill, "_choose", choose_weighed):
         yield

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, latency, memory, quality, report, rules
+from benchmarks import common, latency, latency_report, memory, quality, report, rules
 from trim_plugin import TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 
@@ -172,7 +172,7 @@ def test_reports_leave_the_text_around_the_markers_alone(tmp_path):
 @pytest.mark.parametrize(("exact", "slower"), [([0.98, 1.01], False), ([1.03, 1.05], False), ([1.05, 1.08], True)])
 def test_slower_means_beyond_the_noise(exact, slower):
     rows = [{"way": "stock again", "step_ratio_interval": [0.97, 1.04]}, {"way": "exact", "step_ratio_interval": exact}]
-    assert report.slower_than_stock({"rows": rows}) is slower
+    assert latency_report.slower_than_stock({"rows": rows}) is slower
 
 
 def test_the_smallest_share_stops_at_the_first_loss():
