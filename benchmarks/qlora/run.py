@@ -27,7 +27,7 @@ from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
 
 from benchmarks.small_model.evaluate import answers, batches, held_out_questions
-from benchmarks.small_model.questions import UNTRAINED_TYPES, ask
+from benchmarks.small_model.questions import TRAINED_TYPES, UNTRAINED_TYPES, ask
 from benchmarks.small_model.scenes import draw_scene
 from trim_plugin.embedded import SMALL_MODEL
 
@@ -36,11 +36,15 @@ FIRST_SCENE = 900_000_000
 """Training scenes are drawn from here on; the base model's training used lower seeds."""
 
 
-def training_batch(processor: Any, kind: str, number: int, size: int) -> dict[str, torch.Tensor]:
-    """Batch ``number``: a question and its answer about each of ``size`` training scenes, with labels on the answer."""
+def training_batch(processor: Any, kind: str, replay: float, number: int, size: int) -> dict[str, torch.Tensor]:
+    """Batch ``number``: a question and its answer about each of ``size`` training scenes, with labels on the answer.
+
+    A share ``replay`` of the questions are of the types that the model knows, so that it does not forget them.
+    """
     rng = np.random.default_rng([FIRST_SCENE, number])
     scenes = [draw_scene(FIRST_SCENE + number * size + n, held_out=False) for n in range(size)]
-    pairs = [ask(scene, kind, rng, vary=True) for scene in scenes]
+    kinds = [kind if rng.random() >= replay else str(rng.choice(TRAINED_TYPES)) for _ in scenes]
+    pairs = [ask(scene, own, rng, vary=True) for scene, own in zip(scenes, kinds, strict=True)]
     prompts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
@@ -79,7 +83,7 @@ def train(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, Any
                 break
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * min(1.0, (step + 1) / 50) * min(1.0, (1 - progress) / 0.4)
-            loss = model(**training_batch(processor, args.kind, step, args.batch)).loss
+            loss = model(**training_batch(processor, args.kind, args.replay, step, args.batch)).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -151,8 +155,8 @@ def write(results: dict[str, Any]) -> None:
 
 The small trained model never saw the question "What is the {options["kind"]} digit?". Its weights are
 loaded in nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}, {training["parameters"]:,} parameters) are
-trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}), saved, and
-loaded anew.
+trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}, {options["replay"]:.0%} of
+them questions of the types that the model knows), saved, and loaded anew.
 {options["questions"]} questions of each type about held-out scenes; an answer counts if it is right word for word;
 `top_k_ratio={options["ratio"]:g}`. Made by `python -m benchmarks.qlora.run --out DIR` (numbers in `results.json`).
 
@@ -180,7 +184,8 @@ def main() -> None:
     parser.add_argument("--kind", choices=UNTRAINED_TYPES, default="largest", help="the new skill")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="text_linear")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--replay", type=float, default=0.5, help="share of questions of known types in the training")
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=2e-3)
