@@ -9,49 +9,23 @@ import matplotlib.pyplot as plt
 
 from benchmarks.common import SCENARIOS
 from benchmarks.figures import save
-from benchmarks.markdown import milliseconds, percent, table
+from benchmarks.markdown import folded, milliseconds, percent, table
 from trim_plugin.report import format_bytes
+
+RATIOS = ("stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1")
 
 
 def tables(result: dict[str, Any]) -> str:
     """Decoding and prefill by shape, and what scoring costs."""
     parts = []
     for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        parts.append(f"### {shape} ({result['dtype'][shape]})\n")
-        lines = []
-        for case in result["rows"]:
-            if case["shape"] != shape:
-                continue
-            for row in case["rows"]:
-                ratio, interval = row["step_ratio"], "{:.3f} … {:.3f}".format(*row["step_ratio_interval"])
-                prefill = row["prefill_ratio"]
-                lines.append(
-                    [
-                        SCENARIOS[case["scenario"]].title,
-                        str(case["batch"]),
-                        row["way"],
-                        milliseconds(row["step_seconds"]["median"]),
-                        f"{row['tokens_per_second']:.3g}",
-                        f"{ratio['median']:.3f} ({interval}; {ratio['low']:.3f} … {ratio['high']:.3f})",
-                        f"{row['roofline_ratio']:.3f}",
-                        f"{row['roofline_share']:.2f}",
-                        milliseconds(row["prefill_seconds"]["median"]),
-                        f"{prefill['median']:.3f}",
-                    ]
-                )
-        header = [
-            "scenario",
-            "batch",
-            "way",
-            "step, ms",
-            "tokens/s",
-            "step / stock (95 % interval of the median; quartiles)",
-            "roofline",
-            "roofline reached",
-            "prefill, ms",
-            "prefill / stock",
+        cases = [case for case in result["rows"] if case["shape"] == shape]
+        parts += [
+            f"### {shape} ({result['dtype'][shape]})\n",
+            "A decoding step's time over stock's, median; in brackets the 95 % interval of stock against itself:\n",
+            _ratios(cases),
+            folded(f"Every figure of {shape}", _figures(cases)),
         ]
-        parts.append(table(header, lines))
     parts.append(_verdict(result))
     parts.append("### What scoring costs (one page, one sample)\n")
     parts.append(
@@ -78,6 +52,56 @@ def tables(result: dict[str, Any]) -> str:
         )
     )
     return "\n".join(parts)
+
+
+def _ratios(cases: list[dict[str, Any]]) -> str:
+    lines = []
+    for case in cases:
+        rows = {row["way"]: row for row in case["rows"]}
+        low, high = rows["stock again"]["step_ratio_interval"]
+        ratios = [
+            f"{rows[way]['step_ratio']['median']:.3f}" + (f" [{low:.3f} … {high:.3f}]" if way == "stock again" else "")
+            if way in rows
+            else "–"
+            for way in RATIOS
+        ]
+        stock = rows["stock"]["step_seconds"]["median"]
+        lines.append([SCENARIOS[case["scenario"]].title, str(case["batch"]), milliseconds(stock), *ratios])
+    return table(["scenario", "batch", "stock, ms", *RATIOS], lines)
+
+
+def _figures(cases: list[dict[str, Any]]) -> str:
+    header = [
+        "scenario",
+        "batch",
+        "way",
+        "step, ms",
+        "tokens/s",
+        "step / stock (95 % interval of the median; quartiles)",
+        "roofline",
+        "roofline reached",
+        "prefill, ms",
+        "prefill / stock",
+    ]
+    lines = []
+    for case in cases:
+        for row in case["rows"]:
+            ratio, interval = row["step_ratio"], "{:.3f} … {:.3f}".format(*row["step_ratio_interval"])
+            lines.append(
+                [
+                    SCENARIOS[case["scenario"]].title,
+                    str(case["batch"]),
+                    row["way"],
+                    milliseconds(row["step_seconds"]["median"]),
+                    f"{row['tokens_per_second']:.3g}",
+                    f"{ratio['median']:.3f} ({interval}; {ratio['low']:.3f} … {ratio['high']:.3f})",
+                    f"{row['roofline_ratio']:.3f}",
+                    f"{row['roofline_share']:.2f}",
+                    milliseconds(row["prefill_seconds"]["median"]),
+                    f"{row['prefill_ratio']['median']:.3f}",
+                ]
+            )
+    return table(header, lines)
 
 
 def slower_than_stock(case: dict[str, Any], way: str = "exact") -> bool:

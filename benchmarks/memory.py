@@ -34,7 +34,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.rules import EvenlySpaced
-from trim_plugin import TrimConfig, planner
+from trim_plugin import TrimConfig, model_sizes, planner
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.report import held_bytes
 
@@ -144,7 +144,11 @@ def _save_random(shape: str, folder: Path) -> None:
 
 
 def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
-    """Generate and count."""
+    """Generate and count.
+
+    Weights are counted as loaded: bitsandbytes repacks 4-bit weights at the first call on CPUs that have AVX512-BF16.
+    """
+    parts = weights_by_part(model)
     torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)))))
     seed_everything()
     inputs = scenario_inputs(model, SCENARIOS[case.scenario], case.batch)
@@ -169,7 +173,8 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
         cross, own, kept = *_stock_bytes(model, cache), None
     return dataclasses.asdict(case) | {
         "prompt_tokens": inputs["input_ids"].shape[1],
-        "weights_by_part": weights_by_part(model),
+        "weights_by_part": parts,
+        "weights_after": sum(weights_by_part(model).values()),
         "adapters": sum(tensor.nbytes for name, tensor in model.named_parameters() if "lora_" in name),
         "cross_kv": cross,
         "self_kv": own,
@@ -194,7 +199,7 @@ def weights_by_part(model: Any) -> dict[str, int]:
         parts: dict[str, int] = {}
         crossing = set(model.config.text_config.cross_attention_layers)
         for name, tensor in model.named_parameters():
-            part = planner.part_of(name, crossing)
+            part = model_sizes.part_of(name, crossing)
             parts[part] = parts.get(part, 0) + tensor.nbytes
         return parts
     return {name: size for name, size in weight_memory(model).rows() if name not in ("total", "adapters")}
@@ -271,9 +276,9 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     job = planner.Job(
         row["batch"], scenario.images, scenario.tiles, scenario.readable, row["prompt_tokens"], NEW_TOKENS, tower=tower
     )
-    readable = scenario.readable * scenario.tiles * planner.tile_tokens(config)
+    readable = scenario.readable * scenario.tiles * model_sizes.tile_tokens(config)
     kept = max(row["kept_tokens"]) if row["kept_tokens"] else readable
-    format = next((name for name in planner.KV_FORMATS if f"{name} KV" in row["cache"]), None)
+    format = next((name for name in model_sizes.KV_FORMATS if f"{name} KV" in row["cache"]), None)
     ways = planner.plan(config, job, weights=row["weights"], kept_share=min(1.0, kept / readable), kv=format)
     way = ways[0 if row["cache"].startswith("stock") else 1 if row["cache"].startswith("exact") else 2]
     left_out = () if tower else ("vision tower",)

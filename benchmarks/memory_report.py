@@ -9,8 +9,11 @@ import matplotlib.pyplot as plt
 
 from benchmarks.common import SCENARIOS
 from benchmarks.figures import save
-from benchmarks.markdown import percent, table
+from benchmarks.markdown import folded, percent, table
 from trim_plugin.report import format_bytes
+
+#: Caches that every kind of weights was measured with.
+COMBINED = ("stock dynamic", "exact", "ratio 0.25", "kept 0.25", "ratio 0.25, nf4 KV", "kept 0.25, nf4 KV")
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -19,40 +22,10 @@ def tables(result: dict[str, Any]) -> str:
     parts = []
     for shape in dict.fromkeys(row["shape"] for row in good):
         own = [row for row in good if row["shape"] == shape]
-        parts.append(f"### {shape}\n")
-        parts.append(
-            table(
-                [
-                    "scenario",
-                    "batch",
-                    "weights",
-                    "LoRA",
-                    "cache",
-                    "weights held",
-                    "adapters",
-                    "cross KV",
-                    "self KV",
-                    "peak of generation",
-                    "process peak",
-                ],
-                [
-                    [
-                        SCENARIOS[row["scenario"]].title,
-                        str(row["batch"]),
-                        row["weights"],
-                        "yes" if row["lora"] else "no",
-                        row["cache"],
-                        format_bytes(sum(row["weights_by_part"].values())),
-                        format_bytes(row["adapters"]),
-                        format_bytes(row["cross_kv"]),
-                        format_bytes(row["self_kv"]),
-                        format_bytes(row["peak"] - row["before"]),
-                        format_bytes(row["peak"]),
-                    ]
-                    for row in own
-                ],
-            )
-        )
+        parts += [f"### {shape}\n", "Cross KV held while decoding, one sample:\n", _cross_kv(own)]
+        combined = [row for row in own if (row["scenario"], row["batch"]) == ("page", 1) and row["cache"] in COMBINED]
+        parts += ["One document page, by weights and adapter:\n", _cases(combined)]
+        parts.append(folded(f"Every case of {shape}", _cases(own)))
     planned = [row for row in good if "planned" in row]
     if planned:
         parts.append("### The planner against these measurements\n")
@@ -66,6 +39,48 @@ def tables(result: dict[str, Any]) -> str:
         ]
         parts.append("")
     return "\n".join(parts)
+
+
+def _cross_kv(rows: list[dict[str, Any]]) -> str:
+    plain = [row for row in rows if row["batch"] == 1 and not row["lora"] and row["weights"] in ("float32", "bfloat16")]
+    names = [name for name in SCENARIOS if any(row["scenario"] == name for row in plain)]
+    found = {(row["cache"], row["scenario"]): format_bytes(row["cross_kv"]) for row in plain}
+    caches = dict.fromkeys(row["cache"] for row in plain)
+    lines = [[cache, *(found.get((cache, name), "–") for name in names)] for cache in caches]
+    return table(["cache", *(SCENARIOS[name].title for name in names)], lines)
+
+
+def _cases(rows: list[dict[str, Any]]) -> str:
+    header = [
+        "scenario",
+        "batch",
+        "weights",
+        "LoRA",
+        "cache",
+        "weights held",
+        "adapters",
+        "cross KV",
+        "self KV",
+        "peak of generation",
+        "process peak",
+    ]
+    lines = [
+        [
+            SCENARIOS[row["scenario"]].title,
+            str(row["batch"]),
+            row["weights"],
+            "yes" if row["lora"] else "no",
+            row["cache"],
+            format_bytes(sum(row["weights_by_part"].values())),
+            format_bytes(row["adapters"]),
+            format_bytes(row["cross_kv"]),
+            format_bytes(row["self_kv"]),
+            format_bytes(row["peak"] - row["before"]),
+            format_bytes(row["peak"]),
+        ]
+        for row in rows
+    ]
+    return table(header, lines)
 
 
 def _planner_table(rows: list[dict[str, Any]]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks.figures import save
-from benchmarks.markdown import percent, table
+from benchmarks.markdown import folded, percent, table
+
+#: Rules that the plot shows in colour.
+SHOWN = ("paper", "best of cells", "best of cells, decode scope", "top-p", "evenly spaced", "head mean")
 
 
 def points(row: dict[str, Any]) -> str:
@@ -45,48 +49,111 @@ def tables(result: dict[str, Any]) -> str:
     ]
     parts = [
         f"{result['questions']} questions about {result['scenes']} held-out scenes.\n",
-        "Smallest measured kept share down to which no setting of a rule lost more than 0.5 points:\n",
-        table(
-            ["rule", "kept of visible"],
-            [
-                [rule, "none" if share is None else percent(share)]
-                for rule, share in result["loss_below_half_a_point"].items()
-                if rule != "exact"
-            ],
-        ),
-        "All settings:\n",
-        table(header, lines),
-        "The paper's rule by tiles of the picture:\n",
-        _tiles_table(result),
+        "### Down to which share does a rule cost at most 0.5 points?\n",
+        "The smallest measured kept share such that this setting and every looser one of the rule lost at most 0.5 points; and "
+        "the change of accuracy at a quarter of the tokens, read between the two nearest settings:\n",
+        _overview(result),
+    ]
+    if result.get("equal_tokens"):
+        parts += [
+            "### Best of cells against the paper's rule, at the paper's number of tokens\n",
+            _equal_tokens(result),
+        ]
+    parts += [
+        folded("Every setting of every rule", table(header, lines)),
+        folded("The paper's rule by tiles of the picture", _tiles_table(result)),
     ]
     if result["conditions"]:
-        parts.append("Under quantization and adapters (change: to the same model with stock's cache):\n")
-        parts.append(
-            table(
+        parts += ["### Under quantization and an adapter\n", _conditions(result)]
+    return "\n".join(parts)
+
+
+def change_at(rows: list[dict[str, Any]], share: float) -> float | None:
+    """Change to stock at a kept share, linear between the two nearest settings; None outside what was measured.
+
+    Example:
+        >>> change_at([{"kept_share": 0.2, "change": -0.1}, {"kept_share": 0.4, "change": 0.0}], 0.25)
+        -0.075
+    """
+    ranked = sorted(rows, key=lambda row: row["kept_share"])
+    for low, high in itertools.pairwise(ranked):
+        if low["kept_share"] <= share <= high["kept_share"]:
+            part = (share - low["kept_share"]) / (high["kept_share"] - low["kept_share"])
+            return round(low["change"] + part * (high["change"] - low["change"]), 10)
+    return None
+
+
+def _overview(result: dict[str, Any]) -> str:
+    lines = []
+    for rule, smallest in result["loss_below_half_a_point"].items():
+        if rule == "exact":
+            continue
+        own = [row for row in result["rows"] if row["rule"] == rule]
+        quarter = change_at(own, 0.25)
+        lines.append(
+            (
+                1.0 if smallest is None else smallest,
                 [
-                    "condition",
-                    "ratio",
-                    "kept of visible",
-                    "cross KV of stock's",
-                    "accuracy",
-                    "change, points (95 % interval)",
-                    "same as stock",
-                ],
-                [
-                    [
-                        row["condition"],
-                        "stock" if row["ratio"] is None else f"{row['ratio']:g}",
-                        percent(row["kept_share"]),
-                        percent(row["cross_kv_ratio"]),
-                        percent(row["accuracy"]),
-                        points(row),
-                        percent(row["agreement"]),
-                    ]
-                    for row in result["conditions"]
+                    rule,
+                    str(len(own)),
+                    "none" if smallest is None else percent(smallest),
+                    "–" if quarter is None else f"{100 * quarter:+.1f}",
                 ],
             )
         )
-    return "\n".join(parts)
+    header = ["rule", "settings", "kept of visible", "points at 25 % kept"]
+    return table(header, [line for _, line in sorted(lines)])
+
+
+def _equal_tokens(result: dict[str, Any]) -> str:
+    lines = [
+        [
+            f"{row['paper_ratio']:g}",
+            "as many" if row["part"] == 1.0 else f"{percent(row['part'], 0)} of them",
+            percent(row["kept_share"]),
+            percent(row["accuracy"]),
+            points(row),
+        ]
+        for row in result["equal_tokens"]
+    ]
+    return table(
+        [
+            "the paper's ratio",
+            "tokens",
+            "kept of visible",
+            "accuracy",
+            "better than the paper's rule, points (95 % interval)",
+        ],
+        lines,
+    )
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    """The same model and cache format; changes are to that model with stock's cache."""
+    lines = [
+        [
+            row["condition"],
+            row["rule"],
+            "–" if row["ratio"] is None else f"{row['ratio']:g}",
+            percent(row["kept_share"]),
+            percent(row["cross_kv_ratio"]),
+            percent(row["accuracy"]),
+            points(row),
+            percent(row["agreement"]),
+        ]
+        for row in result["conditions"]
+    ]
+    header = [
+        "condition",
+        "rule",
+        "parameter",
+        "kept of visible",
+        "cross KV of stock's",
+        "accuracy",
+        "change, points (95 % interval)",
+        "same as stock",
+    ]
+    return "Changes are to the same model with stock's cache.\n\n" + table(header, lines)
 
 
 def _tiles_table(result: dict[str, Any]) -> str:
@@ -110,25 +177,36 @@ def _tiles_table(result: dict[str, Any]) -> str:
 def plots(result: dict[str, Any], assets: Path) -> list[Path]:
     """Accuracy against kept share, all questions and lists alone."""
     stock = result["rows"][0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     families = [name for name in dict.fromkeys(row["rule"] for row in result["rows"]) if name not in ("stock", "exact")]
-    for number, family in enumerate(families):
+    for family in families:
         rows = sorted((row for row in result["rows"] if row["rule"] == family), key=lambda row: row["kept_share"])
-        shares = [row["kept_share"] for row in rows]
-        style = {"marker": "os^vD<>Px*"[number % 10], "ms": 3, "lw": 1, "label": family}
-        middle = [row["accuracy"] for row in rows]
+        shares, middle = [row["kept_share"] for row in rows], [row["accuracy"] for row in rows]
+        lists = [row["by_type"]["list"]["accuracy"] for row in rows]
+        if family not in SHOWN:
+            left.plot(shares, middle, color="lightgrey", lw=0.8, zorder=1)
+            right.plot(shares, lists, color="lightgrey", lw=0.8, zorder=1)
+            continue
+        style = {
+            "marker": "os^vD<>"[SHOWN.index(family)],
+            "ms": 3,
+            "lw": 1,
+            "color": f"C{SHOWN.index(family)}",
+            "label": family,
+        }
         errors = [
             [max(0.0, row["accuracy"] - row["accuracy_interval"][0]) for row in rows],
             [max(0.0, row["accuracy_interval"][1] - row["accuracy"]) for row in rows],
         ]
-        left.errorbar(shares, middle, yerr=errors if family.startswith("paper") else None, elinewidth=0.6, **style)
-        right.plot(shares, [row["by_type"]["list"]["accuracy"] for row in rows], **style)
+        left.errorbar(shares, middle, yerr=errors, elinewidth=0.6, **style)
+        right.plot(shares, lists, **style)
     left.axhline(stock["accuracy"], color="grey", lw=0.6)
     right.axhline(stock["by_type"]["list"]["accuracy"], color="grey", lw=0.6)
-    left.set_title("all questions (95 % intervals on the paper's rule)", fontsize=10)
+    left.set_title("all questions, with 95 % intervals", fontsize=10)
     right.set_title('"Read all digits." (long answers)', fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("kept share of visible tokens (measured)")
         axes.set_ylabel("accuracy")
+    right.plot([], [], color="lightgrey", lw=0.8, label="the other rules")
     right.legend(fontsize=7)
     return [save(figure, assets / "quality.png")]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, latency, latency_report, memory, quality, report, rules
-from trim_plugin import TrimmedCache
+import trim_plugin.prefill
+from benchmarks import common, latency, latency_report, memory, quality, quality_report, report, rules
+from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 
 from .random_models import Sample, random_inputs, random_model, trimmed
@@ -17,6 +18,8 @@ SHARED_RULES = [
     rules.HeadMax,
     rules.BestRank,
     rules.SharpnessWeighted,
+    rules.DrawnByScore,
+    rules.HalfEven,
     rules.RandomTokens,
     rules.EvenlySpaced,
 ]
@@ -62,6 +65,54 @@ def test_last_row_votes_only_within_the_context():
     trimmed(model, inputs, {"processors": [look]}, 1)
     assert not torch.allclose(seen[0], seen[1])
     assert torch.allclose(seen[0][0].exp().sum() * 0 + seen[0][0].clamp(min=0).sum(dim=-1), torch.ones(4))
+
+
+def test_cells_on_budget_keep_as_many_tokens_as_the_paper_rule():
+    scores = torch.rand(3, 4, 40)
+    visible = torch.ones(3, 40, dtype=torch.bool)
+    visible[1, 7:] = False
+    scores.masked_fill_(~visible[:, None], -math.inf)
+
+    def kept(rule):
+        return (rule(scores, visible) > -math.inf).any(dim=1).sum(dim=-1)
+
+    paper = kept(TopKPerHead(0.2))
+    assert torch.equal(kept(rules.CellsOnBudget(0.2)), paper)
+    assert ((kept(rules.CellsOnBudget(0.2, 0.5)) - paper / 2).abs() <= 0.5).all()
+
+
+def test_merging_means_over_what_lies_nearest():
+    states = torch.arange(8.0).view(1, 8, 1)
+    with rules.merged_neighbours(tile_tokens=4):
+        merged = trim_plugin.prefill.take_tokens(states, torch.tensor([[1, 3, 0]]))
+    assert merged[0, :2, 0].tolist() == [1.0, 3.0]  # 0, 1, 2 belong to 1 (a tie goes to the first), 3 to itself
+    assert trim_plugin.prefill.take_tokens(states, torch.tensor([[1, 3]]))[0, :, 0].tolist() == [1.0, 3.0]
+    with rules.merged_neighbours(tile_tokens=8):
+        merged = trim_plugin.prefill.take_tokens(states, torch.tensor([[0, 6]]))
+    assert merged[0, :, 0].tolist() == [1.5, 5.5]
+
+
+def test_value_norms_weigh_the_scores_only_within_the_context():
+    model = random_model(seed=3)
+    inputs = random_inputs(model, [Sample((1, (6,), 6))])
+    seen = []
+
+    def look(scores, visible):
+        seen.append(scores)
+        return scores
+
+    with rules.value_norms_weigh():
+        cache = trimmed(model, inputs, {"processors": [look]}, 1).past_key_values
+    trimmed(model, inputs, {"processors": [look]}, 1)
+    norms = cache.layers[cache.cross_layers[0]].values.norm(dim=-1).repeat_interleave(2, dim=1)
+    visible = seen[1] > -math.inf
+    assert torch.allclose(seen[0][visible], (seen[1][visible].view(1, 4, -1) * norms).flatten(), rtol=1e-4)
+
+
+def test_the_change_at_a_share_lies_between_the_nearest_settings():
+    rows = [{"kept_share": 0.4, "change": 0.0}, {"kept_share": 0.2, "change": -0.1}]
+    assert quality_report.change_at(rows, 0.3) == -0.05
+    assert quality_report.change_at(rows, 0.5) is None
 
 
 @trained
@@ -129,6 +180,8 @@ def test_quality_writes_what_the_report_reads(tmp_path, monkeypatch):
     assert exact["change"] == 0.0
     assert 0 < paper["kept_share"] < 1
     assert result["questions"] == 20
+    as_many, half = result["equal_tokens"][:2]
+    assert half["kept_share"] < as_many["kept_share"] < 1
     page, plot = report.write(tmp_path, tmp_path / "docs")
     text = page.read_text(encoding="utf-8")
     assert "| paper | 0.1 |" in text
@@ -149,7 +202,7 @@ def test_reports_leave_the_text_around_the_markers_alone(tmp_path):
         name: {"median": 1.0, "low": 1.0, "high": 1.0}
         for name in ("step_ratio", "step_seconds", "prefill_seconds", "prefill_ratio")
     }
-    case = {"shape": "small", "scenario": "page", "batch": 1, "rows": [row]}
+    case = {"shape": "small", "scenario": "page", "batch": 1, "rows": [row, row | {"way": "stock again"}]}
     result = {
         "environment": common.environment(),
         "quick": True,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trim_plugin import planner
+from trim_plugin import model_sizes, planner
 from trim_plugin.cli import main
 from trim_plugin.commands.plan import parse_bytes
 
@@ -13,12 +13,12 @@ from .random_models import Sample, generate, random_config, random_inputs, rando
 
 @pytest.mark.parametrize(("shape", "billions"), [("11b", 10.67), ("90b", 88.6)])
 def test_built_in_shapes_have_the_published_sizes(shape, billions):
-    total = sum(planner.weight_bytes(planner.built_in_config(shape)).values()) / 2
+    total = sum(model_sizes.weight_bytes(model_sizes.built_in_config(shape)).values()) / 2
     assert total == pytest.approx(billions * 1e9, rel=0.005)
 
 
 def test_weights_equal_a_models(model):
-    planned = planner.weight_bytes(model.config, "float32")
+    planned = model_sizes.weight_bytes(model.config, "float32")
     assert sum(planned.values()) == sum(parameter.nbytes for parameter in model.parameters())
     text = model.model.language_model
     crossing = sum(p.nbytes for index in (1, 3) for p in text.layers[index].parameters())
@@ -36,7 +36,7 @@ def test_quantized_weights_are_within_one_percent(weights, tmp_path):
         tmp_path, dtype=torch.bfloat16, quantization_config=presets.quantization_config(weights)
     )
     measured = presets.weight_memory(loaded).total
-    assert sum(planner.weight_bytes(model.config, weights).values()) == pytest.approx(measured, rel=0.01)
+    assert sum(model_sizes.weight_bytes(model.config, weights).values()) == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, mod
     job = planner.Job(batch, images, tiles, readable, inputs["input_ids"].shape[1], new)
     exact = trimmed(model, inputs, {"top_k_ratio": 1.0}, new).past_key_values.report()
     cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, new).past_key_values
-    share = max(map(len, cache.kept_indices)) / (readable * tiles * planner.tile_tokens(model.config))
+    share = max(map(len, cache.kept_indices)) / (readable * tiles * model_sizes.tile_tokens(model.config))
     ways = planner.plan(model.config, job, weights="float32", kept_share=share)
     assert [way.cross_kv for way in ways] == [
         exact.stock_cross_kv_bytes,
@@ -68,7 +68,7 @@ def test_quantized_caches_are_exact_to_the_byte(kv, model):
     pytest.importorskip("bitsandbytes")
     inputs = random_inputs(model, [Sample((1, (6,), 5))])
     report = trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": kv}, 3).past_key_values.report()
-    assert planner.cross_kv_bytes(model.config, 1, 20, kv) == report.cross_kv_bytes
+    assert model_sizes.cross_kv_bytes(model.config, 1, 20, kv) == report.cross_kv_bytes
 
 
 def test_what_fits_does_fit_and_one_more_does_not():
@@ -87,8 +87,8 @@ def test_what_fits_does_fit_and_one_more_does_not():
         (lambda: planner.Job(images=1, readable_images=2), r"readable_images must be at most images \(1\), got 2"),
         (lambda: planner.plan(random_config(), planner.Job(tiles=5)), "tiles must be at most 4"),
         (lambda: planner.plan(random_config(), planner.Job(), kept_share=1.5), r"kept_share must be .* got 1.5"),
-        (lambda: planner.weight_bytes(random_config(), "int3"), "weights must be one of .* got 'int3'"),
-        (lambda: planner.cross_kv_bytes(random_config(), 1, 1, "int3"), "kv must be one of .* got 'int3'"),
+        (lambda: model_sizes.weight_bytes(random_config(), "int3"), "weights must be one of .* got 'int3'"),
+        (lambda: model_sizes.cross_kv_bytes(random_config(), 1, 1, "int3"), "kv must be one of .* got 'int3'"),
         (lambda: planner.expected_kept_share(1.5), r"top_k_ratio must be a number in \(0, 1\], got 1.5"),
     ],
 )
@@ -136,5 +136,5 @@ def test_bytes_are_read_with_units():
 
 
 def test_parts_of_unknown_names():
-    assert planner.part_of("model.language_model.norm.weight", {1}) == "other"
-    assert SimpleNamespace(**planner.weight_bytes(random_config())).lm_head > 0
+    assert model_sizes.part_of("model.language_model.norm.weight", {1}) == "other"
+    assert SimpleNamespace(**model_sizes.weight_bytes(random_config())).lm_head > 0

@@ -7,24 +7,22 @@ same time; `benchmarks/memory` compares it with measured peaks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import json
 import math
 from typing import Any
 
-import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig
 
-WEIGHT_FORMATS = ("float32", "bfloat16", "float16", "int8", "nf4")
-KV_FORMATS = ("int8", "nf4")
-SHAPES = ("11b", "90b")
-#: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
-UNQUANTIZED = ("multi_modal_projector", "lm_head")
-#: Values that share a scale in 4-bit weights and in quantized cross-attention caches.
-BLOCK = 64
-#: 4-bit weights quantize their scales in blocks of this many.
-SCALE_BLOCK = 256
+from trim_plugin.model_sizes import (
+    cross_kv_bytes,
+    dequantized_scratch,
+    image_tokens,
+    kv_values,
+    self_kv_bytes,
+    tile_tokens,
+    weight_bytes,
+)
+
 #: Scoring never takes more scratch than this, see trim_plugin/scoring.py.
 SCORING_SCRATCH = 64 * 2**20
 #: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model. The union over heads
@@ -102,53 +100,6 @@ class Plan:
         return dataclasses.asdict(self) | {"weights_total": sum(self.weights.values()), "peak": self.peak}
 
 
-def built_in_config(shape: str) -> MllamaConfig:
-    """The configuration of Llama-3.2-Vision: "11b" or "90b".
-
-    Raises:
-        ValueError: another name.
-
-    Example:
-        >>> built_in_config("11b").text_config.num_hidden_layers
-        40
-        >>> built_in_config("7b")
-        Traceback (most recent call last):
-        ...
-        ValueError: shape must be one of '11b', '90b', got '7b'.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))}, got {shape!r}.")
-    layers, width, inner, heads = (40, 4096, 14336, 32) if shape == "11b" else (100, 8192, 28672, 64)
-    return MllamaConfig(
-        vision_config={"image_size": 560, "max_num_tiles": 4},
-        text_config={
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "cross_attention_layers": list(range(3, layers, 5)),
-            "pad_token_id": 128004,
-        },
-    )
-
-
-def image_tokens(config: MllamaConfig) -> int:
-    """Visual tokens that one image becomes, padding tiles included.
-
-    Example:
-        >>> image_tokens(built_in_config("11b"))
-        6404
-    """
-    return int(config.vision_config.max_num_tiles) * tile_tokens(config)
-
-
-def tile_tokens(config: MllamaConfig) -> int:
-    """Visual tokens of one tile."""
-    vision = config.vision_config
-    return int((vision.image_size // vision.patch_size) ** 2 + 1)
-
-
 def expected_kept_share(top_k_ratio: float) -> float:
     """The share of visible tokens that the paper's rule is expected to keep, interpolated between measured points.
 
@@ -160,84 +111,6 @@ def expected_kept_share(top_k_ratio: float) -> float:
         if low <= top_k_ratio <= high:
             return below + (above - below) * (top_k_ratio - low) / (high - low)
     raise ValueError(f"top_k_ratio must be a number in (0, 1], got {top_k_ratio!r}.")
-
-
-def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, int]:
-    """Bytes of the weights by part of the model.
-
-    Args:
-        config: the model's configuration.
-        weights: "float32", "bfloat16", "float16", or "int8" and "nf4" (bitsandbytes: linear layers quantized, except the
-            projector and `lm_head`, the rest in 16 bits).
-
-    Raises:
-        ValueError: an unknown format.
-
-    Example:
-        >>> sum(weight_bytes(built_in_config("11b")).values())
-        21340441670
-    """
-    if weights not in WEIGHT_FORMATS:
-        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHT_FORMATS))}, got {weights!r}.")
-    element = 4 if weights == "float32" else 2
-    crossing = set(config.text_config.cross_attention_layers)
-    parts = dict.fromkeys(
-        (
-            "vision tower",
-            "projector",
-            "embeddings",
-            "self-attention layers",
-            "cross-attention layers",
-            "lm_head",
-            "other",
-        ),
-        0,
-    )
-    for name, shape, linear in _parameters(config):
-        quantized = linear and weights in KV_FORMATS and not any(part in name.split(".") for part in UNQUANTIZED)
-        size = _quantized_weight(shape, weights) if quantized else shape.numel() * element
-        parts[part_of(name, crossing)] += size
-    return {name: size for name, size in parts.items() if size}
-
-
-def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None = None, element: int = 2) -> int:
-    """Bytes of the cross-attention layers' keys and values.
-
-    Args:
-        config: the model's configuration.
-        batch: samples.
-        tokens: visual tokens that a sample's layer holds (the longest sample's).
-        kv: "int8" or "nf4" for quantized caches, None for the model's dtype.
-        element: bytes of a number in the model's dtype.
-
-    Raises:
-        ValueError: an unknown format.
-
-    Example:
-        >>> cross_kv_bytes(built_in_config("11b"), batch=1, tokens=6404)
-        209846272
-    """
-    values = _kv_values(config)
-    if kv is None:
-        token = values * element
-    elif kv in KV_FORMATS:
-        blocks = math.ceil(values / BLOCK)
-        token = blocks * (BLOCK if kv == "int8" else BLOCK // 2) + 4 * blocks
-    else:
-        raise ValueError(f"kv must be one of {', '.join(map(repr, KV_FORMATS))} or None, got {kv!r}.")
-    return 2 * batch * tokens * token * len(config.text_config.cross_attention_layers)
-
-
-def self_kv_bytes(config: MllamaConfig, batch: int, tokens: int, element: int = 2) -> int:
-    """Bytes of the self-attention layers' keys and values for `tokens` text tokens a sample.
-
-    Example:
-        >>> self_kv_bytes(built_in_config("11b"), batch=1, tokens=128)
-        16777216
-    """
-    text = config.text_config
-    layers = text.num_hidden_layers - len(text.cross_attention_layers)
-    return 2 * batch * tokens * _kv_values(config) * element * layers
 
 
 def plan(
@@ -263,6 +136,7 @@ def plan(
         ValueError: a value that is not allowed.
 
     Example:
+        >>> from trim_plugin.model_sizes import built_in_config
         >>> stock, exact, trimmed = plan(built_in_config("11b"), Job(tiles=1))
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
         (4, 979)
@@ -286,7 +160,7 @@ def plan(
                 size,
                 cross,
                 self_kv_bytes(config, job.batch, job.text_tokens, element),
-                _working_set(config, job, name, kept, cross, element),
+                _working_set(config, job, name, kept, cross, element) + dequantized_scratch(config, weights),
                 kept,
             )
         )
@@ -318,6 +192,7 @@ def largest_fit(config: MllamaConfig, job: Job, memory: int, **settings: Any) ->
         settings: as for `plan`.
 
     Example:
+        >>> from trim_plugin.model_sizes import built_in_config
         >>> fits = largest_fit(built_in_config("11b"), Job(tiles=1), 40 * 2**30)
         >>> fits["stock"].side_by_side < fits["exact"].side_by_side < fits["trimmed"].side_by_side
         True
@@ -371,7 +246,7 @@ def _working_set(config: MllamaConfig, job: Job, way: str, kept: int, cross: int
 
 def _projection_scratch(config: MllamaConfig, tokens: int, element: int) -> int:
     """Keys are normed in float32 (two copies) beside the projected keys of one layer."""
-    return tokens * _kv_values(config) * (8 + element)
+    return tokens * kv_values(config) * (8 + element)
 
 
 def _vision_set(config: MllamaConfig, job: Job, element: int) -> int:
@@ -385,53 +260,3 @@ def _vision_set(config: MllamaConfig, job: Job, element: int) -> int:
     inner = tokens * (2 * vision.intermediate_size + 2 * vision.hidden_size) * element
     final = 2 * tokens * vision.vision_output_dim * element + tokens * config.text_config.hidden_size * element
     return int(pixels + mask + outputs + max(inner, final))
-
-
-def _kv_values(config: MllamaConfig) -> int:
-    text = config.text_config
-    return int(text.num_key_value_heads * (text.hidden_size // text.num_attention_heads))
-
-
-def _parameters(config: MllamaConfig) -> tuple[tuple[str, torch.Size, bool], ...]:
-    """Name, shape and whether it is a linear layer's weight, of every parameter, shared ones once."""
-    return _parameters_of(config.to_json_string(use_diff=False))
-
-
-@functools.lru_cache(maxsize=8)
-def _parameters_of(config: str) -> tuple[tuple[str, torch.Size, bool], ...]:
-    with torch.device("meta"):
-        model = MllamaForConditionalGeneration(MllamaConfig.from_dict(json.loads(config)))
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return tuple((name, parameter.shape, name in linear) for name, parameter in model.named_parameters())
-
-
-def _quantized_weight(shape: torch.Size, weights: str) -> int:
-    """Bytes of a linear layer's weight in bitsandbytes' formats, scales and code books included."""
-    numbers = shape.numel()
-    if weights == "int8":
-        return numbers + 4 * shape[0]
-    blocks = math.ceil(numbers / BLOCK)
-    code_books = 4 * (16 + 256) + 4
-    return math.ceil(numbers / 2) + blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + code_books
-
-
-def part_of(name: str, crossing: set[int]) -> str:
-    """The part of the model that a parameter of this name belongs to; `crossing` are the cross-attention layers.
-
-    Example:
-        >>> part_of("model.language_model.layers.3.mlp.up_proj.weight", {3})
-        'cross-attention layers'
-    """
-    pieces = name.split(".")
-    if "vision_model" in pieces:
-        return "vision tower"
-    if "multi_modal_projector" in pieces:
-        return "projector"
-    if "embed_tokens" in pieces:
-        return "embeddings"
-    if "lm_head" in pieces:
-        return "lm_head"
-    if "layers" in pieces:
-        index = int(pieces[pieces.index("layers") + 1])
-        return "cross-attention layers" if index in crossing else "self-attention layers"
-    return "other"

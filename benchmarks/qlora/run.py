@@ -155,8 +155,8 @@ def write(results: dict[str, Any]) -> None:
 
 The small trained model never saw the question "What is the {options["kind"]} digit?". Its weights are
 loaded in nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}, {training["parameters"]:,} parameters) are
-trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}, {options["replay"]:.0%} of
-them questions of the types that the model knows), saved, and loaded anew.
+trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}), saved, and
+loaded anew. {options["replay"]:.0%} of the training's questions are of the types that the model knows.
 {options["questions"]} questions of each type about held-out scenes; an answer counts if it is right word for word;
 `top_k_ratio={options["ratio"]:g}`. Made by `python -m benchmarks.qlora.run --out DIR` (numbers in `results.json`).
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trim_plugin import planner
+from trim_plugin import model_sizes, planner
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import check_is_mllama, check_ratio
 from trim_plugin.report import format_bytes
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--model", default="11b", help="11b, 90b, a model folder or a hub id; only its configuration is read"
     )
-    parser.add_argument("--weights", choices=planner.WEIGHT_FORMATS, default="bfloat16")
+    parser.add_argument("--weights", choices=model_sizes.WEIGHT_FORMATS, default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--images", type=int, default=1, help="images a sample")
     parser.add_argument("--tiles", type=int, default=4, help="real tiles of an image")
@@ -35,7 +35,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--top-k-ratio", default="0.25")
     parser.add_argument("--kept-share", type=float, help="share of visible tokens that is kept, if you know it")
-    parser.add_argument("--kv", choices=planner.KV_FORMATS, help="quantized cross-attention cache of exact and trimmed")
+    parser.add_argument(
+        "--kv", choices=model_sizes.KV_FORMATS, help="quantized cross-attention cache of exact and trimmed"
+    )
     parser.add_argument("--memory", help="find the largest batch that fits, for instance 24GiB")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run)
@@ -107,8 +109,8 @@ def parse_bytes(text: str) -> int:
 
 
 def _config(model: str) -> Any:
-    if model.lower() in planner.SHAPES:
-        return planner.built_in_config(model.lower())
+    if model.lower() in model_sizes.SHAPES:
+        return model_sizes.built_in_config(model.lower())
     from transformers import AutoConfig
 
     check_is_mllama(model)
