@@ -8,6 +8,7 @@ switched on with `CompileConfig._compile_all_devices`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from typing import Any
 
@@ -120,11 +121,15 @@ def measure(
 
 @torch.no_grad()
 def held(model: Any, name: str) -> dict[str, Any]:
-    """Bytes that a dynamic and a static trimmed cache hold after a prompt and room for 64 tokens."""
+    """Bytes that a dynamic and static trimmed caches hold after a prompt and room for 64 tokens."""
     inputs = scenario_inputs(model, SCENARIOS[name], 1)
     found = {}
     length = inputs["input_ids"].shape[1] + 64
-    for title, extra in (("dynamic", {}), ("static", {"static": True, "max_cache_len": length})):
+    static = {"static": True, "max_cache_len": length}
+    ways = {"dynamic": {}, "static": static}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        ways["static, int8"] = static | {"kv_quantization": "int8"}
+    for title, extra in ways.items():
         cache = TrimmedCache(model, {"processors": [EvenlySpaced(KEPT)], **extra})
         model(**inputs, past_key_values=cache, use_cache=True)
         report: TrimReport = cache.report()

@@ -48,6 +48,7 @@ def tables(result: dict[str, Any]) -> str:
                 "cross KV, stock",
                 "cross KV, dynamic",
                 "cross KV, static",
+                "cross KV, static, int8",
                 "self KV, dynamic",
                 "self KV, static",
             ],
@@ -58,6 +59,7 @@ def tables(result: dict[str, Any]) -> str:
                     format_bytes(row["stock_cross_kv"]),
                     format_bytes(row["dynamic"]["cross_kv"]),
                     format_bytes(row["static"]["cross_kv"]),
+                    format_bytes(row["static, int8"]["cross_kv"]) if "static, int8" in row else "–",
                     format_bytes(row["dynamic"]["self_kv"]),
                     format_bytes(row["static"]["self_kv"]),
                 ]

@@ -27,7 +27,8 @@ class TrimConfig:
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
         kv_quantization: "int8" or "nf4" stores the kept visual tokens' keys and values in 8 or 4 bits with bitsandbytes,
-            quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included.
+            quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included, and
+            with `static`.
         self_kv_quantization: "fp8" or "quanto" uses transformers' own quantized layers (with their default settings) for
             self-attention; None keeps the model's dtype. Such layers cannot be cropped, repeated or selected from, so
             assisted decoding and prompt lookup need None.
