@@ -89,6 +89,22 @@ def test_processes_share_the_questions(data, tmp_path):
     assert json.loads((out / "summary.json").read_text())[0]["questions"] == 2
 
 
+def test_accelerate_launch_spreads_the_questions(data, tmp_path):
+    """`--multi_gpu` makes accelerate start several processes; they need no GPU here."""
+    pytest.importorskip("accelerate")
+    out = tmp_path / "out"
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "trim_plugin.cli", "eval", "--data", str(data), "--out", str(out)]
+    command += ["--max-new-tokens", "2", "--top-k-ratio", "0.5", "--kept-share", "0.3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all((out / f"answers-{rank}.jsonl").read_text() for rank in range(2))
+    rows = json.loads((out / "summary.json").read_text())
+    assert [row["way"] for row in rows] == ["stock", "0.5", "cells 0.3"]
+    assert rows[0]["questions"] == 2
+
+
 def test_what_the_user_can_mend(data, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     Image.new("RGB", (8, 8)).save(data / "a.png")
