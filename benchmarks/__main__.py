@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import latency, memory, quality, report
+from benchmarks import compiled, latency, memory, quality, report
 from benchmarks.common import RESULTS, SHAPES
 
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
         if name in BENCHMARKS:
             BENCHMARKS[name].run(arguments)
+    if arguments.what == "all":
+        compiled.run(arguments)
     report.write(arguments.out, arguments.docs)
 
 

@@ -255,6 +255,7 @@ def combinations(arguments: argparse.Namespace) -> list[tuple[str, str, int, int
                 (shape, "photo", 8, 12, 1, FEW_WAYS),
                 (shape, "pages", 1, 12, 1, FEW_WAYS),
                 (shape, "page", 16, 12, 1, FEW_WAYS),
+                (shape, "photo", 32, 12, 1, FEW_WAYS),
                 (shape, "video", 1, 12, 1, FEW_WAYS),
             ]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ parameters. `lm_head` decides between close logits, and transformers leaves it a
 
 VISION_TOWER = ".*vision_model"
 """Matches the vision tower's modules in every Mllama class."""
+
+CASTING_LOGGER = "bitsandbytes.autograd._functions"
+"""Logs at every call of every 8-bit layer, hundreds of lines a prompt, that a bfloat16 or float32 input is cast."""
 
 
 def quantization_config(
@@ -64,6 +68,7 @@ def quantization_config(
         "llm_int8_skip_modules": [*SKIPPED, *([] if quantize_vision else [VISION_TOWER]), *skip]
     }
     if preset == "int8":
+        logging.getLogger(CASTING_LOGGER).addFilter(_first_time)
         settings["load_in_8bit"] = True
     else:
         settings |= {
@@ -73,6 +78,16 @@ def quantization_config(
             "bnb_4bit_use_double_quant": True,
         }
     return BitsAndBytesConfig(**(settings | overrides))
+
+
+_logged: set[str] = set()
+
+
+def _first_time(record: logging.LogRecord) -> bool:
+    """A logging filter: let every message through once."""
+    new = record.getMessage() not in _logged
+    _logged.add(record.getMessage())
+    return new
 
 
 def check_preset(preset: str) -> None:

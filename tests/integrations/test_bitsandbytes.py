@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers import MllamaForConditionalGeneration
+from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.bitsandbytes import (
     PRESETS,
     layout_kept,
@@ -105,3 +106,13 @@ def test_reading_the_state_dict_need_not_change_a_repacked_model(checkpoint):
         model.state_dict()
     after = generate(model, inputs)
     assert all(torch.equal(one, two) for one, two in zip(before.logits, after.logits, strict=True))
+
+
+def test_casting_is_logged_once_not_at_every_call(checkpoint, caplog, monkeypatch):
+    """bitsandbytes' own logging is a line for each 8-bit layer and call, where inputs are not float16."""
+    monkeypatch.setattr("trim_plugin.integrations.bitsandbytes._logged", set())
+    model, _ = load(checkpoint, "int8", device_map=None, dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 5, 6]])
+    for _ in range(2):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert sum("inputs will be cast" in record.getMessage() for record in caplog.records) == 1
