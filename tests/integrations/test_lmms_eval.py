@@ -107,6 +107,8 @@ def test_arguments_are_checked(adapter):
         ({"top_k_ratio": 0}, "top_k_ratio must be"),
         ({"top_k_ratio": "most"}, "'stock'"),
         ({"top_k_ratio": "stock", "kv_quantization": "int8"}, "needs a trimmed cache"),
+        ({"kept_share": 1.5}, "kept_share must be"),
+        ({"kept_share": 0.3, "top_k_ratio": 0.5}, "Choose one"),
         ({"batch_size": "auto"}, "batch_size must be"),
         ({"colour": 1}, "Unknown model argument 'colour'"),
     ):
@@ -137,10 +139,16 @@ def test_table_of_result_files(tmp_path, capsys):
     write_results(tmp_path / "b", "llama_vision_trimmed", "pretrained=x,top_k_ratio=0.25", 0.1)
     write_results(tmp_path / "b", "llama_vision_trimmed", "pretrained=x,top_k_ratio=0.25", 0.4, "2025-02-01")
     write_results(tmp_path / "c", "llama_vision_trimmed", "top_k_ratio=1.0", 0.5)
+    write_results(tmp_path / "d", "llama_vision_trimmed", "pretrained=x,kept_share=0.3", 0.5)
     assert lmms_eval_table.main([str(tmp_path), "--out", str(tmp_path / "comparison")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| cache | mmvp: mmvp_accuracy |"
-    assert lines[2:] == ["| stock | 0.5 |", "| exact | 0.5 (100.0 %) |", "| 0.25 | 0.4 (80.0 %) |"]
+    assert lines[2:] == [
+        "| stock | 0.5 |",
+        "| exact | 0.5 (100.0 %) |",
+        "| 0.25 | 0.4 (80.0 %) |",
+        "| cells 0.3 | 0.5 (100.0 %) |",
+    ]
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.size[0] > 500
     assert lmms_eval_table.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2
