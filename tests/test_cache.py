@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.tokens import Storage
 
 from .random_models import Sample, generate, random_inputs, random_model, trimmed
 from .reference_rule import kept_by_rule
@@ -141,8 +143,8 @@ def test_lengths_come_from_a_self_attention_layer_first_layer_or_not():
     assert cache.get_seq_length(0) == cache.layers[0].keys.shape[2] != length
 
 
-def test_decoding_passes_no_mask_where_none_is_needed(model):
-    masks = []
+def test_decoding_passes_no_mask_where_none_is_needed():
+    model, masks = random_model(heads=4, kv_heads=4), []
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
     cache = TrimmedCache(model, {"top_k_ratio": 0.2})
     model.model.language_model.layers[3].cross_attn.register_forward_pre_hook(
@@ -190,13 +192,14 @@ def test_models_without_cross_attention_are_refused():
         llama.generate(torch.tensor([[1, 2]]), max_new_tokens=1, cache_implementation="trimmed")
 
 
-def test_many_tokens_on_a_cpu_get_an_open_mask_and_the_same_answer(model, monkeypatch):
-    from trim_plugin import tokens
-
-    inputs = random_inputs(model, [Sample((1, (6,), 6))])
-    few = trimmed(model, inputs, {"top_k_ratio": 0.2})
-    assert few.past_key_values.tokens.decode_mask is None
-    monkeypatch.setattr(tokens, "CPU_MASK_FROM", 1)
-    many = trimmed(model, inputs, {"top_k_ratio": 0.2})
-    assert bool((many.past_key_values.tokens.decode_mask == 0).all())
-    assert torch.equal(few.sequences, many.sequences)
+def test_shared_heads_get_an_open_mask_on_a_cpu():
+    """And only there: see `tokens.Storage.wants_mask`."""
+    shared, plain = (random_model(heads=4, kv_heads=heads) for heads in (2, 4))
+    for model, masked in ((shared, True), (plain, False)):
+        inputs = random_inputs(model, [Sample((1, (6,), 6))])
+        tokens = trimmed(model, inputs, {"top_k_ratio": 0.2}, 2).past_key_values.tokens
+        assert (tokens.decode_mask is not None) is masked
+        assert not masked or bool((tokens.decode_mask == 0).all())
+    storage = Storage(8, torch.float32, shared_heads=True)
+    assert not storage.wants_mask(torch.device("cuda"))
+    assert dataclasses.replace(storage, bucket=8).wants_mask(torch.device("cuda"))

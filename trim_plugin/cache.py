@@ -126,6 +126,8 @@ class TrimmedCache(Cache):
         self.config = TrimConfig.of(config)
         lengths = [length for length in (max_cache_len, self.config.max_cache_len) if length is not None]
         text_model = attach(model)
+        text = text_model.config
+        self.shared_heads = text.num_key_value_heads < text.num_attention_heads
         self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
         cross_layers = set(self.cross_layers)
         super().__init__(
@@ -164,7 +166,7 @@ class TrimmedCache(Cache):
             visible_tokens=self.tokens.visible.tolist(),
             kept_tokens=self.tokens.valid.sum(dim=1).tolist(),
             cross_kv_bytes=held_bytes(tensor for layer in cross for tensor in layer.held_tensors()),
-            stock_cross_kv_bytes=batch * self.tokens.total * len(cross) * self.tokens.token_bytes,
+            stock_cross_kv_bytes=batch * self.tokens.total * len(cross) * self.tokens.storage.token_bytes,
             self_kv_bytes=self_bytes,
         )
 

@@ -12,7 +12,7 @@ from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_m
 from trim_plugin.scoring import visual_token_scores
 from trim_plugin.selection import select
 from trim_plugin.step import Step
-from trim_plugin.tokens import CachedTokens
+from trim_plugin.tokens import CachedTokens, Storage
 from trim_plugin.visibility import padding_of, read_visibility
 
 _warned_without_mask = False
@@ -131,9 +131,8 @@ class Prefill(Step):
         visible = self._visibility.visible[:, self._first_new :].sum(dim=1)
         if self._earlier is not None:
             visible += self._earlier.visible
-        self._cache.tokens, _ = CachedTokens.choose(
-            self._index, self._decodable, visible, self._reachable, self._token_bytes, self._states.dtype, self._bucket
-        )
+        storage = Storage(self._token_bytes, self._states.dtype, self._bucket, self._cache.shared_heads)
+        self._cache.tokens, _ = CachedTokens.choose(self._index, self._decodable, visible, self._reachable, storage)
 
 
 def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:

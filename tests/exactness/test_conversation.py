@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -228,3 +229,49 @@ def test_select_and_repeat_carry_the_kept_tokens(model):
     assert [indices.tolist() for indices in cache.kept_indices] == [kept[0], kept[2], kept[2], kept[2]]
     assert {len(layer.keys) for layer in cache.layers} == {4}
     assert len(cache.report().kept_tokens) == 4
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_a_follow_up_that_reads_every_picture_reads_no_padding_between_samples(ratio):
+    """A mask of one's own that leaves earlier pictures readable: in a batch each sample gets what it gets alone."""
+    model = random_model(seed=5)
+    conversation, turns = Conversation(model, 2, seed=3), []
+    for turn in ([Sample(((6,), 5)), Sample(((1,), 3))], [Sample((1, (2,), 3)), Sample((1, (3,), 3))]):
+        earlier = conversation.pixels.shape[1]
+        inputs = conversation.say(*turn).inputs(earlier)
+        inputs["cross_attention_mask"] = inputs["cross_attention_mask"].cummax(dim=1).values
+        turns.append(inputs)
+
+    def play(samples):
+        cache, answers = TrimmedCache(model, {"top_k_ratio": ratio}), []
+        for inputs in turns:
+            own = {name: tensor[samples] for name, tensor in inputs.items()}
+            answers.append(generate(model, own, 1 if len(answers) == 0 else 6, past_key_values=cache))
+        return cache, answers[-1]
+
+    together, both = play(slice(None))
+    counts = [len(indices) for indices in together.kept_indices]
+    assert counts[0] != counts[1]
+    assert together.report().kept_tokens == counts
+    for sample in range(2):
+        alone, one = play(slice(sample, sample + 1))
+        assert together.kept_indices[sample].tolist() == alone.kept_indices[0].tolist()
+        for ours, theirs in zip(both.logits, one.logits, strict=True):
+            assert (ours[sample] - theirs[0]).abs().max() <= 1e-5
+
+
+def test_a_picture_without_a_mask_does_not_bring_back_what_was_out_of_reach(model):
+    """Where no mask is given everything that is there may be read; tiles that an earlier turn dropped are not there."""
+    inputs = random_inputs(model, [Sample((1, (1,), 4))])
+    cache = TrimmedCache(model, EXACT)
+    pixels = {name: inputs[name] for name in PICTURE_INPUTS}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a mask is missing is said once in a process
+        model(**inputs, past_key_values=cache)
+        before = cache.tokens.reachable[0].clone()
+        model(input_ids=inputs["input_ids"][:, -3:], **pixels, past_key_values=cache)
+    total = len(before)
+    assert not before.all()
+    assert torch.equal(cache.tokens.reachable[0, :total], before)
+    assert cache.tokens.reachable[0, total:].all()
+    assert cache.kept_indices[0].tolist() == [*before.nonzero()[:, 0].tolist(), *range(total, 2 * total)]
