@@ -16,7 +16,7 @@ def tables(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         parts.append(
             f"{result['shape']} model, {SCENARIOS[row['scenario']].title}, batch {row['batch']}, {row['new_tokens']} new tokens, "
-            f"trimmed ways keep {100 * result['kept']:.0f} % of the visual tokens:\n"
+            f"trimmed ways keep {100 * result['kept']:.0f} % of the visual tokens, `static_bucket={result['bucket']}`:\n"
         )
         parts.append(
             table(
