@@ -153,8 +153,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load_shape(shape, dtype, arguments.device)
     rounds, new_tokens, bucket = *((2, 32) if arguments.quick else (21, 64)), bucket_of(shape)
     batches = arguments.batches or ([1] if arguments.quick else [1, 8])
+    cases = [("page", batch) for batch in batches] + ([] if arguments.quick else [("pages", 1), ("video", 1)])
     with Progress() as bar:
-        rows = [measure(model, "page", batch, rounds, new_tokens, bucket, arguments.device, bar) for batch in batches]
+        rows = [measure(model, *case, rounds, new_tokens, bucket, arguments.device, bar) for case in cases]
     result = {
         "environment": environment(arguments.device),
         "quick": arguments.quick,
