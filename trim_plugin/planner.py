@@ -27,7 +27,17 @@ from trim_plugin.model_sizes import (
 SCORING_SCRATCH = 64 * 2**20
 #: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model. The union over heads
 #: depends on model and picture; give the share itself where it is known.
-MEASURED_KEPT = ((0.0, 0.0), (0.1, 0.246), (0.25, 0.611), (0.35, 0.814), (0.5, 0.965), (1.0, 1.0))
+MEASURED_KEPT = (
+    (0.0, 0.0),
+    (0.05, 0.153),
+    (0.1, 0.246),
+    (0.15, 0.361),
+    (0.2, 0.480),
+    (0.25, 0.611),
+    (0.35, 0.814),
+    (0.5, 0.965),
+    (1.0, 1.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +115,7 @@ def expected_kept_share(top_k_ratio: float) -> float:
 
     Example:
         >>> expected_kept_share(1.0), round(expected_kept_share(0.2), 3)
-        (1.0, 0.489)
+        (1.0, 0.48)
     """
     for (low, below), (high, above) in itertools.pairwise(MEASURED_KEPT):
         if low <= top_k_ratio <= high:

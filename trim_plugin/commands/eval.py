@@ -219,14 +219,15 @@ def _cells(row: Summary) -> list[str]:
 def _table(rows: list[Summary], match: str) -> Table:
     table = Table(
         title=f"agreement and overlap: with {rows[0].way}; accuracy: {match} match; kept: of the visible tokens; "
-        "cross KV: of stock's bytes",
+        "KV: of stock's bytes",
         title_justify="left",
         title_style="dim",
     )
-    for heading in HEADINGS:
+    shown = len(HEADINGS) - all(row.peak_bytes is None for row in rows)  # the last one is the GPU's
+    for heading in HEADINGS[:shown]:
         table.add_column(heading, justify="left" if heading == "cache" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row)[:shown])
     return table
 
 
