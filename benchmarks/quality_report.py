@@ -51,8 +51,8 @@ def tables(result: dict[str, Any]) -> str:
         f"{result['questions']} questions about {result['scenes']} held-out scenes.\n",
         "### Down to which share does a rule cost at most 0.5 points?\n",
         "The smallest measured kept share such that this setting and every looser one of the rule lost at most 0.5 points; and "
-        "the change of accuracy at a quarter of the tokens, read between the two nearest settings. *none*: the loosest setting, which "
-        "for rules with a given share keeps 65 %, lost more:\n",
+        "the change of accuracy at a quarter of the tokens, read between the two nearest settings. *none*: the loosest setting, "
+        "which for rules with a given share keeps 65 %, lost more:\n",
         _overview(result),
     ]
     if result.get("equal_tokens"):
