@@ -275,3 +275,18 @@ def test_a_picture_without_a_mask_does_not_bring_back_what_was_out_of_reach(mode
     assert torch.equal(cache.tokens.reachable[0, :total], before)
     assert cache.tokens.reachable[0, total:].all()
     assert cache.kept_indices[0].tolist() == [*before.nonzero()[:, 0].tolist(), *range(total, 2 * total)]
+
+
+def test_a_plain_forward_with_a_new_picture_may_not_read_what_is_gone(model):
+    """`generate` says so before the model runs; here the prefill itself does."""
+    inputs = random_inputs(model, [Sample((1, (1,), 4))])
+    cache = TrimmedCache(model, EXACT)
+    more = {name: inputs[name] for name in PICTURE_INPUTS} | {
+        "input_ids": inputs["input_ids"][:, -3:],
+        "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 3, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 3, 2, 4, dtype=torch.long),
+    }
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match="cache has dropped them"):
+            model(**more, past_key_values=cache)
