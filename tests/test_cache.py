@@ -155,8 +155,9 @@ def test_decoding_passes_no_mask_where_none_is_needed():
     assert masks[1:] == [None] * 3
 
 
-def test_padding_between_samples_is_masked_while_decoding(model):
-    masks = []
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_padding_between_samples_is_masked_while_decoding(kv_heads):
+    model, masks = random_model(heads=4, kv_heads=kv_heads), []
     inputs = random_inputs(model, PAIR)
     cache = TrimmedCache(model, {"top_k_ratio": 0.2})
     model.model.language_model.layers[3].cross_attn.register_forward_pre_hook(
