@@ -115,6 +115,14 @@ def test_kept_indices_travel_with_the_batch(model):
     chosen.batch_select_indices(torch.tensor([1]))
     assert [kept.tolist() for kept in chosen.kept_indices] == [second]
     assert [kept.tolist() for kept in cache.kept_indices] == [first, second]
+    for moved in (reordered, repeated, chosen):  # the mask of decoding goes with them: open where a token is real
+        assert torch.equal(moved.tokens.decode_mask[:, 0, 0] == 0, moved.tokens.valid)
+
+
+def test_exact_mode_lays_keys_and_values_out_as_decoding_reads_them(model):
+    _, cache = prefilled(model, [Sample((1, (6,), 6))], 1.0)
+    layers = [cache.layers[index] for index in cache.cross_layers]
+    assert all(layer.keys.is_contiguous() and layer.values.is_contiguous() for layer in layers)
 
 
 def test_reset_makes_it_as_new(model):

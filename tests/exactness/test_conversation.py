@@ -290,3 +290,22 @@ def test_a_plain_forward_with_a_new_picture_may_not_read_what_is_gone(model):
         model(**inputs, past_key_values=cache)
         with pytest.raises(ValueError, match="cache has dropped them"):
             model(**more, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_text_turn_that_reads_fewer_pictures_decodes_without_the_others(kv_heads):
+    """The turn's last row decides what decoding reads; the rest is freed, in a batch of samples that keep different numbers."""
+    model = random_model(seed=6, heads=4, kv_heads=kv_heads)
+    answers = []
+    for cache in (TrimmedCache(model, EXACT), DynamicCache(config=model.config.text_config)):
+        conversation = Conversation(model, 2, seed=1).say(Sample(((6, 1), 4)), Sample(((1, 2), 4)))
+        first = generate(model, conversation.inputs(), 3, past_key_values=cache)
+        follow_up = conversation.hear(first.sequences).say(Sample((3,)), Sample((3,))).inputs(2)
+        follow_up["cross_attention_mask"][:, -3:, 0] = 0
+        answers.append(generate(model, follow_up, 6, past_key_values=cache))
+    ours, stock = answers
+    assert torch.equal(ours.sequences, stock.sequences)
+    assert largest_difference(ours, stock) <= 1e-5
+    second = 4 * 5  # the second picture's tokens begin after four tiles of the first, of five tokens each
+    kept = [indices.tolist() for indices in ours.past_key_values.kept_indices]
+    assert kept == [list(range(second, second + 5)), list(range(second, second + 10))]
