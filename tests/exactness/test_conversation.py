@@ -293,7 +293,8 @@ def test_a_plain_forward_with_a_new_picture_may_not_read_what_is_gone(model):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_a_text_turn_that_reads_fewer_pictures_decodes_without_the_others(kv_heads):
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_text_turn_that_reads_fewer_pictures_decodes_without_the_others(kv_heads, left_out):
     """The turn's last row decides what decoding reads; the rest is freed, in a batch of samples that keep different numbers."""
     model = random_model(seed=6, heads=4, kv_heads=kv_heads)
     answers = []
@@ -301,11 +302,29 @@ def test_a_text_turn_that_reads_fewer_pictures_decodes_without_the_others(kv_hea
         conversation = Conversation(model, 2, seed=1).say(Sample(((6, 1), 4)), Sample(((1, 2), 4)))
         first = generate(model, conversation.inputs(), 3, past_key_values=cache)
         follow_up = conversation.hear(first.sequences).say(Sample((3,)), Sample((3,))).inputs(2)
-        follow_up["cross_attention_mask"][:, -3:, 0] = 0
+        follow_up["cross_attention_mask"][:, -3:, left_out] = 0
         answers.append(generate(model, follow_up, 6, past_key_values=cache))
     ours, stock = answers
     assert torch.equal(ours.sequences, stock.sequences)
     assert largest_difference(ours, stock) <= 1e-5
-    second = 4 * 5  # the second picture's tokens begin after four tiles of the first, of five tokens each
+    # Five tokens a tile; the second picture's begin after the four tiles that the first is padded to.
+    begin, tiles = (20, (1, 2)) if left_out == 0 else (0, (4, 1))
     kept = [indices.tolist() for indices in ours.past_key_values.kept_indices]
-    assert kept == [list(range(second, second + 5)), list(range(second, second + 10))]
+    assert kept == [list(range(begin, begin + 5 * own)) for own in tiles]
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_text_turn_brings_back_no_token_that_the_rule_has_dropped(left_out):
+    """Padding between samples points at dropped tokens; it must stay padding when the cache is narrowed."""
+    model = random_model(seed=6, image_size=16)
+    cache = TrimmedCache(model, {"top_k_ratio": 0.1})
+    conversation = Conversation(model, 2, seed=1).say(Sample(((6, 1), 4)), Sample(((1, 1), 4)))
+    first = generate(model, conversation.inputs(), 3, past_key_values=cache)
+    before = [set(indices.tolist()) for indices in cache.kept_indices]
+    assert len(before[0]) != len(before[1])
+    follow_up = conversation.hear(first.sequences).say(Sample((3,)), Sample((3,))).inputs(2)
+    follow_up["cross_attention_mask"][:, -3:, left_out] = 0
+    generate(model, follow_up, 3, past_key_values=cache)
+    picture = 4 * 17
+    own = set(range(picture, 2 * picture)) if left_out == 0 else set(range(picture))
+    assert [set(indices.tolist()) for indices in cache.kept_indices] == [kept & own for kept in before]
