@@ -9,7 +9,7 @@ import torch
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.tokens import Storage
 
-from .random_models import Sample, generate, random_inputs, random_model, trimmed
+from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from .reference_rule import kept_by_rule
 
 
@@ -212,3 +212,14 @@ def test_shared_heads_get_an_open_mask_on_a_cpu():
     storage = Storage(8, torch.float32, shared_heads=True)
     assert not storage.wants_mask(torch.device("cuda"))
     assert dataclasses.replace(storage, bucket=8).wants_mask(torch.device("cuda"))
+
+
+def test_shared_heads_without_a_mask_as_on_a_gpu_equal_stock(monkeypatch):
+    monkeypatch.setattr(Storage, "wants_mask", lambda self, device: self.bucket > 1)
+    model = random_model(seed=3, heads=4, kv_heads=2)
+    for samples in ([Sample((1, (6,), 6))], PAIR):
+        inputs = random_inputs(model, samples)
+        ours, stock = trimmed(model, inputs, {"top_k_ratio": 1.0}), generate(model, inputs)
+        assert (ours.past_key_values.tokens.decode_mask is None) is (len(samples) == 1)
+        assert torch.equal(ours.sequences, stock.sequences)
+        assert largest_difference(ours, stock) <= 1e-5
