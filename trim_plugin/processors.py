@@ -141,7 +141,7 @@ class BestOfCells(VisualTokenProcessor):
     A token's score is taken relative to the head's highest, the best head counts. Heads that all look at one place make
     `TopKPerHead` forget the others; here no part of a picture is lost whole, and the kept share is exactly what was asked for.
     Neighbours in a run lie side by side in a row of patches. In this project's benchmark (`docs/benchmarks.md`, a small model)
-    it answers better than `TopKPerHead` at the same number of kept tokens. Cost: one sort of the tokens for a sample,
+    it answers better than `TopKPerHead` with as many tokens where fewer than about half are kept. Cost: one sort of the tokens for a sample,
     `TopKPerHead` sorts for every head.
 
     Args:
