@@ -141,8 +141,8 @@ class BestOfCells(VisualTokenProcessor):
     A token's score is taken relative to the head's highest, the best head counts. Heads that all look at one place make
     `TopKPerHead` forget the others; here no part of a picture is lost whole, and the kept share is exactly what was asked for.
     Neighbours in a run lie side by side in a row of patches. In this project's benchmark (`docs/benchmarks.md`, a small model)
-    it answers better than `TopKPerHead` with as many tokens where fewer than about half are kept. Cost: one sort of the tokens for a sample,
-    `TopKPerHead` sorts for every head.
+    it answers better than `TopKPerHead` with as many tokens, where fewer than about half are kept. Cost: one sort of the
+    tokens for a sample; `TopKPerHead` sorts for every head.
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
