@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import trim_plugin
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.model_sizes import built_in_config, tile_tokens
+from trim_plugin.planning.model_sizes import built_in_config, tile_tokens
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

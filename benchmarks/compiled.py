@@ -28,8 +28,8 @@ from benchmarks.common import (
 )
 from benchmarks.rules import EvenlySpaced
 from trim_plugin import TrimmedCache
+from trim_plugin.cache.report import TrimReport
 from trim_plugin.config import DEFAULT_STATIC_BUCKET
-from trim_plugin.report import TrimReport
 
 #: Kept share of the trimmed ways. On random weights the paper's rule keeps nearly everything, so a processor keeps a given share.
 KEPT = 0.25

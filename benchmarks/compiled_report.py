@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import SCENARIOS
 from benchmarks.markdown import milliseconds, table
-from trim_plugin.report import format_bytes
+from trim_plugin.cache.report import format_bytes
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from rich.progress import Progress
 
-import trim_plugin.prefill
+import trim_plugin.forward.prefill
 from benchmarks import compiled
 from benchmarks.common import (
     SCENARIOS,
@@ -35,7 +35,7 @@ from benchmarks.common import (
 from benchmarks.memory import PROMPT_DTYPE, _peak, _start_peak
 from benchmarks.rules import EvenlySpaced
 from trim_plugin import TrimmedCache
-from trim_plugin.report import held_bytes
+from trim_plugin.cache.report import held_bytes
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -71,7 +71,7 @@ def kv_bytes(model: Any, cache: Any) -> tuple[int, int]:
 @contextlib.contextmanager
 def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
     """Measure what choosing costs within one prefill: seconds, and the scratch of scoring."""
-    choose, score = trim_plugin.prefill.Prefill._choose, trim_plugin.prefill.visual_token_scores
+    choose, score = trim_plugin.forward.prefill.Prefill._choose, trim_plugin.forward.prefill.visual_token_scores
 
     def timed(self: Any, *args: Any) -> torch.Tensor:
         synchronize(device)
@@ -87,9 +87,9 @@ def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
         found["scratch_bytes"] = max(0, _peak(device) - before - scores.nbytes)
         return scores
 
-    patched = [mock.patch.object(trim_plugin.prefill.Prefill, "_choose", timed)]
+    patched = [mock.patch.object(trim_plugin.forward.prefill.Prefill, "_choose", timed)]
     if found.get("weigh"):
-        patched = [mock.patch.object(trim_plugin.prefill, "visual_token_scores", weighed)]
+        patched = [mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", weighed)]
     with contextlib.ExitStack() as stack:
         for patch in patched:
             stack.enter_context(patch)

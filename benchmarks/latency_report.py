@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from benchmarks.common import SCENARIOS
 from benchmarks.figures import save
 from benchmarks.markdown import folded, milliseconds, percent, table
-from trim_plugin.report import format_bytes
+from trim_plugin.cache.report import format_bytes
 
 RATIOS = ("stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1")
 

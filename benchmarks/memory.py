@@ -34,9 +34,10 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.rules import EvenlySpaced
-from trim_plugin import TrimConfig, model_sizes, planner
+from trim_plugin import TrimConfig
+from trim_plugin.cache.report import held_bytes
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.report import held_bytes
+from trim_plugin.planning import model_sizes, planner
 
 NEW_TOKENS = 8
 PROMPT_DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b": "bfloat16"}

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from benchmarks.common import SCENARIOS
 from benchmarks.figures import save
 from benchmarks.markdown import folded, percent, table
-from trim_plugin.report import format_bytes
+from trim_plugin.cache.report import format_bytes
 
 #: Caches that every kind of weights was measured with.
 COMBINED = ("stock dynamic", "exact", "ratio 0.25", "kept 0.25", "ratio 0.25, nf4 KV", "kept 0.25, nf4 KV")

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-import trim_plugin.prefill
+import trim_plugin.forward.prefill
 from trim_plugin import BestOfCells, TopKPerHead, VisualTokenProcessor
 
 
@@ -144,7 +144,7 @@ class CellsOnBudget(VisualTokenProcessor):
 @contextlib.contextmanager
 def merged_neighbours(tile_tokens: int = 65) -> Iterator[None]:
     """Within this context later layers get a kept token as the mean of itself and what was dropped nearest to it in its tile."""
-    taken = trim_plugin.prefill.take_tokens
+    taken = trim_plugin.forward.prefill.take_tokens
 
     def merged(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         found = taken(states, positions)
@@ -162,14 +162,14 @@ def merged_neighbours(tile_tokens: int = 65) -> Iterator[None]:
             found[sample, : len(kept)] = (sums / nearest.bincount(minlength=len(kept) + 1)[:, None])[:-1]
         return found
 
-    with mock.patch.object(trim_plugin.prefill, "take_tokens", merged):
+    with mock.patch.object(trim_plugin.forward.prefill, "take_tokens", merged):
         yield
 
 
 @contextlib.contextmanager
 def last_row_votes() -> Iterator[None]:
     """Within this context only the prompt's last row votes; processors get its attention as scores."""
-    scored = trim_plugin.prefill.visual_token_scores
+    scored = trim_plugin.forward.prefill.visual_token_scores
 
     def of_last_row(queries: torch.Tensor, keys: torch.Tensor, visibility: Any, scaling: float) -> torch.Tensor:
         last = visibility.voters.clone()
@@ -177,14 +177,14 @@ def last_row_votes() -> Iterator[None]:
         last &= rows == (last * rows).amax(dim=1, keepdim=True)
         return scored(queries, keys, dataclasses.replace(visibility, voters=last), scaling)
 
-    with mock.patch.object(trim_plugin.prefill, "visual_token_scores", of_last_row):
+    with mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", of_last_row):
         yield
 
 
 @contextlib.contextmanager
 def value_norms_weigh() -> Iterator[None]:
     """Within this context every score is weighed by the norm of the token's value in that head: what is seen, not where."""
-    choose, scored = trim_plugin.prefill.Prefill._choose, trim_plugin.prefill.visual_token_scores
+    choose, scored = trim_plugin.forward.prefill.Prefill._choose, trim_plugin.forward.prefill.visual_token_scores
 
     def choose_weighed(self: Any, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         norms = self._cache.layers[layer.layer_idx].values.float().norm(dim=-1)
@@ -193,8 +193,8 @@ def value_norms_weigh() -> Iterator[None]:
             scores = scored(*args)
             return scores * norms.repeat_interleave(scores.shape[1] // norms.shape[1], dim=1)
 
-        with mock.patch.object(trim_plugin.prefill, "visual_token_scores", weighed):
+        with mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", weighed):
             return choose(self, layer, hidden_states, keys)
 
-    with mock.patch.object(trim_plugin.prefill.Prefill, "_choose", choose_weighed):
+    with mock.patch.object(trim_plugin.forward.prefill.Prefill, "_choose", choose_weighed):
         yield

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
 
-from trim_plugin.report import format_bytes, held_bytes
+from trim_plugin.cache.report import format_bytes, held_bytes
 
 PRESETS = ("nf4", "fp4", "int8")
 

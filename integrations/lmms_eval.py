@@ -25,7 +25,7 @@ from tqdm import tqdm
 from trim_plugin.integrations.accelerate import load
 
 from trim_plugin.config import TrimConfig
-from trim_plugin.processors import BestOfCells
+from trim_plugin.rules.processors import BestOfCells
 
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimConfig, TrimmedCache
-from trim_plugin.tokens import Storage
+from trim_plugin.cache.tokens import Storage
 
 from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from .reference_rule import kept_by_rule

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trim_plugin import model_sizes, planner
 from trim_plugin.cli import main
 from trim_plugin.commands.plan import parse_bytes
+from trim_plugin.planning import model_sizes, planner
 
 from .random_models import Sample, generate, random_config, random_inputs, random_model, trimmed
 
@@ -64,7 +64,7 @@ def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, mod
 
 @pytest.mark.parametrize("kv", ["int8", "nf4"])
 def test_quantized_caches_are_exact_to_the_byte(kv, model):
-    pytest.importorskip("trim_plugin.quantized")
+    pytest.importorskip("trim_plugin.cache.quantized")
     pytest.importorskip("bitsandbytes")
     inputs = random_inputs(model, [Sample((1, (6,), 5))])
     report = trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": kv}, 3).past_key_values.report()

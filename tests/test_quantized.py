@@ -11,8 +11,8 @@ import torch
 from transformers import cache_utils
 
 from trim_plugin import TrimConfig, TrimmedCache
-from trim_plugin.cache import CrossAttentionLayer
-from trim_plugin.quantized import QuantizedCrossAttentionLayer, QuantizedTokens, require_bitsandbytes
+from trim_plugin.cache.layers import CrossAttentionLayer
+from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens, require_bitsandbytes
 
 from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 

@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerationMixin
 
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
-from trim_plugin.hooks import after_layer, attach, before_layer
+from trim_plugin.forward.hooks import after_layer, attach, before_layer
 
 from .random_models import Sample, generate, random_inputs, trimmed
 
@@ -94,7 +94,7 @@ def test_both_kinds_of_cache_at_once_is_refused(model):
 
 
 def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, monkeypatch):
-    from trim_plugin import prefill
+    from trim_plugin.forward import prefill
 
     monkeypatch.setattr(prefill, "_warned_without_mask", False)
     inputs = random_inputs(model, [Sample(((6,), 6))])

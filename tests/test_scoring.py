@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trim_plugin import scoring
-from trim_plugin.scoring import visual_token_scores
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention import scoring
+from trim_plugin.attention.scoring import visual_token_scores
+from trim_plugin.attention.visibility import Visibility
 
 
 def plain_scores(queries, keys, rows, voters, scaling):
@@ -48,8 +48,8 @@ def test_blocks_give_what_the_whole_map_gives(heads, batch, rows, lengths, seed,
 
 SCRATCH = """
 import resource, sys, torch
-from trim_plugin.scoring import visual_token_scores
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention.scoring import visual_token_scores
+from trim_plugin.attention.visibility import Visibility
 torch.set_num_threads(2)
 rows, heads, tokens, dim, dtype = 4096, 32, 51232, 32, getattr(torch, sys.argv[1])
 queries = torch.empty(1, heads, rows, dim, dtype=dtype).normal_()

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from trim_plugin import TopKPerHead, VisualTokenProcessorList
-from trim_plugin.selection import select
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention.visibility import Visibility
+from trim_plugin.rules.selection import select
 
 INF = float("inf")
 

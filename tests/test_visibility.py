@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trim_plugin.visibility import Visibility, padding_of, read_visibility
+from trim_plugin.attention.visibility import Visibility, padding_of, read_visibility
 
 LOW = torch.finfo(torch.float32).min
 

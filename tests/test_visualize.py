@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import trim_plugin
-from trim_plugin.processors import TopKPerHead
-from trim_plugin.visualize import ScoreRecorder, TileMap, visualize
+from trim_plugin.pictures.visualize import ScoreRecorder, TileMap, visualize
+from trim_plugin.rules.processors import TopKPerHead
 
 from .random_models import Sample, random_inputs
 from .reference_rule import first_cross_attention_map, kept_by_rule

@@ -11,19 +11,19 @@ from trim_plugin.compat import require_supported_transformers
 require_supported_transformers()
 
 # The version check comes first: an unsupported transformers shall say so, not fail in some import below.
-from trim_plugin.cache import TrimmedCache  # noqa: E402
+from trim_plugin.cache.report import TrimReport  # noqa: E402
 from trim_plugin.config import TrimConfig  # noqa: E402
-from trim_plugin.hooks import detach  # noqa: E402
-from trim_plugin.processors import (  # noqa: E402
+from trim_plugin.forward.hooks import detach  # noqa: E402
+from trim_plugin.forward.trimmed_cache import TrimmedCache  # noqa: E402
+from trim_plugin.generation.registration import register, unregister  # noqa: E402
+from trim_plugin.pictures.visualize import visualize  # noqa: E402
+from trim_plugin.rules.processors import (  # noqa: E402
     BestOfCells,
     TopKPerHead,
     TopPPerHead,
     VisualTokenProcessor,
     VisualTokenProcessorList,
 )
-from trim_plugin.registration import register, unregister  # noqa: E402
-from trim_plugin.report import TrimReport  # noqa: E402
-from trim_plugin.visualize import visualize  # noqa: E402
 
 __version__ = "0.1.0"
 

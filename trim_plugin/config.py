@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trim_plugin.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
+from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
 
 DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256

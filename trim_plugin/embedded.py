@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trim_plugin.prompting import build_inputs, open_picture
+from trim_plugin.pictures.prompting import build_inputs, open_picture
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small_model"

@@ -13,7 +13,7 @@ from transformers import MllamaForConditionalGeneration
 
 import trim_plugin
 from trim_plugin import TrimmedCache
-from trim_plugin.hooks import after_layer, before_layer, find_text_model
+from trim_plugin.forward.hooks import after_layer, before_layer, find_text_model
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 

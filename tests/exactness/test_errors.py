@@ -12,8 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trim_plugin
-from trim_plugin import TopKPerHead, TrimmedCache, masks, prefill
+from trim_plugin import TopKPerHead, TrimmedCache
+from trim_plugin.attention import masks
 from trim_plugin.compat import require_supported_transformers, slices_mask_rows
+from trim_plugin.forward import prefill
 
 from ..random_models import Sample, generate, random_inputs, random_model, trimmed
 from .conversations import Conversation
@@ -302,7 +304,7 @@ def test_no_mask(model, inputs, monkeypatch):
 
 
 def test_flex_attention():
-    from trim_plugin.visibility import padding_of
+    from trim_plugin.attention.visibility import padding_of
 
     with pytest.raises(TypeError, match="cannot read padding off an attention mask of type object"):
         padding_of(object(), 3)
@@ -400,7 +402,7 @@ def test_assisted_on_a_static_cache(model, forwards):
 
 
 def test_assisted_on_old_transformers(model, forwards, monkeypatch):
-    from trim_plugin import assisted
+    from trim_plugin.generation import assisted
 
     monkeypatch.setattr(assisted, "slices_mask_rows", lambda: False)
     inputs = random_inputs(model, SAMPLES[:1])

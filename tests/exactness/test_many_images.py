@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from trim_plugin.scoring import visual_token_scores
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention.scoring import visual_token_scores
+from trim_plugin.attention.visibility import Visibility
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule

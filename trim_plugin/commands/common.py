@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from trim_plugin.commands import UserError
-from trim_plugin.processors import share
-from trim_plugin.prompting import open_picture
+from trim_plugin.pictures.prompting import open_picture
+from trim_plugin.rules.processors import share
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trim_plugin.cache.report import TrimReport, format_bytes
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import DTYPES, check_device, check_ratio, load_model, picture_or_error
 from trim_plugin.config import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL, examples
-from trim_plugin.prompting import build_inputs
-from trim_plugin.report import TrimReport, format_bytes
-from trim_plugin.visualize import visualize
+from trim_plugin.pictures.prompting import build_inputs
+from trim_plugin.pictures.visualize import visualize
 
 DEFAULT_RATIOS = ("0.25", "0.1")
 

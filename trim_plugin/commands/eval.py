@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import DTYPES, check_device, check_is_mllama, check_ratio, first_line, load_model
 from trim_plugin.config import KV_QUANTIZATIONS, SCOPES
@@ -31,7 +32,6 @@ from trim_plugin.evaluation import (
     ways_for,
     write_whole,
 )
-from trim_plugin.report import format_bytes
 
 DEFAULT_RATIOS = ("1.0", "0.5", "0.25", "0.1")
 PRECISIONS = ("nf4", "fp4", "int8")

@@ -13,7 +13,7 @@ from trim_plugin.commands import UserError
 from trim_plugin.commands.common import check_ratio, first_line, picture_or_error
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, KV_QUANTIZATIONS, TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.prompting import build_inputs
+from trim_plugin.pictures.prompting import build_inputs
 
 #: As in `trim_plugin.integrations.accelerate.WEIGHTS`, which is not imported before it is needed.
 WEIGHTS = ("fp32", "bf16", "fp16", "nf4", "fp4", "int8")
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_installed(config: TrimConfig) -> None:
-    from trim_plugin.quantized import require_bitsandbytes
+    from trim_plugin.cache.quantized import require_bitsandbytes
 
     if config.kv_quantization is not None:
         try:

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trim_plugin import model_sizes, planner
+from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import check_is_mllama, check_ratio
-from trim_plugin.report import format_bytes
+from trim_plugin.planning import model_sizes, planner
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

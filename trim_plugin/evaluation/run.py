@@ -12,8 +12,8 @@ import torch
 from trim_plugin.config import TrimConfig
 from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question
-from trim_plugin.processors import BestOfCells
-from trim_plugin.prompting import build_inputs, open_picture
+from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.rules.processors import BestOfCells
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
-from trim_plugin.cache import TrimmedCache
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.hooks import has_cross_attention
+from trim_plugin.forward.hooks import has_cross_attention
+from trim_plugin.forward.trimmed_cache import TrimmedCache
 
 _PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 

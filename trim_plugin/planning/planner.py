@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import MllamaConfig
 
-from trim_plugin.model_sizes import (
+from trim_plugin.planning.model_sizes import (
     cross_kv_bytes,
     dequantized_scratch,
     image_tokens,
@@ -23,7 +23,7 @@ from trim_plugin.model_sizes import (
     weight_bytes,
 )
 
-#: Scoring never takes more scratch than this, see trim_plugin/scoring.py.
+#: Scoring never takes more scratch than this, see trim_plugin/attention/scoring.py.
 SCORING_SCRATCH = 64 * 2**20
 #: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model. The union over heads
 #: depends on model and picture; give the share itself where it is known.
@@ -146,7 +146,7 @@ def plan(
         ValueError: a value that is not allowed.
 
     Example:
-        >>> from trim_plugin.model_sizes import built_in_config
+        >>> from trim_plugin.planning.model_sizes import built_in_config
         >>> stock, exact, trimmed = plan(built_in_config("11b"), Job(tiles=1))
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
         (4, 979)
@@ -202,7 +202,7 @@ def largest_fit(config: MllamaConfig, job: Job, memory: int, **settings: Any) ->
         settings: as for `plan`.
 
     Example:
-        >>> from trim_plugin.model_sizes import built_in_config
+        >>> from trim_plugin.planning.model_sizes import built_in_config
         >>> fits = largest_fit(built_in_config("11b"), Job(tiles=1), 40 * 2**30)
         >>> fits["stock"].side_by_side < fits["exact"].side_by_side < fits["trimmed"].side_by_side
         True

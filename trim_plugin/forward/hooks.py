@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
 
-from trim_plugin.cache import TrimmedCache
-from trim_plugin.decode_scope import UntouchedPrefill
-from trim_plugin.prefill import Prefill
-from trim_plugin.step import Reading, Step
+from trim_plugin.cache.held import HeldCache
+from trim_plugin.forward.decode_scope import UntouchedPrefill
+from trim_plugin.forward.prefill import Prefill
+from trim_plugin.forward.step import Reading, Step
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -73,7 +73,7 @@ def has_hooks(text_model: Any) -> bool:
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: hand the layer its visual states and mask."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, TrimmedCache):
+    if not isinstance(cache, HeldCache):
         return None
     first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
     if kwargs["cross_attention_states"] is None and cache.tokens is not None and hidden_states.shape[1] == 1:
@@ -95,7 +95,7 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, TrimmedCache):
+    if not isinstance(cache, HeldCache):
         return
     if cache.step is not None:
         cache.step.after(layer, _hidden_states(args, kwargs))
@@ -106,7 +106,7 @@ def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         cache.unfinished = False
 
 
-def _check_cache(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor) -> None:
+def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:
     """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
     if not cache.belongs_to(layer):
         raise ValueError(
@@ -121,7 +121,7 @@ def _check_cache(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor) -
         )
 
 
-def _begin(layer: Any, cache: TrimmedCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
+def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
     _check_cache(layer, cache, hidden_states)
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]

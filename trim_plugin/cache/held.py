@@ -1,147 +1,60 @@
-"""The cache of one trimmed generation: self-attention layers as stock, cross-attention layers with few visual tokens."""
+"""What one trimmed generation holds: stock's self-attention layers, cross-attention layers with few visual tokens.
+
+The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_plugin.forward.trimmed_cache`).
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from trim_plugin import compat
+from trim_plugin.cache.layers import CrossAttentionLayer
+from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, quantized_self_layer
+from trim_plugin.cache.report import TrimReport, held_bytes, stored_tensors
+from trim_plugin.cache.static import StaticCrossAttentionLayer, StaticQuantizedCrossAttentionLayer
+from trim_plugin.cache.tokens import CachedTokens
 from trim_plugin.config import TrimConfig
-from trim_plugin.report import TrimReport, held_bytes, stored_tensors
-from trim_plugin.tokens import CachedTokens
-
-if TYPE_CHECKING:
-    from trim_plugin.step import Step
 
 
-class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of visual tokens. They come with a picture, are trimmed once, and never grow with the text.
+class HeldCache(Cache):
+    """The layers of a trimmed generation, the record of what they hold, and the operations that move a batch.
 
-    Example:
-        >>> layer = CrossAttentionLayer()
-        >>> layer.expected = True
-        >>> keys, values = layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
-        >>> layer.keep(torch.tensor([[0, 3]]))
-        >>> layer.crop(-1)  # the text is cropped, not the picture
-        >>> layer.keys.shape
-        torch.Size([1, 2, 2, 4])
-    """
-
-    keys: Any
-    values: Any
-
-    #: Set by the hook that precedes an update. Without hooks nothing would be trimmed, silently.
-    expected = False
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a picture's keys and values, (batch, key-value heads, visual tokens, head_dim), and return all.
-
-        Raises:
-            RuntimeError: the model carries no hooks of trim_plugin.
-        """
-        if not self.expected:
-            raise RuntimeError(
-                "A TrimmedCache reached a model that has no trim_plugin hooks: it was made for another model, or "
-                "trim_plugin.detach(model) was called since. Make a new one: TrimmedCache(model, ...)."
-            )
-        self.expected = False
-        if self.get_seq_length() > 0:
-            return super().update(key_states, value_states, *args, **kwargs)
-        # The first picture's tensors are taken as they are; concatenating with nothing would copy them.
-        self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states, value_states
-        return self.keys, self.values
-
-    def keep(self, positions: torch.Tensor) -> None:
-        """Hold only the tokens at `positions`, int64 (batch, kept)."""
-        positions = positions.to(self.keys.device)
-        self.keys = take_tokens(self.keys, positions)
-        self.values = take_tokens(self.values, positions)
-
-    def settle(self) -> None:
-        """Lay keys and values out head by head, as decoding reads them; a projection returns them token by token.
-
-        Measured: decoding from the projection's layout took up to 1.4 times as long (small model, CPU, 8 samples of 8 pictures).
-        """
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-
-    def release(self) -> None:
-        """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
-
-    def held_tensors(self) -> list[torch.Tensor | None]:
-        """The tensors whose bytes this layer holds."""
-        return [self.keys, self.values]
-
-
-class TrimmedCache(Cache):
-    """A transformers `Cache` whose cross-attention layers hold only the visual tokens that decoding needs.
-
-    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into
-    `past_key_values=` of `generate` or of a plain forward; making it attaches hooks to the model's cross-attention layers,
-    which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a generation lives here.
-
-    A forward with one text row is taken to be a decoding step, whose row may read what the last prompt row could:
-    that is how `generate` extends the mask. A forward with several rows has its mask read.
+    Knows nothing of hooks: they, and the steps of a forward, are given one and fill it. All state of a generation lives here.
 
     Args:
-        model: an Mllama model, or a wrapper around one (peft, for instance).
-        config: settings; a dict of `TrimConfig`'s fields does as well.
+        text_model: the `MllamaTextModel` whose layers it stands for.
+        config: settings.
         max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
 
     Raises:
-        ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
-        TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ValueError: a static cache that is not told how long the text can get.
         ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
-
-    Example:
-        >>> from trim_plugin.embedded import ask, load_small_model
-        >>> model, processor = load_small_model()
-        >>> cache = TrimmedCache(model, {"top_k_ratio": 0.25})
-        >>> output = model.generate(**ask(processor), past_key_values=cache, max_new_tokens=4)
-        >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
-        (1, True)
     """
 
     layers: list[Any]
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        config: TrimConfig | Mapping[str, Any] | None = None,
-        *,
-        max_cache_len: int | None = None,
-    ) -> None:
-        # Imported here: hooks know the cache, and only making a cache needs the hooks.
-        from trim_plugin.hooks import attach
-
-        self.config = TrimConfig.of(config)
-        lengths = [length for length in (max_cache_len, self.config.max_cache_len) if length is not None]
-        text_model = attach(model)
+    def __init__(self, text_model: Any, config: TrimConfig, max_cache_len: int | None = None) -> None:
+        self.config = config
+        lengths = [length for length in (max_cache_len, config.max_cache_len) if length is not None]
         text = text_model.config
         self.shared_heads = text.num_key_value_heads < text.num_attention_heads
         self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
         cross_layers = set(self.cross_layers)
         super().__init__(
             layers=[
-                _cross_layer(self.config)
-                if index in cross_layers
-                else _self_layer(self.config, max(lengths, default=None))
+                _cross_layer(config) if index in cross_layers else _self_layer(config, max(lengths, default=None))
                 for index in range(len(text_model.layers))
             ]
         )
         self._self_layer = next(index for index in range(len(self.layers)) if index not in cross_layers)
         self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
         self.tokens: CachedTokens | None = None
-        self.step: Step | None = None
+        #: The forward in progress (`trim_plugin.forward.step.Step`), None between forwards.
+        self.step: Any = None
         self.unfinished = False
 
     # -- what it holds ------------------------------------------------------------------------------------------
@@ -263,9 +176,6 @@ class TrimmedCache(Cache):
 
 
 def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
-    from trim_plugin.quantized import QuantizedCrossAttentionLayer
-    from trim_plugin.static import StaticCrossAttentionLayer, StaticQuantizedCrossAttentionLayer
-
     if config.kv_quantization is None:
         return StaticCrossAttentionLayer() if config.static else CrossAttentionLayer()
     quantized = StaticQuantizedCrossAttentionLayer if config.static else QuantizedCrossAttentionLayer
@@ -282,27 +192,4 @@ def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer |
         return StaticLayer(max_cache_len)
     if config.self_kv_quantization is None:
         return DynamicLayer()
-    from trim_plugin.quantized import quantized_self_layer
-
     return quantized_self_layer(config.self_kv_quantization)
-
-
-def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Pick tokens per sample along the second last dimension.
-
-    Args:
-        tensor: (batch, ..., tokens, features).
-        positions: int64 (batch, kept).
-
-    Returns:
-        (batch, ..., kept, features), a copy.
-
-    Example:
-        >>> take_tokens(torch.arange(6).view(2, 3, 1), torch.tensor([[0, 2], [1, 1]]))[..., 0]
-        tensor([[0, 2],
-                [4, 4]])
-    """
-    if tensor.shape[0] == 1:
-        return tensor.index_select(-2, positions[0])
-    spread = positions.view(positions.shape[0], *[1] * (tensor.ndim - 3), positions.shape[1], 1)
-    return tensor.gather(-2, spread.expand(*tensor.shape[:-2], -1, tensor.shape[-1]))

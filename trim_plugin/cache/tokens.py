@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from trim_plugin.masks import open_mask, pack
+from trim_plugin.attention.masks import open_mask, pack
 
 
 @dataclasses.dataclass(frozen=True)

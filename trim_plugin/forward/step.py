@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import TrimmedCache
-from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, reads_any, take_columns
-from trim_plugin.tokens import CachedTokens
+from trim_plugin.attention.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, reads_any, take_columns
+from trim_plugin.cache.held import HeldCache
+from trim_plugin.cache.tokens import CachedTokens
 
 
 class Step(ABC):
@@ -48,7 +48,7 @@ class Reading(Step):
 
     def __init__(
         self,
-        cache: TrimmedCache,
+        cache: HeldCache,
         tokens: CachedTokens,
         mask: torch.Tensor | None,
         open_rows: torch.Tensor | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention.visibility import Visibility
 
 #: Bytes that one block of float32 logits may take.
 BLOCK_BYTES = 16 * 2**20

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import CachedTokens, TrimmedCache
+from trim_plugin.attention.masks import LOST_TOKENS
+from trim_plugin.cache.tokens import CachedTokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.hooks import find_text_model, has_hooks
-from trim_plugin.masks import LOST_TOKENS
+from trim_plugin.forward.hooks import find_text_model, has_hooks
+from trim_plugin.forward.trimmed_cache import TrimmedCache
 
 
 def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import CrossAttentionLayer, take_tokens
-from trim_plugin.quantized import QuantizedCrossAttentionLayer, QuantizedTokens
+from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
+from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens
 
 
 class StaticCrossAttentionLayer(CrossAttentionLayer):

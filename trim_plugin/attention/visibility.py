@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from trim_plugin.masks import is_open
+from trim_plugin.attention.masks import is_open
 
 # Rows of a mask are looked at in blocks of this many bytes, so that a long prompt with many images needs little scratch.
 _BLOCK_BYTES = 16 * 2**20

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from trim_plugin.processors import VisualTokenProcessorList
-from trim_plugin.visibility import Visibility
+from trim_plugin.attention.visibility import Visibility
+from trim_plugin.rules.processors import VisualTokenProcessorList
 
 
 def select(

@@ -9,10 +9,10 @@ from typing import Any
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
-from trim_plugin.assisted import adapt, check_supported
-from trim_plugin.cache import TrimmedCache
-from trim_plugin.checks import check_chunks, check_inputs, check_reuse
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.generation.assisted import adapt, check_supported
+from trim_plugin.generation.checks import check_chunks, check_inputs, check_reuse
 
 NAME = "trimmed"
 

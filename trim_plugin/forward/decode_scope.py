@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from trim_plugin.prefill import Prefill, layer_queries, token_bytes
-from trim_plugin.scoring import visual_token_scores
-from trim_plugin.selection import select
+from trim_plugin.attention.scoring import visual_token_scores
+from trim_plugin.forward.prefill import Prefill, layer_queries, token_bytes
+from trim_plugin.rules.selection import select
 
 
 class UntouchedPrefill(Prefill):

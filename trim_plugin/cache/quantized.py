@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import cache_utils
 
-from trim_plugin.cache import CrossAttentionLayer, take_tokens
+from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
 
 #: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits both formats' kernels.
 BLOCK = 64

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trim_plugin.cache import TrimmedCache
 from trim_plugin.config import TrimConfig
-from trim_plugin.processors import TopKPerHead, VisualTokenProcessor
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.rules.processors import TopKPerHead, VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache import TrimmedCache, take_tokens
-from trim_plugin.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, pack, reads_any, take_columns
-from trim_plugin.scoring import visual_token_scores
-from trim_plugin.selection import select
-from trim_plugin.step import Step
-from trim_plugin.tokens import CachedTokens, Storage
-from trim_plugin.visibility import padding_of, read_visibility
+from trim_plugin.attention.masks import (
+    LOST_TOKENS,
+    check_columns,
+    last_row_reads,
+    open_mask,
+    pack,
+    reads_any,
+    take_columns,
+)
+from trim_plugin.attention.scoring import visual_token_scores
+from trim_plugin.attention.visibility import padding_of, read_visibility
+from trim_plugin.cache.held import HeldCache
+from trim_plugin.cache.layers import take_tokens
+from trim_plugin.cache.tokens import CachedTokens, Storage
+from trim_plugin.forward.step import Step
+from trim_plugin.rules.selection import select
 
 _warned_without_mask = False
 
@@ -38,7 +47,7 @@ class Prefill(Step):
 
     def __init__(
         self,
-        cache: TrimmedCache,
+        cache: HeldCache,
         states: torch.Tensor,
         mask: torch.Tensor | None,
         open_rows: torch.Tensor | None,

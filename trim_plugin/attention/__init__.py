@@ -1,0 +1,1 @@
+"""Knows masks, visibility and attention scores: tensors only. Imports nothing of the package."""

@@ -1,0 +1,1 @@
+"""Knows what is held: layers, the record of their tokens, batch operations, bytes. Imports `config` and `attention`."""

@@ -1,0 +1,54 @@
+"""The public cache: what is held, and the hooks on the model that fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trim_plugin.cache.held import HeldCache
+from trim_plugin.config import TrimConfig
+from trim_plugin.forward.hooks import attach, find_text_model
+
+
+class TrimmedCache(HeldCache):
+    """A transformers `Cache` whose cross-attention layers hold only the visual tokens that decoding needs.
+
+    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into
+    `past_key_values=` of `generate` or of a plain forward; making it attaches hooks to the model's cross-attention layers,
+    which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a generation lives here.
+
+    A forward with one text row is taken to be a decoding step, whose row may read what the last prompt row could:
+    that is how `generate` extends the mask. A forward with several rows has its mask read.
+
+    Args:
+        model: an Mllama model, or a wrapper around one (peft, for instance).
+        config: settings; a dict of `TrimConfig`'s fields does as well.
+        max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
+
+    Raises:
+        ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
+        TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
+
+    Example:
+        >>> from trim_plugin.embedded import ask, load_small_model
+        >>> model, processor = load_small_model()
+        >>> cache = TrimmedCache(model, {"top_k_ratio": 0.25})
+        >>> output = model.generate(**ask(processor), past_key_values=cache, max_new_tokens=4)
+        >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrimConfig | Mapping[str, Any] | None = None,
+        *,
+        max_cache_len: int | None = None,
+    ) -> None:
+        # The settings first: a wrong one leaves the model without hooks.
+        settings = TrimConfig.of(config)
+        super().__init__(find_text_model(model), settings, max_cache_len)
+        attach(model)

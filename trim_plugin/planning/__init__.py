@@ -1,0 +1,1 @@
+"""Knows memory from a configuration, without weights. Imports `config` and below."""

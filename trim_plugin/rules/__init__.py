@@ -1,0 +1,1 @@
+"""Knows what is kept: processors choose, selection unites their choices. Imports `attention`."""
