@@ -341,7 +341,7 @@ def test_without_bitsandbytes_making_the_cache_says_what_to_install(model, monke
 
 def test_nobody_else_imports_bitsandbytes():
     program = (
-        "import sys, trim_plugin; from trim_plugin import quantized; from tests.random_models import *;"
+        "import sys, trim_plugin; from trim_plugin.cache import quantized; from tests.random_models import *;"
         "m = random_model(); trimmed(m, random_inputs(m, [Sample((1, (6,), 6))]), {}, 2);"
         "sys.exit('bitsandbytes' in sys.modules)"
     )
