@@ -124,9 +124,7 @@ def main() -> None:
     several = max(
         chosen, key=lambda example: int(ask(processor, picture=example.picture)["cross_attention_mask"].sum())
     )
-    figure = trim_plugin.visualize(
-        model, ask(processor, several.question, several.picture), {"top_k_ratio": RATIO}
-    )
+    figure = trim_plugin.visualize(model, ask(processor, several.question, several.picture), {"top_k_ratio": RATIO})
     figure.savefig(ASSETS / "kept.png", dpi=110)
 
 
