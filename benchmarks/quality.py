@@ -69,10 +69,16 @@ def all_rules(quick: bool) -> list[Rule]:
             found.append(Rule(name, parameter, settings(parameter), **more))
 
     found: list[Rule] = [Rule("exact", 1.0, {"top_k_ratio": 1.0})]
-    family("paper", RATIOS, lambda ratio: {"top_k_ratio": ratio})
-    family("top-p", MASSES, lambda mass: {"processors": [TopPPerHead(mass)]})
-    family("last row votes", RATIOS, lambda ratio: {"top_k_ratio": ratio}, context=rules.last_row_votes)
-    family("votes times value norms", RATIOS, lambda ratio: {"top_k_ratio": ratio}, context=rules.value_norms_weigh)
+    family("paper", RATIOS, lambda ratio: {"top_k_ratio": ratio, "merge": False})
+    family("paper, merged", RATIOS, lambda ratio: {"top_k_ratio": ratio})
+    family("top-p", MASSES, lambda mass: {"processors": [TopPPerHead(mass)], "merge": False})
+    family("last row votes", RATIOS, lambda ratio: {"top_k_ratio": ratio, "merge": False}, context=rules.last_row_votes)
+    family(
+        "votes times value norms",
+        RATIOS,
+        lambda ratio: {"top_k_ratio": ratio, "merge": False},
+        context=rules.value_norms_weigh,
+    )
     named = {
         "best of cells": BestOfCells,
         "head mean": rules.HeadMean,
@@ -85,17 +91,7 @@ def all_rules(quick: bool) -> list[Rule]:
         "evenly spaced": rules.EvenlySpaced,
     }
     for name, rule in named.items():
-        family(name, SHARES, lambda share, rule=rule: {"processors": [rule(share)]})
-    family(
-        "best of cells, merged",
-        SHARES,
-        lambda share: {"processors": [BestOfCells(share)]},
-        context=rules.merged_neighbours,
-    )
-    decode = {"scope": "decode"}
-    family("paper, decode scope", RATIOS, lambda ratio: {"top_k_ratio": ratio, **decode})
-    family("head mean, decode scope", SHARES, lambda share: {"processors": [rules.HeadMean(share)], **decode})
-    family("best of cells, decode scope", SHARES, lambda share: {"processors": [BestOfCells(share)], **decode})
+        family(name, SHARES, lambda share, rule=rule: {"processors": [rule(share)], "merge": False})
     # Middle parameters first, rule by rule: a run that is cut off has something of every rule.
     turns = [1.0, 0.25, 0.1, 0.3, 0.15, 0.05]
     return sorted(found, key=lambda rule: turns.index(rule.parameter) if rule.parameter in turns else len(turns))

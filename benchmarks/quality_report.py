@@ -12,7 +12,7 @@ from benchmarks.figures import save
 from benchmarks.markdown import folded, percent, table
 
 #: Rules that the plot shows in colour.
-SHOWN = ("paper", "best of cells", "best of cells, decode scope", "top-p", "evenly spaced", "head mean")
+SHOWN = ("paper", "best of cells", "paper, merged", "top-p", "evenly spaced", "head mean")
 
 
 def points(row: dict[str, Any]) -> str:

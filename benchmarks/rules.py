@@ -142,40 +142,15 @@ class CellsOnBudget(VisualTokenProcessor):
 
 
 @contextlib.contextmanager
-def merged_neighbours(tile_tokens: int = 65) -> Iterator[None]:
-    """Within this context later layers get a kept token as the mean of itself and what was dropped nearest to it in its tile."""
-    taken = trim_plugin.forward.prefill.take_tokens
-
-    def merged(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        found = taken(states, positions)
-        every = torch.arange(states.shape[1])
-        for sample, own in enumerate(positions):
-            kept = own[: 1 + int((own[1:] > own[:-1]).sum())]  # ascending; what follows is padding
-            apart = (every[:, None] - kept[None]).abs() + 10_000 * (
-                every[:, None] // tile_tokens != kept // tile_tokens
-            )
-            distance, nearest = apart.min(dim=1)
-            nearest = nearest.masked_fill(distance >= 10_000, len(kept))  # nobody's: its tile keeps nothing
-            sums = torch.zeros(len(kept) + 1, states.shape[2], dtype=states.dtype).index_add_(
-                0, nearest, states[sample]
-            )
-            found[sample, : len(kept)] = (sums / nearest.bincount(minlength=len(kept) + 1)[:, None])[:-1]
-        return found
-
-    with mock.patch.object(trim_plugin.forward.prefill, "take_tokens", merged):
-        yield
-
-
-@contextlib.contextmanager
 def last_row_votes() -> Iterator[None]:
     """Within this context only the prompt's last row votes; processors get its attention as scores."""
     scored = trim_plugin.forward.prefill.visual_token_scores
 
-    def of_last_row(queries: torch.Tensor, keys: torch.Tensor, visibility: Any, scaling: float) -> torch.Tensor:
+    def of_last_row(queries: torch.Tensor, keys: torch.Tensor, visibility: Any, *rest: Any) -> torch.Tensor:
         last = visibility.voters.clone()
         rows = torch.arange(last.shape[1])
         last &= rows == (last * rows).amax(dim=1, keepdim=True)
-        return scored(queries, keys, dataclasses.replace(visibility, voters=last), scaling)
+        return scored(queries, keys, dataclasses.replace(visibility, voters=last), *rest)
 
     with mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", of_last_row):
         yield

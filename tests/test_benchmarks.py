@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import trim_plugin.forward.prefill
 from benchmarks import common, latency, latency_report, memory, quality, quality_report, report, rules
 from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
@@ -79,17 +78,6 @@ def test_cells_on_budget_keep_as_many_tokens_as_the_paper_rule():
     paper = kept(TopKPerHead(0.2))
     assert torch.equal(kept(rules.CellsOnBudget(0.2)), paper)
     assert ((kept(rules.CellsOnBudget(0.2, 0.5)) - paper / 2).abs() <= 0.5).all()
-
-
-def test_merging_means_over_what_lies_nearest():
-    states = torch.arange(8.0).view(1, 8, 1)
-    with rules.merged_neighbours(tile_tokens=4):
-        merged = trim_plugin.forward.prefill.take_tokens(states, torch.tensor([[1, 3, 0]]))
-    assert merged[0, :2, 0].tolist() == [1.0, 3.0]  # 0, 1, 2 belong to 1 (a tie goes to the first), 3 to itself
-    assert trim_plugin.forward.prefill.take_tokens(states, torch.tensor([[1, 3]]))[0, :, 0].tolist() == [1.0, 3.0]
-    with rules.merged_neighbours(tile_tokens=8):
-        merged = trim_plugin.forward.prefill.take_tokens(states, torch.tensor([[0, 6]]))
-    assert merged[0, :, 0].tolist() == [1.5, 5.5]
 
 
 def test_value_norms_weigh_the_scores_only_within_the_context():

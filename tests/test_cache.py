@@ -115,8 +115,13 @@ def test_kept_indices_travel_with_the_batch(model):
     chosen.batch_select_indices(torch.tensor([1]))
     assert [kept.tolist() for kept in chosen.kept_indices] == [second]
     assert [kept.tolist() for kept in cache.kept_indices] == [first, second]
-    for moved in (reordered, repeated, chosen):  # the mask of decoding goes with them: open where a token is real
-        assert torch.equal(moved.tokens.decode_mask[:, 0, 0] == 0, moved.tokens.valid)
+    sizes = [sizes.tolist() for sizes in cache.kept_sizes]
+    assert max(sizes[0]) > 1
+    assert [kept.tolist() for kept in reordered.kept_sizes] == sizes[::-1]
+    for moved in (reordered, repeated, chosen):  # the mask of decoding goes with them: log sizes where a token is real
+        open_part = moved.tokens.decode_mask[:, 0, 0].masked_fill(~moved.tokens.valid, -torch.inf)
+        expected = moved.tokens.sizes.float().log().masked_fill(~moved.tokens.valid, -torch.inf)
+        assert torch.equal(open_part, expected)
 
 
 def test_exact_mode_lays_keys_and_values_out_as_decoding_reads_them(model):
@@ -154,7 +159,7 @@ def test_lengths_come_from_a_self_attention_layer_first_layer_or_not():
 def test_decoding_passes_no_mask_where_none_is_needed():
     model, masks = random_model(heads=4, kv_heads=4), []
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
-    cache = TrimmedCache(model, {"top_k_ratio": 0.2})
+    cache = TrimmedCache(model, {"top_k_ratio": 0.2, "merge": False})
     model.model.language_model.layers[3].cross_attn.register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
@@ -174,7 +179,7 @@ def test_padding_between_samples_is_masked_while_decoding(kv_heads):
     generate(model, inputs, 3, past_key_values=cache)
     kept = [len(indices) for indices in cache.kept_indices]
     assert kept[0] != kept[1]
-    assert ((masks[-1][:, 0, 0] == 0).sum(dim=1)).tolist() == kept
+    assert ((masks[-1][:, 0, 0] >= 0).sum(dim=1)).tolist() == kept
 
 
 def test_a_cache_for_another_model_is_refused(model):
@@ -206,7 +211,7 @@ def test_shared_heads_get_an_open_mask_on_a_cpu():
     shared, plain = (random_model(heads=4, kv_heads=heads) for heads in (2, 4))
     for model, masked in ((shared, True), (plain, False)):
         inputs = random_inputs(model, [Sample((1, (6,), 6))])
-        tokens = trimmed(model, inputs, {"top_k_ratio": 0.2}, 2).past_key_values.tokens
+        tokens = trimmed(model, inputs, {"top_k_ratio": 0.2, "merge": False}, 2).past_key_values.tokens
         assert (tokens.decode_mask is not None) is masked
         assert not masked or bool((tokens.decode_mask == 0).all())
     storage = Storage(8, torch.float32, shared_heads=True)

@@ -12,7 +12,6 @@ DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256
 KV_QUANTIZATIONS = ("int8", "nf4")
 SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
-SCOPES = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,8 @@ class TrimConfig:
         static_bucket: visual tokens; pictures whose kept tokens round up to the same multiple share one compiled graph.
         max_cache_len: text tokens that a static cache has room for. `generate` makes it at least as large as the call
             needs; give the longest you expect, so that longer prompts reuse the graph.
-        scope: "prefill" is the paper's: the first cross-attention layer selects, later ones read survivors only. "decode"
-            leaves the prefill untouched and trims the caches after it by the votes of all cross-attention layers: the first new
-            token is stock's and decoding saves the same, but the prefill saves nothing.
+        merge: every visual token that the rule drops joins the kept token that it resembles most, which then stands for all
+            of its members (`rules.merging`). False is the paper's own: what the rule drops is forgotten.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -62,10 +60,11 @@ class TrimConfig:
     static: bool = False
     static_bucket: int = DEFAULT_STATIC_BUCKET
     max_cache_len: int | None = None
-    scope: str = "prefill"
+    merge: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("scope", self.scope, SCOPES)
+        if not isinstance(self.merge, bool):
+            raise ValueError(f"merge must be True or False, got {self.merge!r}.")
         _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
         _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
         _check_static(self)

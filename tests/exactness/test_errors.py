@@ -118,7 +118,7 @@ def test_processors_not_a_list(model, inputs, forwards, processors):
     before_work(forwards, ValueError, "processors must", trimmed, model, inputs, {"processors": processors})
 
 
-@pytest.mark.parametrize("field", ["kv_quantization", "self_kv_quantization", "scope"])
+@pytest.mark.parametrize("field", ["kv_quantization", "self_kv_quantization"])
 def test_field_not_allowed(model, inputs, forwards, field):
     before_work(forwards, ValueError, f"{field} must be one of .*, got 'int9'", trimmed, model, inputs, {field: "int9"})
 

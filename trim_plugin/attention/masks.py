@@ -46,6 +46,23 @@ def open_mask(valid: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tenso
     return close(torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=valid.device), valid)
 
 
+def add_log_sizes(mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """The mask with log(size) added to every column: a token that stands for n others is read as n equal tokens would be.
+
+    Args:
+        mask: additive (batch, 1, rows, tokens).
+        sizes: int64 (batch, tokens), how many visual tokens each stands for.
+
+    Example:
+        >>> add_log_sizes(torch.zeros(1, 1, 1, 2), torch.tensor([[1, 20]])).flatten().tolist()
+        [0.0, 2.995732307434082]
+    """
+    # Added in float32 at least and cast once; clamped, since a closed column must not become -inf.
+    wide = torch.promote_types(mask.dtype, torch.float32)
+    summed = mask.to(wide) + sizes.to(mask.device, wide).log()[:, None, None]
+    return summed.clamp_(min=torch.finfo(mask.dtype).min).to(mask.dtype)
+
+
 def check_columns(mask: torch.Tensor, total: int) -> None:
     """Raise `ValueError` unless the mask covers exactly `total` visual tokens."""
     if mask.shape[-1] != total:

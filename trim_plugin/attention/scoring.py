@@ -11,9 +11,13 @@ BLOCK_BYTES = 16 * 2**20
 
 
 def visual_token_scores(
-    queries: torch.Tensor, keys: torch.Tensor, visibility: Visibility, scaling: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    visibility: Visibility,
+    scaling: float,
+    log_sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over the voters that may read a visual token of softmax(q·k·scaling), per head.
+    """Mean over the voters that may read a visual token of softmax(q·k·scaling + log size), per head.
 
     Works in blocks of text rows and heads. q·k is computed in the model's dtype as eager attention does, the softmax in
     float32. No tensor of shape (heads, rows, tokens) and no repeated or up-cast copy of all keys exists; scratch beyond the
@@ -32,6 +36,7 @@ def visual_token_scores(
         keys: (batch, key-value heads, tokens, head_dim).
         visibility: who may read what; its rows and tokens match the queries' and keys'.
         scaling: factor on q·k, 1/√head_dim in Mllama.
+        log_sizes: float32 (batch, tokens), log of how many visual tokens each stands for; None if all are 1.
 
     Returns:
         float32 (batch, heads, tokens); −inf where no voter may read.
@@ -51,7 +56,8 @@ def visual_token_scores(
             voters = visibility.voters[sample].nonzero()[:, 0]
             if len(voters):
                 seen = visibility.rows[sample, voters]
-                _add_attention(scores[sample], queries[sample], keys[sample], voters, seen, visibility, scaling)
+                own = None if log_sizes is None else log_sizes[sample].to(keys.device)
+                _add_attention(scores[sample], queries[sample], keys[sample], voters, seen, visibility, scaling, own)
             readers = visibility.spread((visibility.rows[sample] & visibility.voters[sample, :, None]).sum(dim=0))
             readers = readers.to(scores.device)
             scores[sample] /= readers.clamp(min=1)
@@ -67,6 +73,7 @@ def _add_attention(
     seen: torch.Tensor,
     visibility: Visibility,
     scaling: float,
+    log_sizes: torch.Tensor | None,
 ) -> None:
     """Add the attention of one sample's voters to `scores` (heads, tokens), block by block."""
     kv_heads = keys.shape[0]
@@ -83,12 +90,15 @@ def _add_attention(
         hidden = ~visibility.spread(block_seen)[:, low:high]
         # Most prompts have a single visibility group: then nothing inside the span is hidden.
         closed = hidden.to(keys.device) if bool(hidden.any()) else None
+        offsets = None if log_sizes is None else log_sizes[low:high]
         rows = voters[start : start + block_rows].to(queries.device)
         for first in range(0, kv_heads, block_heads):
             last = min(first + block_heads, kv_heads)
             own = slice(first * per_kv_head, last * per_kv_head)
             block = queries[own].index_select(1, rows).to(keys)
-            scores[own, low:high] += scratch.summed_attention(block, keys[first:last, low:high], closed, scaling)
+            scores[own, low:high] += scratch.summed_attention(
+                block, keys[first:last, low:high], closed, scaling, offsets
+            )
 
 
 class _Scratch:
@@ -100,7 +110,12 @@ class _Scratch:
         self._weights = self._logits if is_float else like.new_empty(elements, dtype=torch.float32)
 
     def summed_attention(
-        self, queries: torch.Tensor, keys: torch.Tensor, closed: torch.Tensor | None, scaling: float
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        closed: torch.Tensor | None,
+        scaling: float,
+        offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Softmax attention of a block of rows, summed over the rows: (heads, tokens) float32.
 
@@ -109,6 +124,7 @@ class _Scratch:
             keys: (key-value heads, tokens, head_dim), a view into the layer's keys.
             closed: bool (rows, tokens), True where a row may not read; None if all may.
             scaling: factor on q·k.
+            offsets: float32 (tokens,), added to the logits; None for nothing.
         """
         heads, rows, dim = queries.shape
         kv_heads, tokens, _ = keys.shape
@@ -119,6 +135,8 @@ class _Scratch:
         weights = self._weights[:size].view(heads, rows, tokens)
         if self._weights is not self._logits:
             weights.copy_(logits.view_as(weights))
+        if offsets is not None:
+            weights.add_(offsets)
         if closed is not None:
             weights.masked_fill_(closed, float("-inf"))
         weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()

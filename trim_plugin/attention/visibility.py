@@ -71,6 +71,24 @@ class Visibility:
         return found
 
 
+def group_ids(groups: list[list[torch.Tensor]], tokens: int) -> torch.Tensor:
+    """int64 (batch, tokens): the number of every token's visibility group in its sample; −1 where it has none.
+
+    Args:
+        groups: what `Visibility.groups` returns.
+        tokens: visual tokens of a sample.
+
+    Example:
+        >>> group_ids([[torch.tensor([True, False, False]), torch.tensor([False, False, True])]], 3)
+        tensor([[ 0, -1,  1]])
+    """
+    ids = torch.full((len(groups), tokens), -1)
+    for own, members in zip(ids, groups, strict=True):
+        for number, group in enumerate(members):
+            own[group] = number
+    return ids
+
+
 def read_visibility(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None) -> Visibility:
     """Read the visibility off what a cross-attention decoder layer is called with.
 

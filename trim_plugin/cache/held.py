@@ -66,6 +66,13 @@ class HeldCache(Cache):
             return [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
         return [index[valid] for index, valid in zip(self.tokens.index, self.tokens.valid, strict=True)]
 
+    @property
+    def kept_sizes(self) -> list[torch.Tensor]:
+        """For every sample a LongTensor: how many visual tokens each of `kept_indices` stands for; 1 where none were merged."""
+        if self.tokens is None:
+            return self.kept_indices
+        return [sizes[valid] for sizes, valid in zip(self.tokens.sizes, self.tokens.valid, strict=True)]
+
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
         self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]

@@ -54,6 +54,16 @@ class CrossAttentionLayer(DynamicLayer):
         self.keys = take_tokens(self.keys, positions)
         self.values = take_tokens(self.values, positions)
 
+    def replace(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these instead of the tokens from position `first` on, (batch, key-value heads, tokens, head_dim) each.
+
+        For the picture that the forward at hand has brought: what was cached before it lies before `first`.
+        """
+        if first:
+            keys = torch.cat([self.keys[:, :, :first], keys], dim=2)
+            values = torch.cat([self.values[:, :, :first], values], dim=2)
+        self.keys, self.values = keys, values
+
     def settle(self) -> None:
         """Lay keys and values out head by head, as decoding reads them; a projection returns them token by token.
 

@@ -150,6 +150,8 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         self.format = format
         self._full: dict[str, torch.Tensor | None] = {"keys": None, "values": None}
         self._stored: dict[str, QuantizedTokens] | None = None
+        #: A later picture's tokens, between `update` and what stores them.
+        self._new: dict[str, torch.Tensor] | None = None
         super().__init__()
 
     @property
@@ -178,15 +180,23 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a picture's keys and values, see the base class. Of a later picture only the new part is quantized."""
-        earlier = self._stored
+        """Append a picture's keys and values, see the base class. Of a later picture only the new part will be quantized."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if earlier is not None:
-            new = {"keys": key_states, "values": value_states}
-            self._stored = {
-                name: tokens.followed_by(QuantizedTokens.of(new[name], self.format)) for name, tokens in earlier.items()
-            }
+        if self._stored is not None:
+            self._new = {"keys": key_states, "values": value_states}
         return keys, values
+
+    def replace(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these instead of the tokens of the picture that has just come, see the base class."""
+        if self._stored is None:
+            super().replace(first, keys, values)
+        else:
+            self._new, self._full = {"keys": keys, "values": values}, {"keys": None, "values": None}
+
+    def settle(self) -> None:
+        """Lay full tensors out for reading; codes and scales lie as they are read."""
+        if self._stored is None:
+            super().settle()
 
     def release(self) -> None:
         """Quantize what a prefill has left; drop the full tensors."""
@@ -198,18 +208,32 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
                 for name, states in self._full.items()
                 if states is not None
             }
+        self._store_new()
         self._full = {"keys": None, "values": None}
+
+    def _store_new(self) -> None:
+        """Quantize what came last, behind what is stored."""
+        if self._new is not None and self._stored is not None:
+            self._stored = {
+                name: tokens.followed_by(QuantizedTokens.of(self._new[name], self.format))
+                for name, tokens in self._stored.items()
+            }
+        self._new = None
 
     def keep(self, positions: torch.Tensor) -> None:
         """Hold only the tokens at `positions`, int64 (batch, kept)."""
         if self._stored is None:
             super().keep(positions)
         else:
+            self._store_new()
             self._move(lambda tensor: take_tokens(tensor, positions.to(tensor.device)))
 
     def get_seq_length(self) -> int:
         """Visual tokens held (a batch's longest sample), without dequantizing."""
-        return self._stored["keys"].codes.shape[1] if self._stored is not None else super().get_seq_length()
+        if self._stored is None:
+            return super().get_seq_length()
+        new = 0 if self._new is None else self._new["keys"].shape[2]
+        return self._stored["keys"].codes.shape[1] + new
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch."""
@@ -231,7 +255,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._stored = None
+        self._stored = self._new = None
         self.is_initialized = False  # so that no version of transformers goes on to zero tensors that are gone
         super().reset()
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from trim_plugin.attention.masks import open_mask, pack
+from trim_plugin.attention.masks import add_log_sizes, open_mask, pack, take_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +47,26 @@ class CachedTokens:
     Args:
         index: int64 (batch, width): the visual token behind every cached position, ascending; padded to the longest sample.
         valid: bool (batch, width): False for that padding.
+        sizes: int64 (batch, width): how many visual tokens each stands for; 1 unless others were merged into it.
         visible: int64 (batch,): tokens visible to at least one voter.
         reachable: bool (batch, total): visible to the last prompt row, kept or not.
         decode_mask: what a decoding step's one row gets as its mask: additive (batch, 1, 1, width), or None where nothing
-            is padding and `storage` wants none. Decided at prefill, so that decoding neither syncs nor branches on data.
+            is padding, no size is above 1 and `storage` wants none. Decided at prefill, so that decoding neither syncs nor
+            branches on data.
         storage: how layers hold them.
 
     Example:
         >>> chosen = torch.tensor([[True, False, True], [False, True, False]])
-        >>> tokens, positions = CachedTokens.choose(
-        ...     torch.tensor([[4, 5, 6], [4, 5, 6]]), chosen, torch.tensor([3, 3]), chosen, Storage(8, torch.float32)
-        ... )
+        >>> index, sizes = torch.tensor([[4, 5, 6], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.long)
+        >>> storage = Storage(8, torch.float32)
+        >>> tokens, positions = CachedTokens.choose(index, sizes, chosen, torch.tensor([3, 3]), chosen, storage)
         >>> tokens.index.tolist(), tokens.valid.tolist(), positions.tolist()
         ([[4, 6], [5, 4]], [[True, True], [True, False]], [[0, 2], [1, 0]])
     """
 
     index: torch.Tensor
     valid: torch.Tensor
+    sizes: torch.Tensor
     visible: torch.Tensor
     reachable: torch.Tensor
     decode_mask: torch.Tensor | None
@@ -73,6 +76,7 @@ class CachedTokens:
     def choose(
         cls,
         index: torch.Tensor,
+        sizes: torch.Tensor,
         chosen: torch.Tensor,
         visible: torch.Tensor,
         reachable: torch.Tensor,
@@ -80,9 +84,24 @@ class CachedTokens:
     ) -> tuple[CachedTokens, torch.Tensor]:
         """The record of the chosen columns, bool (batch, columns), and the positions to keep, int64 (batch, width)."""
         positions, valid = pack(chosen, storage.bucket)
-        needless = not storage.wants_mask(index.device) and bool(valid.all())
-        decode_mask = None if needless else open_mask(valid, 1, storage.dtype)
-        return cls(index.gather(1, positions), valid, visible, reachable, decode_mask, storage), positions
+        sizes = sizes.gather(1, positions).masked_fill(~valid, 1)
+        return cls(
+            index=index.gather(1, positions),
+            valid=valid,
+            sizes=sizes,
+            visible=visible,
+            reachable=reachable,
+            decode_mask=_decode_mask(valid, sizes, storage),
+            storage=storage,
+        ), positions
+
+    def reading_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """What several rows get: the columns of an additive mask (batch, 1, rows, total) that are held, with log sizes."""
+        return add_log_sizes(take_columns(mask, self.index, self.valid), self.sizes)
+
+    def open_reading_mask(self, rows: int) -> torch.Tensor:
+        """The same where every row may read everything."""
+        return add_log_sizes(open_mask(self.valid, rows, self.storage.dtype), self.sizes)
 
     @property
     def total(self) -> int:
@@ -92,7 +111,7 @@ class CachedTokens:
     def narrowed_to(self, reachable: torch.Tensor) -> tuple[CachedTokens, torch.Tensor]:
         """What is left when only these tokens, bool (batch, total), are reachable, and the positions to keep."""
         left = self.valid & reachable.to(self.index.device).gather(1, self.index)
-        return CachedTokens.choose(self.index, left, self.visible, reachable, self.storage)
+        return CachedTokens.choose(self.index, self.sizes, left, self.visible, reachable, self.storage)
 
     def of_samples(self, samples: torch.Tensor) -> CachedTokens:
         """The same for the samples with these indices, int64 (new batch,) or bool (batch,)."""
@@ -104,7 +123,16 @@ class CachedTokens:
             self,
             index=pick(self.index),
             valid=pick(self.valid),
+            sizes=pick(self.sizes),
             visible=pick(self.visible),
             reachable=pick(self.reachable),
             decode_mask=None if self.decode_mask is None else pick(self.decode_mask),
         )
+
+
+def _decode_mask(valid: torch.Tensor, sizes: torch.Tensor, storage: Storage) -> torch.Tensor | None:
+    needed, merged = torch.stack([~valid.all(), (sizes > 1).any()]).tolist()  # one sync for both
+    if not (needed or merged or storage.wants_mask(valid.device)):
+        return None
+    mask = open_mask(valid, 1, storage.dtype)
+    return add_log_sizes(mask, sizes) if merged else mask

@@ -18,7 +18,7 @@ from rich.table import Table
 from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import DTYPES, check_device, check_is_mllama, check_ratio, first_line, load_model
-from trim_plugin.config import KV_QUANTIZATIONS, SCOPES
+from trim_plugin.config import KV_QUANTIZATIONS
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.evaluation import (
     MATCHES,
@@ -56,7 +56,9 @@ def add_parser(subparsers: Any) -> None:
         "--kept-share", action="append", metavar="SHARE", help="share that BestOfCells keeps; may be given again"
     )
     parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="store the kept tokens in 8 or 4 bits")
-    parser.add_argument("--scope", choices=SCOPES, default="prefill", help="where the choice is made, see TrimConfig")
+    parser.add_argument(
+        "--no-merge", action="store_true", help="forget what the rule drops, as in the paper (default: merge it)"
+    )
     parser.add_argument("--no-stock", action="store_true", help="leave stock out; agreement is with the first ratio")
     parser.add_argument(
         "--match", choices=MATCHES, default="exact", help="how an answer is compared with the given ones"
@@ -81,7 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
     process, processes = process_of(os.environ)
     ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
     cells = [check_ratio(text, "--kept-share") for text in arguments.kept_share or ()]
-    ways = ways_for(ratios, arguments.kv_quantization, cells=cells, scope=arguments.scope, stock=not arguments.no_stock)
+    ways = ways_for(
+        ratios, arguments.kv_quantization, cells=cells, merge=not arguments.no_merge, stock=not arguments.no_stock
+    )
     questions = _questions(arguments)
     device = check_device(device_of(arguments.device, os.environ))
     check_is_mllama(arguments.model)

@@ -29,7 +29,7 @@ def ways_for(
     kv_quantization: str | None = None,
     *,
     cells: Sequence[float] = (),
-    scope: str = "prefill",
+    merge: bool = True,
     stock: bool = True,
 ) -> list[Way]:
     """Stock, a trimmed cache for each ratio (1.0 is exact mode), and one with `BestOfCells` for each share in `cells`.
@@ -40,14 +40,14 @@ def ways_for(
         >>> [way.name for way in ways_for([1.0, 0.25], "int8", cells=[0.3])]
         ['stock', 'exact, int8', '0.25, int8', 'cells 0.3, int8']
     """
-    extras = [*([] if scope == "prefill" else [scope]), *([] if kv_quantization is None else [kv_quantization])]
+    extras = [*([] if merge else ["dropped"]), *([] if kv_quantization is None else [kv_quantization])]
     rules: list[tuple[str, dict[str, Any]]] = [
         ("exact" if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
     ]
     rules += [(f"cells {kept:g}", {"processors": [BestOfCells(kept)]}) for kept in cells]
     ways = [Way("stock", None)] if stock else []
     for name, rule in rules:
-        config = TrimConfig(**rule, kv_quantization=kv_quantization, scope=scope)
+        config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge)
         ways.append(Way(", ".join([name, *extras]), config))
     return ways
 

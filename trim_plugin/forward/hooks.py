@@ -9,7 +9,6 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.forward.decode_scope import UntouchedPrefill
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
 
@@ -128,9 +127,7 @@ def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: di
     # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
     cache.unfinished = True
     if states is not None:
-        untouched = cache.config.scope == "decode" and not cache.config.exact
-        prefill = UntouchedPrefill if untouched else Prefill
-        return prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
     return Reading(cache, cache.tokens, mask, open_rows, hidden_states)

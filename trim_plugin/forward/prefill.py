@@ -9,6 +9,7 @@ import torch
 
 from trim_plugin.attention.masks import (
     LOST_TOKENS,
+    add_log_sizes,
     check_columns,
     last_row_reads,
     open_mask,
@@ -17,11 +18,12 @@ from trim_plugin.attention.masks import (
     take_columns,
 )
 from trim_plugin.attention.scoring import visual_token_scores
-from trim_plugin.attention.visibility import padding_of, read_visibility
+from trim_plugin.attention.visibility import group_ids, padding_of, read_visibility
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.cache.layers import take_tokens
+from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
 from trim_plugin.cache.tokens import CachedTokens, Storage
 from trim_plugin.forward.step import Step
+from trim_plugin.rules.merging import Merging, merge_dropped
 from trim_plugin.rules.selection import select
 
 _warned_without_mask = False
@@ -58,26 +60,27 @@ class Prefill(Step):
         self._cache = cache
         self._states = states.reshape(batch, -1, states.shape[-1])
         self._earlier = cache.tokens
-        self._index, self._valid = _columns(cache.tokens, self._states)
+        self._index, self._valid, self._sizes = _columns(cache.tokens, self._states)
         self._first_new = self._valid.shape[1] - self._states.shape[1]
         total = self._states.shape[1] + (0 if self._earlier is None else self._earlier.total)
         if mask is None:
             _warn_without_mask()
-            self._mask = open_mask(self._valid, rows, states.dtype)
+            readable = open_mask(self._valid, rows, states.dtype)
             self._reachable = torch.ones(batch, total, dtype=torch.bool, device=states.device)
         else:
             check_columns(mask, total)
             self._reachable = last_row_reads(mask).to(states.device)
-            self._mask = mask if self._earlier is None else self._mask_after(self._earlier, mask, open_rows)
+            readable = mask if self._earlier is None else self._mask_after(self._earlier, mask, open_rows)
         if self._earlier is not None:
             self._reachable[:, : self._earlier.total] &= self._earlier.reachable.to(self._reachable.device)
-        self._visibility = read_visibility(self._mask, open_rows, padding_of(causal_mask, rows))
+        self._visibility = read_visibility(readable, open_rows, padding_of(causal_mask, rows))
+        self._readable = readable
+        self._mask = add_log_sizes(readable, self._sizes) if self._first_new else readable
         self._later_states, self._later_mask = self._states, self._mask
         self._token_bytes = 0
         self._bucket = cache.config.bucket
         self._decodable = self._valid
-        self._first_positions: torch.Tensor | None = None
-        self._later_positions: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None
 
     def _mask_after(self, earlier: CachedTokens, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
         """The mask over the columns, of a turn that follows others."""
@@ -92,48 +95,56 @@ class Prefill(Step):
     def after(self, layer: Any, hidden_states: torch.Tensor) -> None:
         """Select after the first layer; trim every layer's cache to what decoding can read."""
         cached = self._cache.layers[layer.layer_idx]
-        first = layer.layer_idx == self._cache.cross_layers[0]
-        if first:
+        if layer.layer_idx == self._cache.cross_layers[0]:
             self._token_bytes = token_bytes(cached.keys, cached.values)
-            self._plan(self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
-        positions = self._first_positions if first else self._later_positions
-        if positions is None:
+            self._narrow(cached, self._choose(layer, hidden_states.to(cached.keys.device), cached.keys))
+        if self._positions is None:
             cached.settle()
         else:
-            cached.keep(positions)
+            cached.keep(self._positions)
 
     def _choose(self, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """bool (batch, columns): what survives the rule."""
-        if self._cache.config.exact:
+        config = self._cache.config
+        if config.exact:
             return self._valid
         queries = layer_queries(layer, hidden_states)
-        scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling)
-        kept = select(scores, self._visibility, self._cache.config.processor_list, self._first_new)
+        log_sizes = self._sizes.float().log() if self._first_new else None
+        scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling, log_sizes)
+        kept = select(scores, self._visibility, config.processor_list, self._first_new, self._states)
         return kept.to(self._valid.device) & self._valid
 
-    def _plan(self, kept: torch.Tensor) -> None:
-        """Decide what later layers get, and what every layer's cache holds in the end."""
-        self._decodable = kept & self._reachable.gather(1, self._index)
-        self._first_positions = self._positions(self._decodable)
-        if torch.equal(kept, self._valid):
-            self._later_positions = self._first_positions
-            return
-        positions, valid = pack(kept[:, self._first_new :])
-        columns = torch.cat([self._old_columns(), positions + self._first_new], dim=1)
-        present = torch.cat([self._valid[:, : self._first_new], valid], dim=1)
-        self._later_states = take_tokens(self._states, positions)
-        self._later_mask = take_columns(self._mask, columns, present)
-        decodable = self._decodable.gather(1, columns) & present
-        # Without earlier turns the kept tokens are packed already: nothing to gather if decoding can read all of them.
-        done = self._bucket == 1 and self._first_new == 0 and torch.equal(decodable, present)
-        self._later_positions = None if done else self._positions(decodable)
+    def _narrow(self, cached: CrossAttentionLayer, kept: torch.Tensor) -> None:
+        """Let the columns be the kept ones from here on: in the first layer's cache, in later layers' states and mask."""
+        if not torch.equal(kept, self._valid):
+            new = kept[:, self._first_new :]
+            positions, present = pack(new)
+            merging = self._merging(new, positions)
+            earlier = torch.arange(self._first_new, device=kept.device).expand(len(kept), -1)
+            columns = torch.cat([earlier, positions + self._first_new], dim=1)
+            if merging is None:
+                cached.keep(columns)
+                self._later_states = take_tokens(self._states, positions)
+                self._sizes = self._sizes.gather(1, columns)
+            else:
+                fresh = (tensor[:, :, self._first_new :] for tensor in (cached.keys, cached.values))
+                cached.replace(self._first_new, *map(merging.mean, fresh))
+                self._later_states = merging.mean(self._states)
+                self._sizes = torch.cat([self._sizes[:, : self._first_new], merging.sizes], dim=1)
+            self._index = self._index.gather(1, columns)
+            self._valid = torch.cat([self._valid[:, : self._first_new], present], dim=1)
+            self._later_mask = add_log_sizes(take_columns(self._readable, columns, self._valid), self._sizes)
+        self._decodable = self._valid & self._reachable.gather(1, self._index)
+        as_it_stands = self._bucket == 1 and torch.equal(self._decodable, torch.ones_like(self._decodable))
+        self._positions = None if as_it_stands else pack(self._decodable, self._bucket)[0]
 
-    def _positions(self, chosen: torch.Tensor) -> torch.Tensor | None:
-        """Positions to keep, or None if that is everything as it stands."""
-        return None if self._bucket == 1 and bool(chosen.all()) else pack(chosen, self._bucket)[0]
-
-    def _old_columns(self) -> torch.Tensor:
-        return torch.arange(self._first_new, device=self._valid.device).expand(len(self._valid), -1)
+    def _merging(self, kept: torch.Tensor, positions: torch.Tensor) -> Merging | None:
+        """What becomes of the dropped tokens of the new pictures; None if they are forgotten."""
+        if not self._cache.config.merge:
+            return None
+        ids = group_ids(self._visibility.groups(self._first_new), self._valid.shape[1])
+        groups = ids[:, self._first_new :].to(kept.device)
+        return merge_dropped(self._states, kept, groups, self._sizes[:, self._first_new :], positions)
 
     def finish(self) -> None:
         """Tell the cache which visual tokens its layers hold."""
@@ -141,7 +152,9 @@ class Prefill(Step):
         if self._earlier is not None:
             visible += self._earlier.visible
         storage = Storage(self._token_bytes, self._states.dtype, self._bucket, self._cache.shared_heads)
-        self._cache.tokens, _ = CachedTokens.choose(self._index, self._decodable, visible, self._reachable, storage)
+        self._cache.tokens, _ = CachedTokens.choose(
+            self._index, self._sizes, self._decodable, visible, self._reachable, storage
+        )
 
 
 def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -156,16 +169,18 @@ def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return attention.q_norm(projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2))
 
 
-def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The visual token behind every column, and whether the column is one (not padding between samples)."""
+def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The visual token behind every column, whether the column is one (not padding between samples), and its size."""
     batch, new, _ = states.shape
     index = torch.arange(new, device=states.device).expand(batch, -1)
     valid = torch.ones_like(index, dtype=torch.bool)
+    sizes = torch.ones_like(index)
     if earlier is None:
-        return index, valid
+        return index, valid, sizes
     return (
         torch.cat([earlier.index.to(index.device), index + earlier.total], dim=1),
         torch.cat([earlier.valid.to(index.device), valid], dim=1),
+        torch.cat([earlier.sizes.to(index.device), sizes], dim=1),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trim_plugin.attention.masks import LOST_TOKENS, check_columns, last_row_reads, open_mask, reads_any, take_columns
+from trim_plugin.attention.masks import LOST_TOKENS, check_columns, last_row_reads, reads_any
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.tokens import CachedTokens
 
@@ -57,7 +57,7 @@ class Reading(Step):
         self._cache, self._tokens = cache, tokens
         self._narrowed: CachedTokens | None = None
         if mask is None:
-            self._mask = open_mask(tokens.valid, hidden_states.shape[1], hidden_states.dtype)
+            self._mask = tokens.open_reading_mask(hidden_states.shape[1])
         else:
             self._mask = self._read_mask(mask, open_rows)
 
@@ -71,7 +71,7 @@ class Reading(Step):
             raise ValueError(LOST_TOKENS)
         if narrows:
             self._narrowed, self._positions = tokens.narrowed_to(still)
-        return take_columns(mask, tokens.index, tokens.valid)
+        return tokens.reading_mask(mask)
 
     def before(self, first: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """No states: the layers read their cache."""

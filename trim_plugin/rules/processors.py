@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-ProcessorLike = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ProcessorLike = Callable[..., torch.Tensor]
 
 
 class VisualTokenProcessor(ABC):
     """Base class of the stages that remove visual tokens. Write one method, `__call__`.
+
+    A processor that also looks at the visual states sets `needs_states = True` and is called with a third argument,
+    `states` (batch, visual tokens, width), what the vision tower and its projector made of the pictures.
 
     Example:
         >>> class EverySecond(VisualTokenProcessor):
@@ -28,6 +31,9 @@ class VisualTokenProcessor(ABC):
         tensor([[[1., -inf, 1., -inf]]])
     """
 
+    #: Whether `__call__` takes the visual states as a third argument.
+    needs_states = False
+
     @abstractmethod
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Return the scores with −inf where a head gives a token up.
@@ -36,6 +42,7 @@ class VisualTokenProcessor(ABC):
             scores: float32 of shape (batch, heads, visual tokens). The mean attention that the voters pay to a token; −inf
                 outside of `visible` and where an earlier stage removed the token.
             visible: bool of shape (batch, visual tokens): the visibility group at hand, never empty for a sample.
+            states: only with `needs_states`: (batch, visual tokens, width); zeros for tokens of earlier turns.
 
         Returns:
             Scores of the same shape.
@@ -54,7 +61,12 @@ class VisualTokenProcessorList(list[ProcessorLike]):
     def __init__(self, processors: Iterable[ProcessorLike] = ()) -> None:
         super().__init__(processors)
 
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    @property
+    def needs_states(self) -> bool:
+        """Whether any processor of the chain looks at the visual states."""
+        return any(getattr(processor, "needs_states", False) for processor in self)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
         """Apply every processor in turn; shapes as in `VisualTokenProcessor.__call__`.
 
         Raises:
@@ -62,7 +74,8 @@ class VisualTokenProcessorList(list[ProcessorLike]):
             ValueError: a processor changed the shape or returned NaN.
         """
         for processor in self:
-            processed = processor(scores, visible)
+            extra = (states,) if getattr(processor, "needs_states", False) else ()
+            processed = processor(scores, visible, *extra)
             _check_processed(processor, processed, scores.shape)
             scores = processed
         return scores

@@ -11,7 +11,11 @@ from trim_plugin.rules.processors import VisualTokenProcessorList
 
 
 def select(
-    scores: torch.Tensor, visibility: Visibility, processors: VisualTokenProcessorList, first_token: int = 0
+    scores: torch.Tensor,
+    visibility: Visibility,
+    processors: VisualTokenProcessorList,
+    first_token: int = 0,
+    states: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Let the processors choose in every visibility group; the union over heads is kept.
 
@@ -23,6 +27,7 @@ def select(
         processors: the chain that decides; called with the samples that have a first group, then with those that have a
             second one, and so on.
         first_token: tokens before this one were selected in an earlier turn and are all kept.
+        states: (batch, tokens from `first_token` on, width), visual states, for processors that need them.
 
     Returns:
         bool (batch, tokens) on the scores' device.
@@ -47,12 +52,15 @@ def select(
     kept = ~visibility.voters.any(dim=-1).to(scores.device)[:, None].expand(scores.shape[0], scores.shape[-1])
     kept = kept.clone()
     kept[:, :first_token] = True
+    if processors.needs_states and states is not None:
+        states = torch.nn.functional.pad(states.to(scores.device), (0, 0, first_token, 0))
     groups = visibility.groups(first_token)
     for turn in range(max(map(len, groups), default=0)):
         samples = [sample for sample, own in enumerate(groups) if len(own) > turn]
         members = torch.stack([groups[sample][turn] for sample in samples]).to(scores.device)
         given = scores[samples].masked_fill(~members[:, None], -math.inf)
-        survivors = (processors(given, members) != -math.inf).any(dim=1) & members
+        own_states = states[samples] if processors.needs_states and states is not None else None
+        survivors = (processors(given, members, own_states) != -math.inf).any(dim=1) & members
         emptied = ~survivors.any(dim=-1)
         if bool(emptied.any()):
             sample = samples[int(emptied.nonzero()[0])]
