@@ -17,6 +17,7 @@ from trim_plugin.forward.hooks import detach  # noqa: E402
 from trim_plugin.forward.trimmed_cache import TrimmedCache  # noqa: E402
 from trim_plugin.generation.registration import register, unregister  # noqa: E402
 from trim_plugin.pictures.visualize import visualize  # noqa: E402
+from trim_plugin.rules.k_center import KCenter  # noqa: E402
 from trim_plugin.rules.processors import (  # noqa: E402
     BestOfCells,
     TopKPerHead,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BestOfCells",
+    "KCenter",
     "TopKPerHead",
     "TopPPerHead",
     "TrimConfig",
