@@ -4,27 +4,32 @@ Importing this package registers `cache_implementation="trimmed"`:
 
     import trim_plugin
     model.generate(**inputs, cache_implementation="trimmed", cache_config={"top_k_ratio": 0.25})
+
+It loads neither torch nor transformers: what needs them is loaded at its first use.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from trim_plugin.compat import require_supported_transformers
+from trim_plugin.generation.registration import register, unregister
 
-require_supported_transformers()
-
-# The version check comes first: an unsupported transformers shall say so, not fail in some import below.
-from trim_plugin.cache.report import TrimReport  # noqa: E402
-from trim_plugin.config import TrimConfig  # noqa: E402
-from trim_plugin.forward.hooks import detach  # noqa: E402
-from trim_plugin.forward.trimmed_cache import TrimmedCache  # noqa: E402
-from trim_plugin.generation.registration import register, unregister  # noqa: E402
-from trim_plugin.pictures.visualize import visualize  # noqa: E402
-from trim_plugin.rules.k_center import KCenter  # noqa: E402
-from trim_plugin.rules.processors import (  # noqa: E402
-    BestOfCells,
-    TopKPerHead,
-    TopPPerHead,
-    VisualTokenProcessor,
-    VisualTokenProcessorList,
-)
+if TYPE_CHECKING:
+    from trim_plugin.cache.report import TrimReport
+    from trim_plugin.config import TrimConfig
+    from trim_plugin.forward.hooks import detach
+    from trim_plugin.forward.trimmed_cache import TrimmedCache
+    from trim_plugin.pictures.visualize import visualize
+    from trim_plugin.rules.k_center import KCenter
+    from trim_plugin.rules.processors import (
+        BestOfCells,
+        TopKPerHead,
+        TopPPerHead,
+        VisualTokenProcessor,
+        VisualTokenProcessorList,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,4 +49,34 @@ __all__ = [
     "visualize",
 ]
 
+#: The module of every public name that is loaded at its first use.
+_MODULES = {
+    "BestOfCells": "rules.processors",
+    "KCenter": "rules.k_center",
+    "TopKPerHead": "rules.processors",
+    "TopPPerHead": "rules.processors",
+    "TrimConfig": "config",
+    "TrimReport": "cache.report",
+    "TrimmedCache": "forward.trimmed_cache",
+    "VisualTokenProcessor": "rules.processors",
+    "VisualTokenProcessorList": "rules.processors",
+    "detach": "forward.hooks",
+    "visualize": "pictures.visualize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# An unsupported transformers shall say so, not fail somewhere below.
+require_supported_transformers()
 register()

@@ -14,17 +14,17 @@ Supported: transformers 5.17 – 5.x. Differences that matter here:
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 
-import transformers
 from packaging.version import Version
 
 OLDEST = "5.17"
 FIRST_UNSUPPORTED = "6"
 
 
-def require_supported_transformers(version: str = transformers.__version__) -> None:
-    """Raise `ImportError` if `version` of transformers is outside the supported range.
+def require_supported_transformers(version: str | None = None) -> None:
+    """Raise `ImportError` if `version` of transformers, by default the installed one, is outside the supported range.
 
     Example:
         >>> require_supported_transformers("5.23.0")
@@ -33,6 +33,7 @@ def require_supported_transformers(version: str = transformers.__version__) -> N
         ...
         ImportError: trim_plugin hooks into transformers 5.17 up to (not including) 6, but 4.57.1 is installed. ...
     """
+    version = version or importlib.metadata.version("transformers")
     found = Version(version)
     if not Version(OLDEST) <= Version(found.base_version) < Version(FIRST_UNSUPPORTED):
         raise ImportError(

@@ -1,4 +1,15 @@
-"""The subcommands of `trim-plugin`, a module each: `add_parser(subparsers)` and `run(arguments) -> None`."""
+"""The subcommands of `trim-plugin`, a module each: `add_parser(subparsers)` and `run(arguments) -> None`.
+
+A subcommand is one line here and its module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
+"""
+
+#: Module of every subcommand, and what `trim-plugin --help` says of it.
+COMMANDS = {
+    "demo": "answer questions about pictures, stock beside trimmed",
+    "generate": "answer a prompt about pictures, then report what the cache held",
+    "eval": "compare stock and trimmed answers on your own pictures and questions",
+    "plan": "memory that a generation will take, stock beside trimmed",
+}
 
 
 class UserError(Exception):

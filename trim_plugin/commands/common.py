@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ def load_model(path_or_id: str, dtype: torch.dtype, device: str) -> tuple[Any, A
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {path_or_id}: {first_line(error)}") from None
     return model.to(device).eval(), processor
+
+
+def pretrained_loader() -> Callable[..., tuple[Any, Any]]:
+    """What loads quantized, adapted or spread-out models: the installed loader of the group `trim_plugin.loaders`.
+
+    Raises:
+        ImportError: none is installed, or it needs a package that is not.
+    """
+    loaders = importlib.metadata.entry_points(group="trim_plugin.loaders", name="pretrained")
+    if not loaders:
+        raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
+    return next(iter(loaders)).load()
 
 
 def check_is_mllama(path_or_id: str) -> None:

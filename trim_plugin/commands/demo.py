@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trim_plugin.cache.report import TrimReport, format_bytes
-from trim_plugin.commands import UserError
+from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import DTYPES, check_device, check_ratio, load_model, picture_or_error
 from trim_plugin.config import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL, examples
@@ -47,7 +47,7 @@ class Answer:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("demo", help="answer questions about pictures, stock beside trimmed")
+    parser = subparsers.add_parser("demo", help=COMMANDS["demo"])
     parser.add_argument(
         "--model", default=str(SMALL_MODEL), help="model folder or hub id (default: the embedded small model)"
     )

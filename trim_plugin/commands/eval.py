@@ -16,8 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trim_plugin.cache.report import format_bytes
-from trim_plugin.commands import UserError
-from trim_plugin.commands.common import DTYPES, check_device, check_is_mllama, check_ratio, first_line, load_model
+from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands.common import (
+    DTYPES,
+    check_device,
+    check_is_mllama,
+    check_ratio,
+    first_line,
+    load_model,
+    pretrained_loader,
+)
 from trim_plugin.config import KV_QUANTIZATIONS
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.evaluation import (
@@ -39,7 +47,7 @@ PRECISIONS = ("nf4", "fp4", "int8")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("eval", help="compare stock and trimmed answers on your own pictures and questions")
+    parser = subparsers.add_parser("eval", help=COMMANDS["eval"])
     parser.add_argument("--data", type=Path, required=True, help="folder with pictures and questions.jsonl")
     parser.add_argument("--questions", type=Path, help="another questions file (default: questions.jsonl in --data)")
     parser.add_argument(
@@ -166,13 +174,10 @@ def _log(arguments: argparse.Namespace, questions: list[Question], process: int)
 def _load(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
     if arguments.weights is None and arguments.adapter is None:
         return load_model(arguments.model, DTYPES[arguments.dtype], device)
-    # Integrations know this package, not the other way round: they are imported where a user asks for them.
-    from trim_plugin.integrations.accelerate import load
-
     names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     weights = arguments.weights or names[arguments.dtype]
     try:
-        return load(
+        return pretrained_loader()(
             arguments.model, weights, adapter=arguments.adapter, device_map={"": device}, dtype=DTYPES[arguments.dtype]
         )
     except (OSError, ValueError, ImportError) as error:

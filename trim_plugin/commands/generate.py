@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.commands import UserError
-from trim_plugin.commands.common import check_ratio, first_line, picture_or_error
+from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands.common import check_ratio, first_line, picture_or_error, pretrained_loader
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, KV_QUANTIZATIONS, TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.pictures.prompting import build_inputs
@@ -21,7 +21,7 @@ WEIGHTS = ("fp32", "bf16", "fp16", "nf4", "fp4", "int8")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("generate", help="answer a prompt about pictures, then report what the cache held")
+    parser = subparsers.add_parser("generate", help=COMMANDS["generate"])
     parser.add_argument("model", help="model folder or hub id; 'small' is the embedded small model")
     parser.add_argument(
         "--image", action="append", type=Path, default=[], help="a picture; may be given again (default: text only)"
@@ -93,10 +93,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     path = str(SMALL_MODEL) if arguments.model == "small" else arguments.model
     console = Console(stderr=True)
     try:
-        from trim_plugin.integrations.accelerate import load
-
         with console.status(f"loading {arguments.model}", spinner="dots"):
-            return load(
+            return pretrained_loader()(
                 path,
                 arguments.weights,
                 adapter=arguments.adapter,

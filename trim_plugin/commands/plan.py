@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trim_plugin.cache.report import format_bytes
-from trim_plugin.commands import UserError
+from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import check_is_mllama, check_ratio
 from trim_plugin.planning import model_sizes, planner
 
@@ -20,7 +20,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("plan", help="memory that a generation will take, stock beside trimmed")
+    parser = subparsers.add_parser("plan", help=COMMANDS["plan"])
     parser.add_argument(
         "--model", default="11b", help="11b, 90b, a model folder or a hub id; only its configuration is read"
     )

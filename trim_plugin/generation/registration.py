@@ -3,62 +3,87 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from transformers.generation import configuration_utils
-from transformers.generation.utils import GenerationMixin
-
-from trim_plugin.config import TrimConfig
-from trim_plugin.forward.trimmed_cache import TrimmedCache
-from trim_plugin.generation.assisted import adapt, check_supported
-from trim_plugin.generation.checks import check_chunks, check_inputs, check_reuse
+from trim_plugin.deferred import when_imported
 
 NAME = "trimmed"
+_NAMES_IN, _MIXIN_IN = "transformers.generation.configuration_utils", "transformers.generation.utils"
+_wanted = False
 
 
 def register() -> None:
     """Register `cache_implementation="trimmed"`. Importing trim_plugin does it; doing it again changes nothing.
 
-    Three places of transformers are touched: the tuple of names that `GenerationConfig.validate` allows,
-    `GenerationMixin._prepare_cache_for_generation`, which makes the cache, and `GenerationMixin._get_candidate_generator`,
-    which makes the helper of assisted decoding. For every other cache they do what they did.
+    Three places of transformers are touched, at once or as soon as it loads them: the tuple of names that
+    `GenerationConfig.validate` allows, `GenerationMixin._prepare_cache_for_generation`, which makes the cache, and
+    `GenerationMixin._get_candidate_generator`, which makes the helper of assisted decoding. For every other cache they do what
+    they did.
 
     Example:
+        >>> from transformers.generation import configuration_utils
         >>> register()
         >>> "trimmed" in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
         True
     """
-    if is_registered():
+    global _wanted
+    if _wanted:
         return
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, NAME)
-    for name, wrap in _WRAPPERS.items():
-        original = getattr(GenerationMixin, name)
-        wrapped: Any = functools.wraps(original)(wrap(original))
-        wrapped._trim_plugin_original = original
-        setattr(GenerationMixin, name, wrapped)
+    _wanted = True
+    when_imported(_NAMES_IN, _allow_name)
+    when_imported(_MIXIN_IN, _wrap_methods)
 
 
 def unregister() -> None:
     """Take `register()` back. Hooks on models stay, inert; `trim_plugin.detach(model)` removes those.
 
     Example:
+        >>> from transformers.generation import configuration_utils
         >>> unregister()
         >>> "trimmed" in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
         False
         >>> register()
     """
-    if not is_registered():
-        return
-    names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)
-    for name in _WRAPPERS:
-        setattr(GenerationMixin, name, getattr(GenerationMixin, name)._trim_plugin_original)
+    global _wanted
+    _wanted = False
+    if _NAMES_IN in sys.modules:
+        module = sys.modules[_NAMES_IN]
+        names = module.ALL_CACHE_IMPLEMENTATIONS
+        module.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)  # type: ignore[attr-defined]
+    if _MIXIN_IN in sys.modules:
+        mixin = sys.modules[_MIXIN_IN].GenerationMixin
+        for name in _WRAPPERS:
+            wrapped = getattr(mixin, name)
+            setattr(mixin, name, getattr(wrapped, "_trim_plugin_original", wrapped))
 
 
 def is_registered() -> bool:
-    """Whether `cache_implementation="trimmed"` is known to transformers now."""
-    return all(hasattr(getattr(GenerationMixin, name), "_trim_plugin_original") for name in _WRAPPERS)
+    """Whether `cache_implementation="trimmed"` is known to transformers, or will be once that is loaded."""
+    return _wanted
+
+
+def _allow_name() -> None:
+    module = sys.modules[_NAMES_IN]
+    if _wanted and NAME not in module.ALL_CACHE_IMPLEMENTATIONS:
+        module.ALL_CACHE_IMPLEMENTATIONS = (*module.ALL_CACHE_IMPLEMENTATIONS, NAME)  # type: ignore[attr-defined]
+
+
+def _wrap_methods() -> None:
+    mixin = sys.modules[_MIXIN_IN].GenerationMixin
+    for name, wrap in _WRAPPERS.items():
+        original = getattr(mixin, name)
+        if _wanted and not hasattr(original, "_trim_plugin_original"):
+            wrapped: Any = functools.wraps(original)(wrap(original))
+            wrapped._trim_plugin_original = original
+            setattr(mixin, name, wrapped)
+
+
+def _is_trimmed(cache: Any) -> bool:
+    """Whether this is a `TrimmedCache`, without loading what that needs: where it was never loaded, nobody has made one."""
+    module = sys.modules.get("trim_plugin.forward.trimmed_cache")
+    return module is not None and isinstance(cache, module.TrimmedCache)
 
 
 def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,6 +100,15 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         given = model_kwargs.get("past_key_values")
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if not (own and given is None) and not _is_trimmed(given):
+            return original(
+                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+            )
+        # Loaded where a trimmed generation begins: importing the package shall cost nothing.
+        from trim_plugin.config import TrimConfig
+        from trim_plugin.forward.trimmed_cache import TrimmedCache
+        from trim_plugin.generation.checks import check_chunks, check_inputs, check_reuse
+
         if own and given is None:
             length = max(max_cache_length, generation_config.max_cache_len or 0)
             cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config), max_cache_len=length)
@@ -86,7 +120,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
         )
         # An assistant's inputs are transformers' own doing: pictures that it drops, masks that it leaves to be extended.
-        if isinstance(given, TrimmedCache) and not generation_config.is_assistant:
+        if given is not None and not generation_config.is_assistant:
             check_reuse(self, given, batch)
             check_inputs(self, given, model_kwargs, batch)
             check_chunks(given, model_kwargs, generation_config.prefill_chunk_size)
@@ -98,8 +132,10 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
 def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_candidate_generator(self: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, TrimmedCache):
+        if cache is None or not _is_trimmed(cache):
             return original(self, *args, model_kwargs=model_kwargs, **kwargs)
+        from trim_plugin.generation.assisted import adapt, check_supported
+
         check_supported(cache, model_kwargs)
         generator = original(self, *args, model_kwargs=model_kwargs, **kwargs)
         adapt(generator, self, cache, kwargs["input_ids"])
