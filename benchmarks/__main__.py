@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compiled, latency, memory, quality, report
-from benchmarks.common import RESULTS, SHAPES
+from benchmarks import report
+from benchmarks.common.models import SHAPES
+from benchmarks.common.results import RESULTS
+from benchmarks.latency import compiled
+from benchmarks.latency import measure as latency
+from benchmarks.memory import measure as memory
+from benchmarks.quality import measure as quality
 
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
 

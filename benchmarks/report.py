@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiled_report, latency_report, memory_report, quality_report
-from benchmarks.common import read_result
+from benchmarks.common.results import read_result
+from benchmarks.latency import compiled_report
+from benchmarks.latency import report as latency_report
+from benchmarks.memory import report as memory_report
+from benchmarks.quality import report as quality_report
 
 #: Marker in docs/benchmarks.md → the module with its `tables` and `plots`.
 SECTIONS = {"quality": quality_report, "memory": memory_report, "latency": latency_report, "compiled": compiled_report}

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, latency, latency_report, memory, quality, quality_report, report, rules
+from benchmarks import report
+from benchmarks.common.decoding import Decoding, stock_cache
+from benchmarks.common.given_share import EvenlySpaced
+from benchmarks.common.intervals import bootstrap, median_interval, spread
+from benchmarks.common.models import load_shape
+from benchmarks.common.results import environment, write_result
+from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
+from benchmarks.latency import measure as latency
+from benchmarks.latency import report as latency_report
+from benchmarks.memory import measure as memory
+from benchmarks.quality import measure as quality
+from benchmarks.quality import report as quality_report
+from benchmarks.quality import rules
 from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 
@@ -20,14 +32,14 @@ SHARED_RULES = [
     rules.DrawnByScore,
     rules.HalfEven,
     rules.RandomTokens,
-    rules.EvenlySpaced,
+    EvenlySpaced,
 ]
 trained = pytest.mark.skipif(not SMALL_MODEL.exists(), reason="the small model is not there")
 
 
 @pytest.fixture
 def small():
-    return common.load_shape("small", torch.float32)
+    return load_shape("small", torch.float32)
 
 
 @pytest.mark.parametrize("rule", SHARED_RULES)
@@ -104,23 +116,23 @@ def test_the_change_at_a_share_lies_between_the_nearest_settings():
 
 
 @trained
-@pytest.mark.parametrize("name", list(common.SCENARIOS))
+@pytest.mark.parametrize("name", list(SCENARIOS))
 def test_scenarios_are_what_they_say(name, small):
-    scenario = common.SCENARIOS[name]
+    scenario = SCENARIOS[name]
     if scenario.images > 8:
         pytest.skip("slow")
-    inputs = common.scenario_inputs(small, scenario, 2)
+    inputs = scenario_inputs(small, scenario, 2)
     cache = TrimmedCache(small, {"top_k_ratio": 1.0})
-    decoding = common.Decoding(small, inputs, cache)
+    decoding = Decoding(small, inputs, cache)
     assert decoding.prefill().shape == decoding.step().shape == (2, 1)
     assert len(cache.kept_indices[0]) == scenario.readable * scenario.tiles * 65
 
 
 @trained
 def test_decoding_equals_generate(small):
-    inputs = common.scenario_inputs(small, common.SCENARIOS["page"], 1)
+    inputs = scenario_inputs(small, SCENARIOS["page"], 1)
     expected = small.generate(**inputs, max_new_tokens=5, do_sample=False)[0, -5:]
-    decoding = common.Decoding(small, inputs, common.stock_cache(small))
+    decoding = Decoding(small, inputs, stock_cache(small))
     found = torch.cat([decoding.prefill(), *(decoding.step() for _ in range(4))], dim=1)
     assert found[0].tolist() == expected.tolist()
 
@@ -154,7 +166,7 @@ def test_memory_cases_are_unique_and_cover_what_was_asked():
     cases = memory.cases(arguments)
     assert len(cases) == len(set(cases))
     assert {case.weights for case in cases} == {"float32", "bfloat16", "int8", "nf4"}
-    assert {case.scenario for case in cases} == set(common.SCENARIOS)
+    assert {case.scenario for case in cases} == set(SCENARIOS)
 
 
 @trained
@@ -192,13 +204,13 @@ def test_reports_leave_the_text_around_the_markers_alone(tmp_path):
     }
     case = {"shape": "small", "scenario": "page", "batch": 1, "rows": [row, row | {"way": "stock again"}]}
     result = {
-        "environment": common.environment(),
+        "environment": environment(),
         "quick": True,
         "dtype": {"small": "float32"},
         "rows": [case],
         "scoring": [],
     }
-    common.write_result("latency", json.loads(json.dumps(result)), tmp_path)
+    write_result("latency", json.loads(json.dumps(result)), tmp_path)
     (tmp_path / "benchmarks.md").write_text(
         "before\n<!-- begin latency -->\nold\n<!-- end latency -->\nafter\n", encoding="utf-8"
     )
@@ -227,7 +239,7 @@ def test_the_smallest_share_stops_at_the_first_loss():
 
 def test_intervals():
     samples = np.random.default_rng(0).normal(size=(400, 1))
-    low, high = common.bootstrap(samples, lambda rows: rows.mean())
+    low, high = bootstrap(samples, lambda rows: rows.mean())
     assert low < samples.mean() < high
-    assert latency.median_interval([float(n) for n in range(101)]) == (40.0, 60.0)
-    assert common.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert median_interval([float(n) for n in range(101)]) == (40.0, 60.0)
+    assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}

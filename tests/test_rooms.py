@@ -187,3 +187,14 @@ def test_the_architecture_page_shows_the_same_order():
     shown = re.search(r"<!-- rooms -->(.*?)<!-- /rooms -->", page, re.DOTALL)
     assert shown is not None
     assert tuple(re.findall(r"^\| `([a-z_]+)", shown.group(1), re.MULTILINE)) == ORDER
+
+
+def test_rooms_of_the_benchmarks_share_what_is_common_alone():
+    shared = {"common", "small_model"}
+    across = [
+        str(one)
+        for one in imports(ROOT / "benchmarks")
+        if room(one.source) not in ("__main__", "report", room(one.target)) and room(one.target) not in shared
+    ]
+    assert across == []
+    assert {room(one.target) for one in imports(ROOT / "benchmarks") if room(one.source) == "common"} == {"common"}

@@ -12,7 +12,6 @@ Writes ``results.json`` and the table in ``README.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import torch
 import transformers
 from rich.progress import Progress
 
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import percent, table
 from benchmarks.small_model.evaluate import NEW_TOKENS, batches, held_out_questions
 from trim_plugin import TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL, load_small_model
@@ -111,29 +112,32 @@ def held_bytes(ratio: float) -> dict[str, int]:
     return held
 
 
-def table(results: dict[str, Any]) -> str:
+def formats_table(results: dict[str, Any]) -> str:
     """The README's table."""
-    lines = [
-        "| kept KV | logits' relative error | worst token | same answers | right answers | bytes, 1 tile | of bf16 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for name, entry in results["formats"].items():
         held = results["bytes"]["bf16" if name == "none" else name]
         lines.append(
-            f"| {'not quantized' if name == 'none' else name} | {entry['logits_relative_error']:.2%} "
-            f"| {entry['worst_token']:.2%} | {entry['same_answers']:.1%} | {entry['accuracy']:.1%} | {held:,} "
-            f"| {held / results['bytes']['bf16']:.3f} |"
+            [
+                "not quantized" if name == "none" else name,
+                percent(entry["logits_relative_error"], 2),
+                percent(entry["worst_token"], 2),
+                percent(entry["same_answers"]),
+                percent(entry["accuracy"]),
+                f"{held:,}",
+                f"{held / results['bytes']['bf16']:.3f}",
+            ]
         )
-    return "\n".join(lines)
+    header = ["kept KV", "logits' relative error", "worst token", "same answers", "right answers", "bytes, 1 tile"]
+    return table([*header, "of bf16"], lines)
 
 
 def write(results: dict[str, Any]) -> None:
     """Write ``results.json`` and ``README.md``."""
-    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(HERE / "results.json", results)
     readme = f"""# Quantized cross-attention keys and values
 
-{table(results)}
-
+{formats_table(results)}
 Small trained model, {results["questions"]} questions about held-out scenes, `top_k_ratio={results["ratio"]:g}`; logits and
 answers in float32, bytes in bfloat16 (stock holds {results["bytes"]["stock"]:,} there). Errors are of the logits of answer tokens
 decoded from the cache, the answer given; the answer's first token comes from the prefill, which nothing touches.
@@ -164,7 +168,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     write(results)
-    print(table(results))
+    print(formats_table(results))
 
 
 if __name__ == "__main__":

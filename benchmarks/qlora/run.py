@@ -12,7 +12,6 @@ Writes ``results.json`` and the table in ``README.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -26,6 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
 
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import percent, table
 from benchmarks.small_model.evaluate import answers, batches, held_out_questions
 from benchmarks.small_model.questions import TRAINED_TYPES, UNTRAINED_TYPES, ask
 from benchmarks.small_model.scenes import draw_scene
@@ -133,26 +134,30 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any]) -> str:
+def answers_table(results: dict[str, Any]) -> str:
     """The README's table."""
     kind = results["options"]["kind"]
-    lines = [f'| nf4 model | new: "{kind}" | old: "colour" | visible tokens kept |', "| --- | --- | --- | --- |"]
-    for name, entry in results["ways"].items():
-        lines.append(
-            f"| {name} | {entry[kind]['accuracy']:.1%} | {entry['colour']['accuracy']:.1%} "
-            f"| {entry[kind]['kept_share']:.0%} |"
-        )
-    return "\n".join(lines)
+    return table(
+        ["nf4 model", f'new: "{kind}"', 'old: "colour"', "visible tokens kept"],
+        [
+            [
+                name,
+                percent(entry[kind]["accuracy"]),
+                percent(entry["colour"]["accuracy"]),
+                percent(entry[kind]["kept_share"], 0),
+            ]
+            for name, entry in results["ways"].items()
+        ],
+    )
 
 
 def write(results: dict[str, Any]) -> None:
     """Write ``results.json`` and ``README.md``."""
-    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(HERE / "results.json", results)
     options, training = results["options"], results["training"]
     readme = f"""# QLoRA: a new skill for the 4-bit model
 
-{table(results)}
-
+{answers_table(results)}
 The small trained model never saw the question "What is the {options["kind"]} digit?". Its weights are
 loaded in nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}, {training["parameters"]:,} parameters) are
 trained on training scenes for {training["minutes"]} minutes ({training["steps"]} steps of {options["batch"]}), saved, and
@@ -210,7 +215,7 @@ def main() -> None:
         "peft": peft.__version__,
     }
     write(results)
-    print(table(results))
+    print(answers_table(results))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import transformers
 from PIL import Image
 from rich.progress import Progress
 
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import percent, table
 from benchmarks.small_model.questions import TRAINED_TYPES, ask
 from benchmarks.small_model.scenes import draw_scene
 
@@ -163,27 +165,33 @@ def tables(results: dict[str, Any]) -> str:
         "",
         "Stock, by number of tiles:",
         "",
-        "| | " + " | ".join(f"{count} tile{'s' if count != '1' else ''}" for count in tiles) + " | all |",
-        "| --- |" + " ---: |" * (len(tiles) + 1),
-    ]
-    for title, key, total in (
-        ("all types", "by_tiles", ways["stock"]["accuracy"]),
-        ("colour question", "colour_by_tiles", ways["stock"]["by_type"]["colour"]),
-    ):
-        cells = [_cell(ways["stock"][key][count]) for count in tiles]
-        lines.append(f"| {title} | " + " | ".join([*cells, _cell(total)]) + " |")
-    lines += [
-        "",
+        table(
+            ["", *(f"{count} tile{'s' if count != '1' else ''}" for count in tiles), "all"],
+            [
+                [title, *(_cell(ways["stock"][key][count]) for count in tiles), _cell(total)]
+                for title, key, total in (
+                    ("all types", "by_tiles", ways["stock"]["accuracy"]),
+                    ("colour question", "colour_by_tiles", ways["stock"]["by_type"]["colour"]),
+                )
+            ],
+        ),
         "Trimmed, by `top_k_ratio` (kept: mean share of the visible tokens that survive the union over heads):",
         "",
-        "| cache | kept | all | " + " | ".join(kinds) + " | same answer as stock |",
-        "| --- |" + " ---: |" * (len(kinds) + 3),
+        table(
+            ["cache", "kept", "all", *kinds, "same answer as stock"],
+            [
+                [
+                    name,
+                    f"{way['kept_share']:.2f}",
+                    f"{way['accuracy']:.3f}",
+                    *(_cell(way["by_type"][kind]) for kind in kinds),
+                    percent(way["same_as_stock"]),
+                ]
+                for name, way in ways.items()
+            ],
+        ),
     ]
-    for name, way in ways.items():
-        cells = [f"{way['kept_share']:.2f}", f"{way['accuracy']:.3f}"]
-        cells += [_cell(way["by_type"][kind]) for kind in kinds]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {100 * way['same_as_stock']:.1f} % |")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def render(readme: Path, results: dict[str, Any]) -> None:
@@ -230,8 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(tables(results))
     if not args.dry:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(RESULTS, results)
         render(HERE / "README.md", results)
 
 

@@ -6,12 +6,12 @@ The answers in ``questions.json`` are the truth about the scenes, not what the m
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.results import write_json
 from benchmarks.small_model.questions import ask
 from benchmarks.small_model.scenes import draw_scene
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         scene.image.save(folder / name)
         question, answer = ask(scene, kind, np.random.default_rng([args.seed, number]))
         entries.append({"picture": name, "question": question, "answer": answer})
-    (folder / "questions.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "questions.json", entries)
 
 
 if __name__ == "__main__":

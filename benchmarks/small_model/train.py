@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import MllamaForConditionalGeneration
 
+from benchmarks.common.results import write_json
 from benchmarks.small_model.architecture import build_config, build_model, build_processor
 from benchmarks.small_model.batches import SceneBatches
 
@@ -90,7 +90,7 @@ def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path, record:
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     build_processor().save_pretrained(fresh)
-    (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(fresh / "training.json", record)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -19,8 +19,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks import rules
-from benchmarks.common import SEED, Decoding, bootstrap, environment, seed_everything, stock_cache, write_result
+from benchmarks.common.decoding import Decoding, stock_cache
+from benchmarks.common.given_share import EvenlySpaced
+from benchmarks.common.intervals import bootstrap
+from benchmarks.common.results import environment, write_result
+from benchmarks.common.seeds import SEED, seed_everything
+from benchmarks.quality import rules
 from benchmarks.small_model.architecture import build_tokenizer, prompt_ids
 from benchmarks.small_model.batches import image_inputs
 from benchmarks.small_model.questions import TRAINED_TYPES, ask
@@ -88,7 +92,7 @@ def all_rules(quick: bool) -> list[Rule]:
         "drawn by score": rules.DrawnByScore,
         "half even": rules.HalfEven,
         "random": rules.RandomTokens,
-        "evenly spaced": rules.EvenlySpaced,
+        "evenly spaced": EvenlySpaced,
     }
     for name, rule in named.items():
         family(name, SHARES, lambda share, rule=rule: {"processors": [rule(share)], "merge": False})

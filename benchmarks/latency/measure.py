@@ -19,23 +19,16 @@ import torch
 from rich.progress import Progress
 
 import trim_plugin.forward.prefill
-from benchmarks import compiled
-from benchmarks.common import (
-    SCENARIOS,
-    Decoding,
-    environment,
-    load_shape,
-    scenario_inputs,
-    seed_everything,
-    spread,
-    stock_cache,
-    synchronize,
-    write_result,
-)
-from benchmarks.memory import PROMPT_DTYPE, _peak, _start_peak
-from benchmarks.rules import EvenlySpaced
+from benchmarks.common.decoding import Decoding, stock_cache
+from benchmarks.common.device import kv_bytes, peak, start_peak, synchronize
+from benchmarks.common.given_share import EvenlySpaced
+from benchmarks.common.intervals import median_interval, spread
+from benchmarks.common.models import DTYPE, load_shape
+from benchmarks.common.results import environment, write_result
+from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
+from benchmarks.common.seeds import seed_everything
+from benchmarks.latency import compiled
 from trim_plugin import TrimmedCache
-from trim_plugin.cache.report import held_bytes
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -57,17 +50,6 @@ def weight_bytes_of_a_step(model: Any) -> int:
     return sum(tensor.nbytes for tensor in [*read, model.lm_head.weight])
 
 
-def kv_bytes(model: Any, cache: Any) -> tuple[int, int]:
-    """Bytes of cross- and self-attention keys and values that are held now."""
-    if isinstance(cache, TrimmedCache):
-        report = cache.report()
-        return report.cross_kv_bytes, report.self_kv_bytes
-    crossing = set(model.config.text_config.cross_attention_layers)
-    cross = held_bytes(t for i, layer in enumerate(cache.layers) if i in crossing for t in (layer.keys, layer.values))
-    own = held_bytes(t for i, layer in enumerate(cache.layers) if i not in crossing for t in (layer.keys, layer.values))
-    return cross, own
-
-
 @contextlib.contextmanager
 def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
     """Measure what choosing costs within one prefill: seconds, and the scratch of scoring."""
@@ -82,9 +64,9 @@ def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
         return kept
 
     def weighed(*args: Any) -> torch.Tensor:
-        before = _start_peak(device)
+        before = start_peak(device)
         scores = score(*args)
-        found["scratch_bytes"] = max(0, _peak(device) - before - scores.nbytes)
+        found["scratch_bytes"] = max(0, peak(device) - before - scores.nbytes)
         return scores
 
     patched = [mock.patch.object(trim_plugin.forward.prefill.Prefill, "_choose", timed)]
@@ -184,14 +166,6 @@ def measure(
     }
 
 
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """A 95 % interval of the median, from order statistics."""
-    ranked, count = sorted(values), len(values)
-    half = 0.98 * count**0.5
-    low, high = max(0, int(count / 2 - half)), min(count - 1, int(count / 2 + half))
-    return ranked[low], ranked[high]
-
-
 def scoring_cost(model: Any, shape: str, device: str, repeats: int) -> dict[str, Any]:
     """Scoring's time beside the prefill of a whole 11B text model, and its scratch, for one page and one prompt."""
     inputs = scenario_inputs(model, SCENARIOS["page"], 1)
@@ -274,7 +248,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             bar.update(task, description=f"latency: {shape}, {name}, batch {batch}")
             if shape not in models:
                 models.clear()
-                models[shape] = load_shape(shape, getattr(torch, PROMPT_DTYPE[shape]), arguments.device)
+                models[shape] = load_shape(shape, getattr(torch, DTYPE[shape]), arguments.device)
                 scoring.append(scoring_cost(models[shape], shape, arguments.device, 1 if arguments.quick else 3))
             try:
                 rows.append(measure(models[shape], shape, name, batch, steps, prefills, ways, arguments.device))
@@ -284,7 +258,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             result = {
                 "environment": environment(arguments.device),
                 "quick": arguments.quick,
-                "dtype": PROMPT_DTYPE,
+                "dtype": DTYPE,
                 "rows": rows,
                 "scoring": scoring,
                 "skipped": skipped,

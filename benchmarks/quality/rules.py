@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 import trim_plugin.forward.prefill
+from benchmarks.common.given_share import EvenlySpaced
 from trim_plugin import BestOfCells, TopKPerHead, VisualTokenProcessor
 
 
@@ -83,20 +84,6 @@ class RandomTokens(VisualTokenProcessor):
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         drawn = torch.rand(visible.shape, generator=self._generator).to(scores.device)
         return _keep_best(scores, drawn, visible, self.share)
-
-
-@dataclasses.dataclass
-class EvenlySpaced(VisualTokenProcessor):
-    """Every n-th visible token: a uniform grid, which also serves where a benchmark needs a given share."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        order = visible.long().cumsum(dim=-1) * self.share
-        kept = visible & (order.floor() > (order - self.share).floor())
-        # At least one token of every group.
-        kept |= visible & (visible.long().cumsum(dim=-1) == 1) & ~kept.any(dim=-1, keepdim=True)
-        return scores.masked_fill(~kept[:, None], -math.inf)
 
 
 @dataclasses.dataclass

@@ -16,17 +16,13 @@ import torch
 from rich.progress import Progress
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
-from benchmarks.common import (
-    SCENARIOS,
-    environment,
-    load_shape,
-    scenario_inputs,
-    seed_everything,
-    spread,
-    synchronize,
-    write_result,
-)
-from benchmarks.rules import EvenlySpaced
+from benchmarks.common.device import synchronize
+from benchmarks.common.given_share import EvenlySpaced
+from benchmarks.common.intervals import spread
+from benchmarks.common.models import load_shape
+from benchmarks.common.results import environment, write_result
+from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
+from benchmarks.common.seeds import seed_everything
 from trim_plugin import TrimmedCache
 from trim_plugin.cache.report import TrimReport
 from trim_plugin.config import DEFAULT_STATIC_BUCKET

@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.quality`."""
+"""Tables and plots of `benchmarks.quality.measure`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figures import save
-from benchmarks.markdown import folded, percent, table
+from benchmarks.common.figures import save
+from benchmarks.common.tables import folded, percent, table
 
 #: Rules that the plot shows in colour.
 SHOWN = ("paper", "best of cells", "paper, merged", "top-p", "evenly spaced", "head mean")

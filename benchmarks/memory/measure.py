@@ -7,9 +7,7 @@ case starts with the weights in place; its peak is the resident set's high-water
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import gc
 import itertools
 import multiprocessing
 import os
@@ -21,26 +19,17 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks.common import (
-    SCENARIOS,
-    environment,
-    finish,
-    load_shape,
-    random_model,
-    scenario_inputs,
-    seed_everything,
-    shape_config,
-    synchronize,
-    write_result,
-)
-from benchmarks.rules import EvenlySpaced
+from benchmarks.common.device import kv_bytes, peak, start_peak, synchronize
+from benchmarks.common.given_share import EvenlySpaced
+from benchmarks.common.models import DTYPE, finish, load_shape, random_model, shape_config
+from benchmarks.common.results import environment, write_result
+from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
+from benchmarks.common.seeds import seed_everything
 from trim_plugin import TrimConfig
-from trim_plugin.cache.report import held_bytes
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.planning import model_sizes, planner
 
 NEW_TOKENS = 8
-PROMPT_DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +77,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     """What is measured."""
     found: list[Case] = []
     for shape in arguments.shapes:
-        dtype = PROMPT_DTYPE[shape]
+        dtype = DTYPE[shape]
         every, batches = list(caches(shape)), [1, 8] if shape == "small" else [1]
         plain = ["stock dynamic", "stock static", "exact", every[4]]
         if arguments.quick:
@@ -161,17 +150,17 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
     else:
         how = {}
     _warm_up(model, inputs)
-    before = _start_peak(device)
+    before = start_peak(device)
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how)
     synchronize(device)
-    peak = _peak(device)
+    highest = peak(device)
     cache = output.past_key_values
     if settings is not None:
         report = cache.report()
         cross, own = report.cross_kv_bytes, report.self_kv_bytes
         kept: Any = report.kept_tokens
     else:
-        cross, own, kept = *_stock_bytes(model, cache), None
+        cross, own, kept = *kv_bytes(model, cache), None
     return dataclasses.asdict(case) | {
         "prompt_tokens": inputs["input_ids"].shape[1],
         "weights_by_part": parts,
@@ -181,7 +170,7 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
         "self_kv": own,
         "kept_tokens": kept,
         "before": before,
-        "peak": peak,
+        "peak": highest,
     }
 
 
@@ -204,36 +193,6 @@ def weights_by_part(model: Any) -> dict[str, int]:
             parts[part] = parts.get(part, 0) + tensor.nbytes
         return parts
     return {name: size for name, size in weight_memory(model).rows() if name not in ("total", "adapters")}
-
-
-def _stock_bytes(model: Any, cache: Any) -> tuple[int, int]:
-    crossing = set(model.config.text_config.cross_attention_layers)
-    sides: tuple[list[Any], list[Any]] = ([], [])
-    for index, layer in enumerate(cache.layers):
-        sides[index not in crossing].extend([layer.keys, layer.values])
-    return held_bytes(sides[0]), held_bytes(sides[1])
-
-
-def _start_peak(device: str) -> int:
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 def _child(model: Any, case: Case, device: str, pipe: Any) -> None:

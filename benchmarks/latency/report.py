@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.latency`."""
+"""Tables and plots of `benchmarks.latency.measure`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.common import SCENARIOS
-from benchmarks.figures import save
-from benchmarks.markdown import folded, milliseconds, percent, table
+from benchmarks.common.figures import save
+from benchmarks.common.scenarios import SCENARIOS
+from benchmarks.common.tables import folded, milliseconds, percent, table
 from trim_plugin.cache.report import format_bytes
 
 RATIOS = ("stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1")

@@ -1,12 +1,12 @@
-"""Tables of `benchmarks.compiled`."""
+"""Tables of `benchmarks.latency.compiled`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import SCENARIOS
-from benchmarks.markdown import milliseconds, table
+from benchmarks.common.scenarios import SCENARIOS
+from benchmarks.common.tables import milliseconds, table
 from trim_plugin.cache.report import format_bytes
 
 

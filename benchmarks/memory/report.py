@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.memory`."""
+"""Tables and plots of `benchmarks.memory.measure`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.common import SCENARIOS
-from benchmarks.figures import save
-from benchmarks.markdown import folded, percent, table
+from benchmarks.common.figures import save
+from benchmarks.common.scenarios import SCENARIOS
+from benchmarks.common.tables import folded, percent, table
 from trim_plugin.cache.report import format_bytes
 
 #: Caches that every kind of weights was measured with.

@@ -1,0 +1,1 @@
+"""What is held in memory, and what a process needs at its peak."""

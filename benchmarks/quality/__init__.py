@@ -1,0 +1,1 @@
+"""How well the small trained model answers with few visual tokens, rule by rule."""
