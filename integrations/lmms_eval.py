@@ -25,6 +25,7 @@ from tqdm import tqdm
 from trim_plugin.integrations.accelerate import load
 
 from trim_plugin.config import TrimConfig
+from trim_plugin.pictures.rgb import to_rgb
 from trim_plugin.rules.processors import BestOfCells
 
 STOCK = "stock"
@@ -160,7 +161,7 @@ class LlamaVisionTrimmed(lmms):
     def _prepare(self, arguments: tuple[Any, ...]) -> Asked:
         text, settings, doc_to_visual, doc_id, task, split = arguments
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        pictures = [visual.convert("RGB") for visual in visuals if isinstance(visual, Image.Image)]
+        pictures = [to_rgb(visual) for visual in visuals if isinstance(visual, Image.Image)]
         if len(pictures) != len(visuals):
             raise ValueError(f"Task {task!r} gives something else than pictures; llama_vision_trimmed reads no videos.")
         content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]

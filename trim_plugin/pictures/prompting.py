@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from trim_plugin.pictures.rgb import to_rgb
+
 
 def open_picture(path: Path | str) -> Image.Image:
-    """Open a picture file as RGB.
+    """Open a picture file as RGB, upright, transparency over white (`to_rgb`).
+
+    Of an animation or a file of several pages the first is read, with a `UserWarning` that says so.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -24,12 +29,15 @@ def open_picture(path: Path | str) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            # A phone's MPO file is a photo with previews beside it, nothing that a user would call several pictures.
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                warnings.warn(f"{path} holds {picture.n_frames} pictures: the first is read", UserWarning, stacklevel=2)  # type: ignore[attr-defined]
+            return to_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such picture: {path}") from None
     except UnidentifiedImageError:
         raise ValueError(f"not a picture that Pillow can read: {path}") from None
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {path}: {error}") from None
 
 
@@ -41,7 +49,7 @@ def build_inputs(
     Args:
         processor: an `MllamaProcessor`.
         question: plain text.
-        pictures: pictures of any size; all are read by the question.
+        pictures: pictures of any size and mode; all are read by the question.
         device: where the tensors go.
 
     Example:
@@ -51,6 +59,7 @@ def build_inputs(
         >>> build_inputs(processor, "Which digit is red?", [picture])["pixel_values"].shape[:3]
         torch.Size([1, 1, 4])
     """
+    pictures = [to_rgb(picture) for picture in pictures]
     if getattr(processor, "chat_template", None):
         content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
