@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, share
+from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
 
 DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256
@@ -157,7 +157,9 @@ def _check_static(config: TrimConfig) -> None:
 
 def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
     if callable(processors) and not isinstance(processors, list | tuple):
-        raise ValueError(f"processors must be a list of visual token processors, got the single {processors!r}.")
+        raise ValueError(
+            f"processors must be a list of visual token processors, got the single {processor_name(processors)}."
+        )
     if not isinstance(processors, list | tuple) or not processors:
         raise ValueError(
             f"processors must be a non-empty list of visual token processors, got {processors!r}. "

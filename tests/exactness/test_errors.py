@@ -169,6 +169,40 @@ def test_processor_type(model, inputs, wrong):
     in_the_prefill(model, inputs, TypeError, "instead of a tensor", {"processors": [wrong]})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_processor_mask(model, inputs, dtype):
+    def best_half(scores, visible):
+        return (scores > 0.01).to(dtype)
+
+    match = rf"best_half returned {dtype} instead of float scores. " + (
+        r"It looks like a mask.* scores.masked_fill\(~mask, float\('-inf'\)\)"
+        if dtype == torch.bool
+        else "Return the scores"
+    )
+    in_the_prefill(model, inputs, TypeError, match, {"processors": [best_half]})
+
+
+def test_processors_without_a_repr_are_named_by_their_class(model, inputs):
+    class Forgetful:
+        def __call__(self, scores, visible):
+            return self.result(scores)
+
+    wrong = Forgetful()
+    for result, match in (
+        (lambda scores: None, "processor Forgetful returned NoneType"),
+        (lambda scores: scores > 0, "processor Forgetful returned torch.bool"),
+        (
+            lambda scores: torch.full_like(scores, -torch.inf),
+            "processors TopKPerHead\\(0.5\\), Forgetful removed every",
+        ),
+    ):
+        wrong.result = result
+        with pytest.raises((TypeError, ValueError), match=match):
+            trimmed(model, inputs, {"processors": [TopKPerHead(0.5), wrong]})
+    with pytest.raises(ValueError, match="got the single Forgetful"):
+        TrimmedCache(model, {"processors": wrong})
+
+
 def test_processor_nan(model, inputs):
     wrong = [lambda s, v: s * float("nan")]
     cache = in_the_prefill(model, inputs, ValueError, "returned NaN", {"processors": wrong})
@@ -301,6 +335,29 @@ def test_no_mask(model, inputs, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trimmed(model, inputs, {"top_k_ratio": 0.2})
+
+
+def test_gradient_checkpointing(model, inputs, forwards):
+    text = random_inputs(model, [Sample((4,))])
+    caches = [TrimmedCache(model, {"top_k_ratio": ratio}) for ratio in (0.3, 1.0)]
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        match = "in training mode with gradient checkpointing"
+        for given in (inputs, text):
+            for cache in caches:
+                before_work(forwards, ValueError, match, trimmed, model, given, cache.config)
+                before_work(forwards, ValueError, match, generate, model, given, past_key_values=cache)
+                before_work(forwards, ValueError, match, model, **given, past_key_values=cache, use_cache=True)
+        model.train(False)  # checkpointing alone changes nothing
+        for cache in caches:
+            generate(model, inputs, past_key_values=cache)
+        model.train()
+        model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 32, -100)).loss.backward()
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
 
 
 def test_flex_attention():

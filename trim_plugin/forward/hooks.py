@@ -1,4 +1,4 @@
-"""Hooks on Mllama's cross-attention decoder layers. They are plain functions without state and inert for any other cache."""
+"""Hooks on Mllama and its cross-attention decoder layers: plain functions without state, inert for any other cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextModel
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.forward.prefill import Prefill
@@ -14,7 +14,7 @@ from trim_plugin.forward.step import Reading, Step
 
 
 def attach(model: torch.nn.Module) -> Any:
-    """Put the hooks on a model's cross-attention decoder layers, once; return its `MllamaTextModel`.
+    """Put the hooks on a model and its cross-attention decoder layers, once; return its `MllamaTextModel`.
 
     Raises:
         ValueError: `model` holds no Mllama text model with cross-attention layers.
@@ -24,6 +24,9 @@ def attach(model: torch.nn.Module) -> Any:
         if before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
             layer.register_forward_hook(after_layer, with_kwargs=True)
+    for module in _whole_models(model):
+        if before_model not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(before_model, with_kwargs=True)
     return text_model
 
 
@@ -42,6 +45,8 @@ def detach(model: torch.nn.Module) -> None:
         if isinstance(module, MllamaCrossAttentionDecoderLayer):
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
             _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
+    for module in _whole_models(model):
+        _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_model)
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
@@ -67,6 +72,25 @@ def has_cross_attention(model: torch.nn.Module) -> bool:
 def has_hooks(text_model: Any) -> bool:
     """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
     return all(before_layer in layer._forward_pre_hooks.values() for layer in _cross_layers(text_model))
+
+
+def check_layers_get_caches(text_model: Any) -> None:
+    """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
+
+    It does so in training mode with gradient checkpointing, after the hooks have run: nothing is cached, so every token after
+    the first would be read without its past.
+    """
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
+        raise ValueError(
+            "A TrimmedCache was given to a model in training mode with gradient checkpointing, in which transformers passes no "
+            "cache to the layers. Call model.eval() before generating, and model.train() to go on training."
+        )
+
+
+def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
+    if isinstance(kwargs.get("past_key_values"), HeldCache) and not torch.compiler.is_compiling():
+        check_layers_get_caches(find_text_model(model))
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -143,6 +167,10 @@ def _crosses(text_model: Any) -> bool:
 
 def _cross_layers(text_model: Any) -> list[Any]:
     return [layer for layer in text_model.layers if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
+
+
+def _whole_models(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
 
 
 def _remove(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool], own: Callable[..., Any]) -> None:

@@ -14,8 +14,13 @@ import torch
 from trim_plugin.attention.masks import LOST_TOKENS
 from trim_plugin.cache.tokens import CachedTokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.hooks import find_text_model, has_hooks
+from trim_plugin.forward.hooks import check_layers_get_caches, find_text_model, has_hooks
 from trim_plugin.forward.trimmed_cache import TrimmedCache
+
+
+def check_mode(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if the model is in a mode in which its layers get no cache: training with gradient checkpointing."""
+    check_layers_get_caches(find_text_model(model))
 
 
 def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int) -> None:

@@ -107,8 +107,9 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.config import TrimConfig
         from trim_plugin.forward.trimmed_cache import TrimmedCache
-        from trim_plugin.generation.checks import check_chunks, check_inputs, check_reuse
+        from trim_plugin.generation.checks import check_chunks, check_inputs, check_mode, check_reuse
 
+        check_mode(self)
         if own and given is None:
             length = max(max_cache_length, generation_config.max_cache_len or 0)
             cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config), max_cache_len=length)

@@ -70,7 +70,7 @@ class VisualTokenProcessorList(list[ProcessorLike]):
         """Apply every processor in turn; shapes as in `VisualTokenProcessor.__call__`.
 
         Raises:
-            TypeError: a processor returned something that is not a tensor.
+            TypeError: a processor returned something that is not a tensor of floats.
             ValueError: a processor changed the shape or returned NaN.
         """
         for processor in self:
@@ -206,12 +206,37 @@ def share(name: str, value: float) -> float:
     return float(value)
 
 
+def processor_name(processor: object) -> str:
+    """What an error calls a processor: its `repr` if it has one of its own, else the name of the function or class.
+
+    Example:
+        >>> processor_name(TopKPerHead(0.5)), processor_name(share)
+        ('TopKPerHead(0.5)', 'share')
+        >>> class Mine:
+        ...     def __call__(self, scores, visible): ...
+        >>> processor_name(Mine())
+        'Mine'
+    """
+    if type(processor).__repr__ is not object.__repr__ and not hasattr(processor, "__name__"):
+        return repr(processor)
+    return str(getattr(processor, "__name__", type(processor).__name__))
+
+
 def _check_processed(processor: ProcessorLike, processed: object, shape: torch.Size) -> None:
-    name = processor if isinstance(processor, VisualTokenProcessor) else getattr(processor, "__name__", repr(processor))
+    name = processor_name(processor)
     if not isinstance(processed, torch.Tensor):
         raise TypeError(
             f"The visual token processor {name} returned {type(processed).__name__} instead of a tensor. "
             "Return the scores, with -inf where a token is removed."
+        )
+    if not processed.is_floating_point():
+        mistake = (
+            "It looks like a mask of what to keep; return scores.masked_fill(~mask, float('-inf')) instead."
+            if processed.dtype == torch.bool
+            else "Return the scores, with -inf where a token is removed."
+        )
+        raise TypeError(
+            f"The visual token processor {name} returned {processed.dtype} instead of float scores. {mistake}"
         )
     if processed.shape != shape:
         raise ValueError(

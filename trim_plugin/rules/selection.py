@@ -7,7 +7,7 @@ import math
 import torch
 
 from trim_plugin.attention.visibility import Visibility
-from trim_plugin.rules.processors import VisualTokenProcessorList
+from trim_plugin.rules.processors import VisualTokenProcessorList, processor_name
 
 
 def select(
@@ -64,8 +64,9 @@ def select(
         emptied = ~survivors.any(dim=-1)
         if bool(emptied.any()):
             sample = samples[int(emptied.nonzero()[0])]
+            names = ", ".join(map(processor_name, processors))
             raise ValueError(
-                f"The visual token processors {list(processors)} removed every visual token of visibility group {turn} in "
+                f"The visual token processors {names} removed every visual token of visibility group {turn} in "
                 f"sample {sample}. Leave at least one token of each group above -inf, so that no text row turns blind."
             )
         kept[samples] |= survivors
