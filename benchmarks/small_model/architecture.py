@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -19,7 +18,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from benchmarks.small_model.questions import NUMBERS
-from benchmarks.small_model.scenes import COLOURS, TILE
+from benchmarks.small_model.scenes import COLOURS
+from benchmarks.small_model.variants import COARSE, Variant
 
 PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|unknown|>", "<|user|>", "<|assistant|>"
 IMAGE = "<|image|>"
@@ -73,14 +73,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> MllamaProcessor:
-    """The real Mllama processor, for tiles of 40 pixels, with the image processor that needs no torchvision."""
-    image_processor = MllamaImageProcessorPil(size={"height": TILE, "width": TILE}, max_image_tiles=4)
+def build_processor(variant: Variant = COARSE) -> MllamaProcessor:
+    """The real Mllama processor, for the variant's tiles, with the image processor that needs no torchvision."""
+    image_processor = MllamaImageProcessorPil(size={"height": variant.tile, "width": variant.tile}, max_image_tiles=4)
     return MllamaProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> MllamaConfig:
-    """About 1.5 million parameters: 4 tiles of 65 visual tokens, cross-attention in layers 1, 3 and 5 of 6."""
+def build_config(tokenizer: PreTrainedTokenizerFast, variant: Variant = COARSE) -> MllamaConfig:
+    """1.8 million parameters (coarse): 4 tiles of 65 or 257 visual tokens, cross-attention in layers 1, 3 and 5 of 6."""
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     vision = MllamaVisionConfig(
         hidden_size=96,
@@ -88,8 +88,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> MllamaConfig:
         num_global_layers=1,
         attention_heads=4,
         intermediate_size=384,
-        image_size=TILE,
-        patch_size=5,
+        image_size=variant.tile,
+        patch_size=variant.patch,
         max_num_tiles=4,
         intermediate_layers_indices=[1, 2],
         vision_output_dim=96 * 3,
@@ -100,7 +100,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> MllamaConfig:
         num_hidden_layers=6,
         cross_attention_layers=[1, 3, 5],
         num_attention_heads=8,
-        num_key_value_heads=8,
+        num_key_value_heads=variant.key_value_heads,
         intermediate_size=256,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -149,8 +149,3 @@ def build_model(config: MllamaConfig, seed: int) -> MllamaForConditionalGenerati
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     """Token ids of the chat prompt for one image and one question, as the chat template writes it."""
     return tokenizer(f"{BOS}{USER}{IMAGE}{question}{ASSISTANT}", add_special_tokens=False).input_ids
-
-
-def save_processor(folder: Path) -> None:
-    """Write the processor's files into a folder."""
-    build_processor().save_pretrained(folder)

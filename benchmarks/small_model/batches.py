@@ -23,6 +23,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 from benchmarks.small_model.architecture import BOS, IMAGE, build_tokenizer, prompt_ids
 from benchmarks.small_model.questions import ask
 from benchmarks.small_model.scenes import TILE, Scene, draw_scene
+from benchmarks.small_model.variants import COARSE, Variant
 
 MAX_TILES = 4
 FULL_LAYOUTS = ((2, 2), (1, 4), (4, 1))
@@ -31,31 +32,31 @@ QUESTIONS = ("colour", "colour", "colour", "count", "count", "total", "find", "l
 """Question types asked about every training scene."""
 
 
-def image_tiles(image: Image.Image) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+def image_tiles(image: Image.Image, tile: int = TILE) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
     """The image processor's work for one RGB picture.
 
     Returns:
-        Normalized tiles (4, 3, 40, 40), the (rows, columns) of tiles, and the picture's (height, width) on its canvas.
+        Normalized tiles (4, 3, tile, tile), the (rows, columns) of tiles, and the picture's (height, width) on its canvas.
     """
-    canvas_h, canvas_w = get_optimal_tiled_canvas(image.height, image.width, MAX_TILES, TILE)
-    height, width = get_image_size_fit_to_canvas(image.height, image.width, canvas_h, canvas_w, TILE)
+    canvas_h, canvas_w = get_optimal_tiled_canvas(image.height, image.width, MAX_TILES, tile)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, canvas_h, canvas_w, tile)
     if (width, height) != image.size:
         image = image.resize((int(width), int(height)), Image.Resampling.BILINEAR)
     canvas = np.zeros((canvas_h, canvas_w, 3), dtype=np.float32)
     canvas[:height, :width] = np.asarray(image)
-    rows, columns = canvas_h // TILE, canvas_w // TILE
-    tiles = (canvas / 127.5 - 1).reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 4, 1, 3)
-    padded = np.zeros((MAX_TILES, 3, TILE, TILE), dtype=np.float32)
-    padded[: rows * columns] = tiles.reshape(rows * columns, 3, TILE, TILE)
+    rows, columns = canvas_h // tile, canvas_w // tile
+    tiles = (canvas / 127.5 - 1).reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3)
+    padded = np.zeros((MAX_TILES, 3, tile, tile), dtype=np.float32)
+    padded[: rows * columns] = tiles.reshape(rows * columns, 3, tile, tile)
     return padded, (int(rows), int(columns)), (int(height), int(width))
 
 
-def image_inputs(images: list[Image.Image]) -> dict[str, torch.Tensor]:
+def image_inputs(images: list[Image.Image], tile: int = TILE) -> dict[str, torch.Tensor]:
     """``pixel_values``, ``aspect_ratio_ids`` and ``aspect_ratio_mask`` of one picture a sample."""
     ratios = get_all_supported_aspect_ratios(MAX_TILES)
     pixels, ids, masks = [], [], []
     for image in images:
-        tiles, layout, _ = image_tiles(image)
+        tiles, layout, _ = image_tiles(image, tile)
         pixels.append(tiles)
         ids.append(ratios.index(layout) + 1)
         masks.append([int(n < layout[0] * layout[1]) for n in range(MAX_TILES)])
@@ -66,18 +67,18 @@ def image_inputs(images: list[Image.Image]) -> dict[str, torch.Tensor]:
     }
 
 
-def patch_labels(scene: Scene, patch: int = 5) -> np.ndarray:
+def patch_labels(scene: Scene, variant: Variant = COARSE) -> np.ndarray:
     """What every patch shows, (4, patches a tile): 0 for no digit, 1 + value where its centre lies in a digit's box."""
-    _, (rows, columns), (height, width) = image_tiles(scene.image)
+    _, (rows, columns), (height, width) = image_tiles(scene.image, variant.tile)
     sy, sx = height / scene.image.height, width / scene.image.width
-    ys = (np.arange(rows * TILE // patch) + 0.5) * patch
-    xs = (np.arange(columns * TILE // patch) + 0.5) * patch
+    side, patch = variant.tile // variant.patch, variant.patch
+    ys = (np.arange(rows * side) + 0.5) * patch
+    xs = (np.arange(columns * side) + 0.5) * patch
     grid = np.zeros((len(ys), len(xs)), dtype=np.int64)
     for digit in scene.digits:
         left, top, right, bottom = digit.box
         inside = ((ys > top * sy) & (ys < bottom * sy))[:, None] & ((xs > left * sx) & (xs < right * sx))[None]
         grid[inside] = digit.value + 1
-    side = TILE // patch
     labels = np.zeros((MAX_TILES, side * side), dtype=np.int64)
     tiles = grid.reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
     labels[: rows * columns] = tiles.reshape(rows * columns, side * side)
@@ -116,9 +117,9 @@ def pack(tokenizer: PreTrainedTokenizerFast, rows: list[list[tuple[str, str]]]) 
 class SceneBatches(Dataset[dict[str, Any]]):
     """Batch number ``n`` of a run: the same for the same seed, stage and size."""
 
-    def __init__(self, seed: int, size: int, length: int, *, texts: bool) -> None:
+    def __init__(self, seed: int, size: int, length: int, *, texts: bool, variant: Variant = COARSE) -> None:
         """``texts`` adds the packed questions; without them batches hold the patch labels only."""
-        self.seed, self.size, self.length, self.texts = seed, size, length, texts
+        self.seed, self.size, self.length, self.texts, self.variant = seed, size, length, texts, variant
         self.tokenizer = build_tokenizer()
 
     def __len__(self) -> int:
@@ -127,12 +128,15 @@ class SceneBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         stage = (self.seed * 2 + int(self.texts)) * 10_000_000
         seeds = range(stage + number * self.size, stage + (number + 1) * self.size)
+        scale = self.variant.scale
         if self.texts:
-            scenes = [draw_scene(seed, held_out=False) for seed in seeds]
+            scenes = [draw_scene(seed, held_out=False, scale=scale) for seed in seeds]
         else:  # the tower learns digits: every tile is real and as many digits as possible are shown
-            scenes = [draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8) for seed in seeds]
-        batch: dict[str, Any] = image_inputs([scene.image for scene in scenes])
-        batch["patch_labels"] = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+            scenes = [
+                draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8, scale=scale) for seed in seeds
+            ]
+        batch: dict[str, Any] = image_inputs([scene.image for scene in scenes], self.variant.tile)
+        batch["patch_labels"] = torch.from_numpy(np.stack([patch_labels(scene, self.variant) for scene in scenes]))
         if self.texts:
             rng = np.random.default_rng([stage, number])
             pairs = [[ask(scene, kind, rng, vary=True) for kind in QUESTIONS] for scene in scenes]

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 TILE = 40
+"""Side of a tile in pixels at scale 1."""
 TRAIN_DIGITS = 1400
 """Digits before this index are for training, the rest for evaluation only."""
 
@@ -40,7 +41,7 @@ MAX_DIGITS = {1: 4, 2: 6, 3: 8, 4: 8}
 """Most digits in a scene, by its number of tiles."""
 
 SMALLEST, LARGEST = 10.0, 16.0
-"""Side of a digit's box in pixels."""
+"""Side of a digit's box in pixels at scale 1."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def draw_scene(
     layout: tuple[int, int] | None = None,
     count: int | None = None,
     upscale: float = 1.0,
+    scale: int = 1,
 ) -> Scene:
     """Draw one scene.
 
@@ -92,6 +94,7 @@ def draw_scene(
         layout: (rows, columns) of tiles; drawn from the seed if None.
         count: number of digits; drawn from the seed if None.
         upscale: enlarge the finished picture by this factor.
+        scale: draw everything at this many times the resolution: the same scene, with finer strokes and noise.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout}")
@@ -99,10 +102,10 @@ def draw_scene(
     rng = np.random.default_rng([int(held_out), seed])
     drawn = LAYOUTS[rng.integers(len(LAYOUTS))]
     rows, columns = layout = layout or drawn
-    height, width = rows * TILE, columns * TILE
+    height, width = rows * TILE * scale, columns * TILE * scale
     if augment and rng.random() < 0.2:  # pictures that don't fill their tiles
-        height -= int(rng.integers(0, 13)) if rows > 1 else 0
-        width -= int(rng.integers(0, 13)) if columns > 1 else 0
+        height -= int(rng.integers(0, 13)) * scale if rows > 1 else 0
+        width -= int(rng.integers(0, 13)) * scale if columns > 1 else 0
 
     most = MAX_DIGITS[rows * columns]
     if count is None:
@@ -111,9 +114,9 @@ def draw_scene(
         raise ValueError(f"count must be 1 to {most} on {rows * columns} tiles, got {count}")
 
     canvas = _background(rng, height, width)
-    _clutter(rng, canvas)
+    _clutter(rng, canvas, scale)
     images, values = digit_pool(held_out)
-    boxes = _places(rng, height, width, count)
+    boxes = _places(rng, height, width, count, scale)
     names = list(COLOURS)
     digits = []
     for box, colour in zip(boxes, rng.permutation(len(names)), strict=False):
@@ -147,12 +150,12 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return (top * (1 - down) + bottom * down).astype(np.float32)
 
 
-def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+def _clutter(rng: np.random.Generator, canvas: np.ndarray, scale: int) -> None:
     """Dim strokes and dots under the digits, about three a tile."""
     height, width, _ = canvas.shape
-    for _ in range(rng.poisson(3 * height * width / TILE**2)):
+    for _ in range(rng.poisson(3 * height * width / (TILE * scale) ** 2)):
         dim = rng.uniform(50, 110) + rng.uniform(-15, 15, 3)
-        length = rng.uniform(0, 11)
+        length = rng.uniform(0, 11) * scale
         angle = rng.uniform(0, np.pi)
         steps = np.linspace(0, length, int(length) + 2)
         ys = np.clip(rng.uniform(0, height) + steps * np.sin(angle), 0, height - 1).astype(int)
@@ -160,18 +163,21 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
         canvas[ys, xs] = 0.4 * canvas[ys, xs] + 0.6 * dim
 
 
-def _places(rng: np.random.Generator, height: int, width: int, count: int) -> list[tuple[float, float, float, float]]:
+def _places(
+    rng: np.random.Generator, height: int, width: int, count: int, scale: int
+) -> list[tuple[float, float, float, float]]:
     """Boxes that don't overlap. Five of six are kept inside one tile, the others may cross tile borders."""
-    largest = min(LARGEST, np.sqrt(0.42 * height * width / count))
+    tile, smallest = TILE * scale, SMALLEST * scale
+    largest = min(LARGEST * scale, np.sqrt(0.42 * height * width / count))
     while True:
         boxes: list[tuple[float, float, float, float]] = []
         for _ in range(count):
             inside = rng.random() < 5 / 6
             for _ in range(60):
-                side = rng.uniform(SMALLEST, max(largest, SMALLEST))
+                side = rng.uniform(smallest, max(largest, smallest))
                 left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
                 box = (left, top, left + side, top + side)
-                crosses = left // TILE != (box[2] - 1) // TILE or top // TILE != (box[3] - 1) // TILE
+                crosses = left // tile != (box[2] - scale) // tile or top // tile != (box[3] - scale) // tile
                 if inside and crosses:
                     continue
                 if all(box[2] <= b[0] or b[2] <= box[0] or box[3] <= b[1] or b[3] <= box[1] for b in boxes):
@@ -179,7 +185,7 @@ def _places(rng: np.random.Generator, height: int, width: int, count: int) -> li
                     break
         if len(boxes) == count:
             return boxes
-        largest = max(SMALLEST, largest * 0.95)
+        largest = max(smallest, largest * 0.95)
 
 
 def _paint(

@@ -1,123 +1,46 @@
-"""Train the small Mllama from a seed: ``python -m benchmarks.small_model.train --out DIR``.
+"""Train a variant of the small Mllama: ``python -m benchmarks.small_model.train --recipe fine --out DIR``.
 
-Stage 1 trains the vision tower with a linear head that names the digit under every patch; stage 2 trains the whole
-model on questions, with the loss on answer tokens (and, lightly, still on the patches). Written every two minutes: the
-moving average of the weights, as a complete checkpoint that ``from_pretrained`` loads.
+The tower stage trains the vision tower with a linear head that names the digit under every patch; the questions stage trains the
+whole model on questions, with the loss on answer tokens (and, lightly, still on the patches). Every few minutes two things are
+written: ``DIR/checkpoint``, the moving average of the weights, which ``from_pretrained`` loads, and ``DIR/state``, with which the
+same command goes on where it was, to the same weights as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
-import os
-import shutil
+import json
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import MllamaForConditionalGeneration
 
 from benchmarks.common.results import write_json
+from benchmarks.small_model.apart import tiles_apart
 from benchmarks.small_model.architecture import build_config, build_model, build_processor
 from benchmarks.small_model.batches import SceneBatches
+from benchmarks.small_model.losses import answer_loss, cross_attention_inputs, packed_logits, patch_loss
+from benchmarks.small_model.recipes import RECIPES, Recipe, Stage
+from benchmarks.small_model.state import (
+    Progress,
+    load_moments,
+    load_progress,
+    load_weights,
+    replaced,
+    save_state,
+)
+from benchmarks.small_model.warm import warm_start
 
-SAVE_EVERY_S = 120
-
-
-def cross_attention_inputs(
-    model: MllamaForConditionalGeneration, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the vision tower: its features (B, 4, 65, 288) and the projected states (B, 260, 128)."""
-    inputs = {key: batch[key] for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    features = model.model.vision_model(**inputs).last_hidden_state[:, 0]
-    states = model.model.multi_modal_projector(features)
-    return features, states.flatten(1, 2)
-
-
-def packed_logits(
-    model: MllamaForConditionalGeneration, states: torch.Tensor, texts: dict[str, torch.Tensor], tiles: torch.Tensor
-) -> torch.Tensor:
-    """Logits (B, T, vocabulary) of packed rows; segments don't see each other. ``tiles`` is the mask (B, 1, 4)."""
-    segments, visible = texts["segments"], texts["visible"]
-    lowest = torch.finfo(states.dtype).min
-    length = segments.shape[1]
-    allowed = (segments[:, :, None] == segments[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    causal = torch.zeros(allowed.shape).masked_fill_(~allowed, lowest)[:, None]
-    patches = states.shape[1] // tiles.shape[-1]
-    # A blind row's mask is zero everywhere and its output is masked out, as the model does it.
-    hidden = (1.0 - tiles[:, 0].repeat_interleave(patches, dim=1).to(states.dtype)) * lowest
-    cross = hidden[:, None, None, :] * visible[:, None, :, None]
-    output = model.model.language_model(
-        input_ids=texts["input_ids"],
-        position_ids=texts["position_ids"],
-        attention_mask=causal,
-        cross_attention_states=states,
-        cross_attention_mask=cross,
-        full_text_row_masked_out_mask=visible[:, None, :, None].to(states.dtype),
-        use_cache=False,
-    )
-    return model.lm_head(output.last_hidden_state)
-
-
-def patch_loss(head: nn.Module, features: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Loss of naming the digit under every patch of the real tiles, and the accuracy on patches that show one."""
-    real = batch["aspect_ratio_mask"][:, 0].bool()
-    labels = batch["patch_labels"][real].flatten()
-    logits = head(features[:, :, 1:][real]).flatten(0, 1)
-    weight = torch.ones(logits.shape[-1])
-    weight[0] = 0.3
-    shown = labels > 0
-    accuracy = (logits.argmax(-1) == labels)[shown].float().mean().item()
-    return F.cross_entropy(logits, labels, weight=weight), accuracy
-
-
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Loss on the answers' tokens, and the share of those tokens that are right."""
-    answered = labels != -100
-    chosen, wanted = logits[answered], labels[answered]
-    return F.cross_entropy(chosen, wanted), (chosen.argmax(-1) == wanted).float().mean().item()
-
-
-def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path, record: dict[str, Any]) -> None:
-    """Write model, processor and record into ``folder``, replacing it only when everything is written."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    build_processor().save_pretrained(fresh)
-    write_json(fresh / "training.json", record)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class Budget:
-    """Progress of a stage, 0 to 1, by steps and, if given, by minutes, whichever is further."""
-
-    def __init__(self, steps: int, minutes: float | None) -> None:
-        self.steps, self.minutes, self.begin = steps, minutes, time.monotonic()
-
-    def elapsed(self) -> float:
-        """Minutes since the stage began."""
-        return (time.monotonic() - self.begin) / 60
-
-    def progress(self, step: int) -> float:
-        """How much of the stage is done."""
-        return min(1.0, max(step / self.steps, self.elapsed() / self.minutes if self.minutes else 0.0))
-
-
-def rate(progress: float, step: int, peak: float, warmup: int = 150, decay_from: float = 0.6) -> float:
-    """Learning rate: linear warm-up, constant, then a cosine to a hundredth over the last part of the stage."""
-    down = max(0.0, (progress - decay_from) / (1 - decay_from))
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * down)))
+CURVE_EVERY = 20
+"""Steps between two points of the learning curve."""
 
 
 def optimizer_for(modules: list[nn.Module]) -> torch.optim.AdamW:
@@ -137,95 +60,160 @@ def average(target: nn.Module, source: nn.Module, step: int) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - keep)
 
 
-def run_stage(
-    name: str,
-    model: MllamaForConditionalGeneration,
-    head: nn.Module,
-    averaged: MllamaForConditionalGeneration,
-    args: argparse.Namespace,
-    budget: Budget,
-    record: dict[str, Any],
-) -> None:
-    """Train one stage ("tower" or "questions") until its budget is spent."""
-    texts = name == "questions"
-    data = SceneBatches(args.seed, args.batch, budget.steps, texts=texts)
-    batches = DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=8)
-    trained = [model, head] if texts else [model.model.vision_model, head]
-    optimizer = optimizer_for(trained)
-    peak = args.rate if texts else args.tower_rate
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    saved, smooth = time.monotonic(), {"loss": math.nan, "words": math.nan, "patches": math.nan}
-    step = 0
-    with Progress(*columns, refresh_per_second=1) as bar:
-        task = bar.add_task(name, total=budget.steps, state="")
-        for step, batch in enumerate(batches):
-            progress = budget.progress(step)
-            if progress >= 1.0:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = rate(progress, step, peak, decay_from=args.decay_from if texts else 0.7)
-            features, states = cross_attention_inputs(model, batch)
-            loss, patches = patch_loss(head, features, batch)
+class Run:
+    """A training run: its model, the average of its weights, and where it is."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        """Begin a run, or go on with the one in ``out``."""
+        self.recipe, self.out = recipe, out
+        self.processor = build_processor(recipe.variant)
+        self.model = build_model(build_config(self.processor.tokenizer, recipe.variant), recipe.seed).train()
+        self.head = nn.Linear(self.model.config.vision_config.vision_output_dim, 11)
+        progress = load_progress(out / "state")
+        if recipe.warm and progress is None:
+            from trim_plugin.embedded import load_small_model
+
+            warm_start(self.model, load_small_model()[0])
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.modules = {"model": self.model, "head": self.head, "averaged": self.averaged}
+        self.resumed = progress is not None
+        self.progress = progress or Progress()
+        if self.resumed:
+            load_weights(out / "state", self.modules)
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages that are left, the one that the run is in first."""
+        while self.progress.stage < len(self.recipe.stages):
+            yield self.recipe.stages[self.progress.stage]
+            now = self.progress
+            self.progress = Progress(stage=now.stage + 1, stages=now.stages, curve=now.curve)
+
+    def trained(self, stage: Stage) -> list[nn.Module]:
+        """The modules that a stage trains."""
+        return [self.model, self.head] if stage.texts else [self.model.model.vision_model, self.head]
+
+    def loss(self, stage: Stage, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """A batch's loss, and the shares of patches and words that are right."""
+        cells = tiles_apart(self.model.model.vision_model) if stage.apart else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
+            with cells:
+                features, states = cross_attention_inputs(self.model, batch)
+            loss, patches = patch_loss(self.head, features, batch)
             seen = {"patches": patches}
-            if texts:
-                logits = packed_logits(model, states, batch["texts"], batch["aspect_ratio_mask"])
+            if stage.texts:
+                logits = packed_logits(self.model, states, batch["texts"], batch["aspect_ratio_mask"])
                 words_loss, seen["words"] = answer_loss(logits, batch["texts"]["labels"])
-                loss = words_loss + args.patch_weight * loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for module in trained for p in module.parameters()], 1.0)
-            optimizer.step()
-            average(averaged, model, step)
-            seen["loss"] = loss.item()
-            for key, value in seen.items():
-                smooth[key] = value if math.isnan(smooth[key]) else 0.97 * smooth[key] + 0.03 * value
-            state = " ".join(f"{key} {value:.3f}" for key, value in smooth.items() if not math.isnan(value))
-            bar.update(task, completed=step + 1, state=state)
-            if args.log_every and step % args.log_every == 0:
-                print(f"{name} {step} {budget.elapsed():.1f} min {state}", flush=True)
-            if texts and time.monotonic() - saved > SAVE_EVERY_S:
-                saved = time.monotonic()
-                record["stages"][name] = {"steps": step + 1, "minutes": round(budget.elapsed(), 1), **_rounded(smooth)}
-                save_checkpoint(averaged, args.out, record)
-    record["stages"][name] = {"steps": step, "minutes": round(budget.elapsed(), 1), **_rounded(smooth)}
+                loss = words_loss + self.recipe.patch_weight * loss
+        return loss, seen | {"loss": loss.item()}
+
+    def note(self, stage: Stage, seen: dict[str, float], seconds: float) -> None:
+        """Count a step: running means, the learning curve, and whether a plateau is reached."""
+        now = self.progress
+        now.step += 1
+        now.seconds += seconds
+        for key, value in seen.items():
+            now.smooth[key] = 0.97 * now.smooth.get(key, value) + 0.03 * value
+        rounded = {key: round(value, 4) for key, value in now.smooth.items()}
+        now.stages[stage.name] = {"steps": now.step, "minutes": round(now.seconds / 60, 1), **rounded}
+        if now.step % CURVE_EVERY == 0:
+            now.curve.append({"stage": stage.name, **now.stages[stage.name]})
+        if not stage.window or now.plateau is not None:
+            return
+        total, *before = now.window or [0.0]
+        total += seen["words" if stage.texts else "patches"]
+        if now.step % stage.window == 0:
+            mean = total / stage.window
+            if before and mean < before[0] + stage.gain:
+                now.plateau = now.step
+            total, before = 0.0, [mean]
+        now.window = [total, *before]
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state and, as a complete checkpoint, the averaged weights with the record of the training."""
+        save_state(self.out / "state", self.modules, optimizer, self.progress)
+        save_checkpoint(self.averaged, self.processor, self.out / "checkpoint", self.record())
+
+    def record(self) -> dict[str, Any]:
+        """What ``training.json`` holds: the recipe and every stage's steps, minutes and running means."""
+        return {"seed": self.recipe.seed, "recipe": asdict(self.recipe), "stages": self.progress.stages}
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in values.items() if not math.isnan(value)}
+def save_checkpoint(
+    model: MllamaForConditionalGeneration, processor: Any, folder: Path, record: dict[str, Any]
+) -> None:
+    """Write model, processor and record into ``folder``, replacing it only when everything is written."""
+    with replaced(folder) as fresh:
+        model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        write_json(fresh / "training.json", record)
+
+
+def last_step(stage: Stage, progress: Progress) -> int:
+    """The step at which a stage ends: its most steps, or as soon as the decay that follows a plateau is over."""
+    return stage.steps if progress.plateau is None else min(stage.steps, progress.plateau + stage.decay)
+
+
+def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_every: int) -> float:
+    """Train the stage that the run is in until it is over or ``limit`` steps are done; returns how many are left of them."""
+    data = SceneBatches(run.recipe.seed, run.recipe.batch, stage.steps, texts=stage.texts, variant=run.recipe.variant)
+    left = range(run.progress.step, stage.steps)
+    batches = iter(DataLoader(data, batch_size=None, sampler=left, num_workers=1, prefetch_factor=8))
+    parameters = [p for module in run.trained(stage) for p in module.parameters()]
+    optimizer = optimizer_for(run.trained(stage))
+    if run.progress.step:
+        load_moments(run.out / "state", optimizer)
+    saved = time.monotonic()
+    while limit > 0 and run.progress.step < last_step(stage, run.progress):
+        begin, step = time.monotonic(), run.progress.step
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate * stage.factor(step, last_step(stage, run.progress) - stage.decay)
+        loss, seen = run.loss(stage, next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average(run.averaged, run.model, step)
+        run.note(stage, seen, time.monotonic() - begin)
+        limit -= 1
+        if log_every and step % log_every == 0:
+            print(stage.name, json.dumps(run.progress.stages[stage.name]), flush=True)
+        if time.monotonic() - saved > save_every_s:
+            run.save(optimizer)
+            saved = time.monotonic()
+    run.save(optimizer)
+    return limit
+
+
+def train(
+    recipe: Recipe, out: Path, *, limit: float = float("inf"), save_every_s: float = 300, log_every: int = 0
+) -> Run:
+    """Train by a recipe, or go on with the run that ``out`` holds; ``limit`` stops it after so many steps."""
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(recipe, out)
+    for stage in run.stages():
+        limit = run_stage(run, stage, limit, save_every_s, log_every)
+        if run.progress.step < last_step(stage, run.progress):
+            break
+    return run
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the small Mllama on scenes of handwritten digits.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=24, help="scenes a step")
-    parser.add_argument("--tower-steps", type=int, default=2500)
-    parser.add_argument("--tower-minutes", type=float, help="stop stage 1 after this time, whatever its step")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--minutes", type=float, help="stop stage 2 after this time, whatever its step")
-    parser.add_argument("--tower-rate", type=float, default=1.5e-3)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--decay-from", type=float, default=0.6, help="share of stage 2 after which the rate falls")
-    parser.add_argument("--patch-weight", type=float, default=0.3, help="weight of the patch loss in stage 2")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="coarse")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of checkpoint and state; goes on with what it holds"
+    )
+    parser.add_argument("--steps", nargs="*", default=[], metavar="STAGE=STEPS", help="other most steps of a stage")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-every", type=float, default=5, help="minutes between two writes")
     parser.add_argument("--log-every", type=int, default=0, help="print a line every so many steps")
     args = parser.parse_args(arguments)
-
     torch.set_num_threads(args.threads)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
-    model = build_model(build_config(processor.tokenizer), args.seed).train()
-    head = nn.Linear(model.config.vision_config.vision_output_dim, 11)
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    options = {key: value for key, value in vars(args).items() if key not in ("out", "log_every", "threads")}
-    record: dict[str, Any] = {"seed": args.seed, "options": options, "stages": {}}
-    run_stage("tower", model, head, averaged, args, Budget(args.tower_steps, args.tower_minutes), record)
-    run_stage("questions", model, head, averaged, args, Budget(args.steps, args.minutes), record)
-    save_checkpoint(averaged, args.out, record)
+    steps = {name: int(count) for name, count in (entry.split("=") for entry in args.steps)}
+    train(
+        RECIPES[args.recipe].with_steps(steps), args.out, save_every_s=60 * args.save_every, log_every=args.log_every
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

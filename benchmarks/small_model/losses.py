@@ -1,0 +1,64 @@
+"""What training computes: the vision tower, packed questions, and the losses on both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import MllamaForConditionalGeneration
+
+
+def cross_attention_inputs(
+    model: MllamaForConditionalGeneration, batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the vision tower: its features (B, 4, patches, 288) and the projected states (B, 4 · patches, 128)."""
+    inputs = {key: batch[key] for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    features = model.model.vision_model(**inputs).last_hidden_state[:, 0]
+    states = model.model.multi_modal_projector(features)
+    return features, states.flatten(1, 2)
+
+
+def packed_logits(
+    model: MllamaForConditionalGeneration, states: torch.Tensor, texts: dict[str, torch.Tensor], tiles: torch.Tensor
+) -> torch.Tensor:
+    """Logits (B, T, vocabulary) of packed rows; segments don't see each other. ``tiles`` is the mask (B, 1, 4)."""
+    segments, visible = texts["segments"], texts["visible"]
+    lowest = torch.finfo(states.dtype).min
+    length = segments.shape[1]
+    allowed = (segments[:, :, None] == segments[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.zeros(allowed.shape).masked_fill_(~allowed, lowest)[:, None]
+    patches = states.shape[1] // tiles.shape[-1]
+    # A blind row's mask is zero everywhere and its output is masked out, as the model does it.
+    hidden = (1.0 - tiles[:, 0].repeat_interleave(patches, dim=1).to(states.dtype)) * lowest
+    cross = hidden[:, None, None, :] * visible[:, None, :, None]
+    output = model.model.language_model(
+        input_ids=texts["input_ids"],
+        position_ids=texts["position_ids"],
+        attention_mask=causal,
+        cross_attention_states=states,
+        cross_attention_mask=cross,
+        full_text_row_masked_out_mask=visible[:, None, :, None].to(states.dtype),
+        use_cache=False,
+    )
+    return model.lm_head(output.last_hidden_state)
+
+
+def patch_loss(head: nn.Module, features: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Loss of naming the digit under every patch of the real tiles, and the accuracy on patches that show one."""
+    real = batch["aspect_ratio_mask"][:, 0].bool()
+    labels = batch["patch_labels"][real].flatten()
+    logits = head(features[:, :, 1:][real]).flatten(0, 1)
+    weight = torch.ones(logits.shape[-1])
+    weight[0] = 0.3
+    shown = labels > 0
+    accuracy = (logits.argmax(-1) == labels)[shown].float().mean().item()
+    return F.cross_entropy(logits, labels, weight=weight), accuracy
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Loss on the answers' tokens, and the share of those tokens that are right."""
+    answered = labels != -100
+    chosen, wanted = logits[answered], labels[answered]
+    return F.cross_entropy(chosen, wanted), (chosen.argmax(-1) == wanted).float().mean().item()

@@ -1,0 +1,80 @@
+"""How each variant is trained: its stages, their steps and learning rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from benchmarks.small_model.variants import COARSE, FINE, Variant
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training with one loss and one learning-rate schedule. All lengths are steps, so that a run can be repeated."""
+
+    name: str
+    steps: int
+    """Most steps."""
+    rate: float
+    """Peak learning rate: reached after ``warmup`` steps, kept, then a cosine to a hundredth over the last ``decay`` steps."""
+    decay: int
+    warmup: int = 150
+    texts: bool = False
+    """Train the whole model on questions; without it the vision tower alone, on the digit under every patch."""
+    apart: bool = False
+    """Tiles read only themselves: see ``apart.py``."""
+    bfloat16: bool = False
+    """Run the forward pass under bfloat16 autocast."""
+    window: int = 0
+    """Steps over which the share of right answers is averaged to see a plateau; 0: the stage runs for all its steps."""
+    gain: float = 0.01
+    """The least gain from one window to the next. Less is a plateau: the decay begins."""
+
+    def factor(self, step: int, decay_from: int) -> float:
+        """The learning rate at a step as a share of the peak, if the decay begins at step ``decay_from``."""
+        down = min(1.0, max(0.0, (step - decay_from) / self.decay))
+        return min(1.0, (step + 1) / self.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * down)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training run depends on, its seed included."""
+
+    variant: Variant
+    stages: tuple[Stage, ...]
+    batch: int
+    """Scenes a step."""
+    seed: int = 0
+    patch_weight: float = 0.3
+    """Weight of the patch loss beside the answers' loss."""
+    warm: bool = False
+    """Begin with the shipped model's weights: see ``warm.py``."""
+
+    def with_steps(self, steps: dict[str, int]) -> Recipe:
+        """The same with other most steps of some stages, by name; a decay longer than its stage is cut."""
+        unknown = set(steps) - {stage.name for stage in self.stages}
+        if unknown:
+            raise ValueError(f"no such stages: {sorted(unknown)}; there are {[stage.name for stage in self.stages]}")
+        changed = (replace(stage, steps=steps.get(stage.name, stage.steps)) for stage in self.stages)
+        return replace(self, stages=tuple(replace(stage, decay=min(stage.decay, stage.steps)) for stage in changed))
+
+
+RECIPES = {
+    "coarse": Recipe(
+        COARSE,
+        (
+            Stage("tower", 1274, 1.5e-3, decay=382),
+            Stage("questions", 1928, 1e-3, decay=771, texts=True),
+        ),
+        batch=24,
+    ),
+    "fine": Recipe(
+        FINE,
+        (
+            Stage("tower", 800, 1.5e-3, decay=100, warmup=50, apart=True, bfloat16=True, window=150),
+            Stage("questions", 12000, 1e-3, decay=600, warmup=50, texts=True, window=800, gain=0.004),
+        ),
+        batch=8,
+        warm=True,
+    ),
+}
