@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import trim_plugin
+from trim_plugin.embedded import examples
 
 from .random_models import random_model
 
@@ -37,3 +39,16 @@ def _threads():
 def model():
     """A tiny random Mllama with sdpa attention."""
     return random_model()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two held-out pictures with questions."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for example in examples()[:2]:
+        (folder / example.picture.name).write_bytes(example.picture.read_bytes())
+        lines.append({"picture": example.picture.name, "question": example.question, "answer": example.answer})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

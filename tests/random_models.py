@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from trim_plugin import TrimmedCache
+
 TILES = 4
 ASPECT_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 TILE_COUNTS = [rows * columns for rows, columns in ASPECT_RATIOS]
@@ -161,6 +163,21 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], new: int = 8, **settin
 def trimmed(model: Any, inputs: dict[str, torch.Tensor], config: Any, new: int = 8, **settings: Any) -> Any:
     """`generate` with a trimmed cache of this configuration."""
     return generate(model, inputs, new, cache_implementation="trimmed", cache_config=config, **settings)
+
+
+#: Two samples of unequal pictures and texts.
+PAIR = [Sample((1, (6,), 6)), Sample((2, (1,), 3))]
+
+
+def prefilled(
+    model: Any, samples: list[Sample], ratio: float = 0.2, **settings: Any
+) -> tuple[dict[str, torch.Tensor], TrimmedCache]:
+    """Inputs, and a trimmed cache that a plain forward has filled with them."""
+    inputs = random_inputs(model, samples)
+    cache = TrimmedCache(model, {"top_k_ratio": ratio, **settings})
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    return inputs, cache
 
 
 def largest_difference(first: Any, second: Any) -> float:

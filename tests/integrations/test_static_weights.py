@@ -8,8 +8,8 @@ from transformers import MllamaForConditionalGeneration
 
 from trim_plugin import compat
 
+from ..cache.test_static import graph_counter
 from ..random_models import Sample, largest_difference, random_inputs, trimmed
-from ..test_static import graph_counter
 
 SETTINGS = {"top_k_ratio": 0.25, "static": True, "static_bucket": 32, "max_cache_len": 64}
 PICTURES = [[Sample((1, (6,), 6))], [Sample((2, (1,), 4))]]

@@ -21,7 +21,7 @@ def visual_token_scores(
 
     Works in blocks of text rows and heads. q·k is computed in the model's dtype as eager attention does, the softmax in
     float32. No tensor of shape (heads, rows, tokens) and no repeated or up-cast copy of all keys exists; scratch beyond the
-    result stays under 64 MiB (tests/test_scoring.py measures it for 4,096 rows, 32 heads and 51,232 tokens).
+    result stays under 64 MiB (tests/attention/test_scoring.py measures it for 4,096 rows, 32 heads and 51,232 tokens).
 
     Cost against an 11B prefill: q·k of one layer is 2·H·T·N·d operations and the sum over rows 2·H·T·N, together
     2·4096·T·N·(1 + 1/128). The prefill's cross-attention alone does q·k and attention·v in 8 layers, 16 times that for an

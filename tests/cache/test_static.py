@@ -13,8 +13,8 @@ from transformers import CompileConfig
 
 from trim_plugin import TrimConfig, TrimmedCache, compat
 
-from .exactness.strategies import mixed_batches, model_settings
-from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+from ..exactness.strategies import mixed_batches, model_settings
+from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
 #: Formats of `kv_quantization` that this installation has.
 FORMATS = ("int8", "nf4") if importlib.util.find_spec("bitsandbytes") is not None else ()

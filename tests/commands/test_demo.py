@@ -1,12 +1,11 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from trim_plugin.cli import main
-from trim_plugin.embedded import SMALL_MODEL, examples
+from trim_plugin.embedded import examples
 
 
 def test_demo_needs_no_argument(tmp_path):
@@ -92,9 +91,3 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, llama_folder,
         lines = [line for line in error.strip().splitlines() if "it/s" not in line]
         assert len(lines) == 1, error
         assert "Traceback" not in error
-
-
-def test_the_shipped_model_is_small_and_safe():
-    files = list(Path(SMALL_MODEL).iterdir())
-    assert sum(path.stat().st_size for path in files) < 10 * 2**20
-    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}

@@ -6,8 +6,8 @@ import trim_plugin
 from trim_plugin.pictures.visualize import ScoreRecorder, TileMap, visualize
 from trim_plugin.rules.processors import TopKPerHead
 
-from .random_models import Sample, random_inputs
-from .reference_rule import first_cross_attention_map, kept_by_rule
+from ..random_models import Sample, random_inputs
+from ..reference_rule import first_cross_attention_map, kept_by_rule
 
 
 def test_tile_maps_lay_tokens_out_as_the_picture():

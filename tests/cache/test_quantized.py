@@ -14,7 +14,7 @@ from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens, require_bitsandbytes
 
-from .random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
 FORMATS = ("int8", "nf4")
 needs_fp8 = pytest.mark.skipif(

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -10,16 +9,10 @@ from transformers.generation.utils import GenerationMixin
 
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
-from trim_plugin.forward.hooks import after_layer, attach, before_layer
 
-from .random_models import Sample, generate, random_inputs, trimmed
+from ..random_models import Sample, generate, random_inputs, trimmed
 
 ONE = [Sample((1, (6,), 6))]
-
-
-def hooks_of(model):
-    layers = model.model.language_model.layers
-    return [hook for layer in layers for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())]
 
 
 def test_importing_alone_registers():
@@ -70,18 +63,6 @@ def test_bad_settings_are_refused_before_any_forward(model):
     assert not runs
 
 
-def test_hooks_are_attached_once_and_detached_wholly(model):
-    own = lambda *_: None  # noqa: E731
-    model.model.language_model.layers[1].register_forward_pre_hook(own)
-    attach(model)
-    attach(model)
-    assert hooks_of(model) == [own, before_layer, after_layer, before_layer, after_layer]
-    trim_plugin.detach(model)
-    assert hooks_of(model) == [own]
-    assert not any(layer._forward_hooks_with_kwargs for layer in model.model.language_model.layers)
-    trim_plugin.detach(model)
-
-
 def test_use_cache_false_is_stock(model):
     inputs = random_inputs(model, ONE)
     output = generate(model, inputs, use_cache=False, cache_implementation="trimmed")
@@ -91,18 +72,3 @@ def test_use_cache_false_is_stock(model):
 def test_both_kinds_of_cache_at_once_is_refused(model):
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         trimmed(model, random_inputs(model, ONE), None, past_key_values=TrimmedCache(model))
-
-
-def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, monkeypatch):
-    from trim_plugin.forward import prefill
-
-    monkeypatch.setattr(prefill, "_warned_without_mask", False)
-    inputs = random_inputs(model, [Sample(((6,), 6))])
-    whole = dict(inputs, cross_attention_mask=torch.ones_like(inputs["cross_attention_mask"]))
-    del inputs["cross_attention_mask"]
-    with pytest.warns(UserWarning, match="without cross_attention_mask"):
-        ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        trimmed(model, inputs, {"top_k_ratio": 1.0})
-    assert torch.equal(ours.sequences, generate(model, whole).sequences)

@@ -7,21 +7,6 @@ import pytest
 from PIL import Image
 
 from trim_plugin.cli import main
-from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, ways_for
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A folder of two held-out pictures with questions."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for example in examples()[:2]:
-        (folder / example.picture.name).write_bytes(example.picture.read_bytes())
-        lines.append({"picture": example.picture.name, "question": example.question, "answer": example.answer})
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def test_compares_stock_and_ratios(data, tmp_path, capsys):
@@ -39,36 +24,6 @@ def test_compares_stock_and_ratios(data, tmp_path, capsys):
     assert (out / "summary.md").read_text().startswith("| cache |")
     shown = capsys.readouterr().out
     assert "0.1, int8" in shown
-
-
-def test_exact_agrees_with_stock(data, tmp_path):
-    model, processor = load_small_model()
-    questions, ways = read_questions(data), ways_for([1.0])
-    log = AnswerLog(tmp_path / "log", {})
-    evaluate(model, processor, questions, ways, log, max_new_tokens=3)
-    stock, exact = summarize(questions, ways, log.answers())
-    assert exact.agreement == exact.overlap == 1.0
-    assert exact.accuracy == stock.accuracy is not None
-
-
-def test_goes_on_after_an_interruption(data, tmp_path):
-    model, processor = load_small_model()
-    questions, ways = read_questions(data), ways_for([0.5])
-
-    def stop(answer):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, processor, questions, ways, AnswerLog(tmp_path, {}), max_new_tokens=2, on_answer=stop)
-    (file,) = tmp_path.glob("answers-*.jsonl")
-    first = file.read_text()
-    file.write_text(first + '{"question": "1", "way": "0.5", "te')  # the power went
-    log, seen = AnswerLog(tmp_path, {}), []
-    assert file.read_text() == first
-    evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=seen.append)
-    assert [(answer.question, answer.way) for answer in seen] == [("1", "0.5"), ("2", "stock"), ("2", "0.5")]
-    assert len(log.answers()) == 4
-    evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=pytest.fail)
 
 
 def test_processes_share_the_questions(data, tmp_path):

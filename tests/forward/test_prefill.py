@@ -1,0 +1,69 @@
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+
+from trim_plugin import TrimmedCache
+
+from ..random_models import PAIR, Sample, generate, prefilled, random_inputs, random_model, trimmed
+from ..reference_rule import kept_by_rule
+
+
+def test_all_cross_layers_hold_the_kept_tokens_and_project_no_more(model):
+    inputs = random_inputs(model, [Sample((1, (6,), 6))])
+    kept = kept_by_rule(model, inputs, 0.1)[0]
+    projected: dict[int, list[int]] = {1: [], 3: []}
+    for index, counts in projected.items():
+        for name in ("k_proj", "v_proj"):
+            module = getattr(model.model.language_model.layers[index].cross_attn, name)
+            module.register_forward_hook(
+                lambda _module, args, _output, counts=counts: counts.append(args[0].shape[:-1].numel())
+            )
+    cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, 4).past_key_values
+    assert cache.kept_indices[0].tolist() == kept
+    assert [cache.layers[index].keys.shape[2] for index in projected] == [len(kept)] * 2
+    assert [cache.layers[index].values.shape[2] for index in projected] == [len(kept)] * 2
+    assert projected == {1: [20, 20], 3: [len(kept)] * 2}
+    assert len(kept) < 20
+
+
+def test_the_pruned_states_exist_once_and_are_gone_after_the_prefill():
+    model = random_model(layers=6, cross_layers=(1, 3, 5))
+    cache = TrimmedCache(model, {"top_k_ratio": 0.1})
+    given, pointers = [], []
+
+    def note(_layer, _args, kwargs):
+        given.append(weakref.ref(kwargs["cross_attention_states"]))
+        pointers.append(kwargs["cross_attention_states"].data_ptr())
+
+    for index in (1, 3, 5):  # after the cache's own hooks, so this sees what the layers get
+        model.model.language_model.layers[index].register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**random_inputs(model, PAIR), past_key_values=cache, use_cache=True)
+    assert pointers[0] != pointers[1] == pointers[2]
+    gc.collect()
+    assert cache.step is None
+    assert all(state() is None for state in given)
+
+
+def test_exact_mode_lays_keys_and_values_out_as_decoding_reads_them(model):
+    _, cache = prefilled(model, [Sample((1, (6,), 6))], 1.0)
+    layers = [cache.layers[index] for index in cache.cross_layers]
+    assert all(layer.keys.is_contiguous() and layer.values.is_contiguous() for layer in layers)
+
+
+def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, monkeypatch):
+    from trim_plugin.forward import prefill
+
+    monkeypatch.setattr(prefill, "_warned_without_mask", False)
+    inputs = random_inputs(model, [Sample(((6,), 6))])
+    whole = dict(inputs, cross_attention_mask=torch.ones_like(inputs["cross_attention_mask"]))
+    del inputs["cross_attention_mask"]
+    with pytest.warns(UserWarning, match="without cross_attention_mask"):
+        ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trimmed(model, inputs, {"top_k_ratio": 1.0})
+    assert torch.equal(ours.sequences, generate(model, whole).sequences)
