@@ -13,6 +13,8 @@ from trim_plugin.attention.masks import add_log_sizes, pack
 from trim_plugin.rules import merging
 from trim_plugin.rules.merging import merge_dropped
 
+from ..random_models import Sample, random_inputs, random_model, trimmed
+
 
 def merged_slowly(states, kept, groups, sizes, features):
     """For every kept token of one sample: (its size, the weighted mean of its members' features)."""
@@ -118,3 +120,22 @@ def test_closed_columns_stay_closed(dtype):
     assert mask.dtype == dtype
     assert mask[..., 1].item() == lowest or mask[..., 1].item() < lowest / 2
     assert mask[..., 0].item() == pytest.approx(math.log(2), rel=1e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_generation_compares_tokens_by_the_keys_of_the_first_cross_attention_layer(kv_heads):
+    model = random_model(seed=5, image_size=16, heads=4, kv_heads=kv_heads)
+    inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (2,), 3))])
+    with torch.no_grad():
+        stock = model(**inputs, use_cache=True).past_key_values
+    keys = stock.layers[model.config.text_config.cross_attention_layers[0]].keys
+    cache = trimmed(model, inputs, {"top_k_ratio": 0.05}, new=1).past_key_values
+    for sample, (index, sizes) in enumerate(zip(cache.kept_indices, cache.kept_sizes, strict=True)):
+        read = inputs["cross_attention_mask"][sample, -1].flatten().bool().repeat_interleave(17)
+        own = keys[sample].transpose(0, 1).flatten(1)
+        kept = torch.zeros(len(own), dtype=torch.bool)
+        kept[index] = True
+        groups = torch.where(read, 0, -1)
+        expected = merged_slowly(own, kept, groups, torch.ones(len(own)).long(), own)
+        assert sizes.tolist() == [size for size, _ in expected]
+        assert max(sizes) > 1

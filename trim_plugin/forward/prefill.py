@@ -119,7 +119,7 @@ class Prefill(Step):
         if not torch.equal(kept, self._valid):
             new = kept[:, self._first_new :]
             positions, present = pack(new)
-            merging = self._merging(new, positions)
+            merging = self._merging(new, positions, cached.keys[:, :, self._first_new :])
             earlier = torch.arange(self._first_new, device=kept.device).expand(len(kept), -1)
             columns = torch.cat([earlier, positions + self._first_new], dim=1)
             if merging is None:
@@ -138,13 +138,18 @@ class Prefill(Step):
         as_it_stands = self._bucket == 1 and torch.equal(self._decodable, torch.ones_like(self._decodable))
         self._positions = None if as_it_stands else pack(self._decodable, self._bucket)[0]
 
-    def _merging(self, kept: torch.Tensor, positions: torch.Tensor) -> Merging | None:
-        """What becomes of the dropped tokens of the new pictures; None if they are forgotten."""
+    def _merging(self, kept: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> Merging | None:
+        """What becomes of the dropped tokens of the new pictures; None if they are forgotten.
+
+        They are compared by this layer's keys: tokens with equal keys are read with equal weights, so that merging them changes
+        nothing, whatever their values. A view: a projection lays keys out token by token.
+        """
         if not self._cache.config.merge:
             return None
         ids = group_ids(self._visibility.groups(self._first_new), self._valid.shape[1])
         groups = ids[:, self._first_new :].to(kept.device)
-        return merge_dropped(self._states, kept, groups, self._sizes[:, self._first_new :], positions)
+        features = keys.transpose(1, 2).flatten(2).to(kept.device)
+        return merge_dropped(features, kept, groups, self._sizes[:, self._first_new :], positions)
 
     def finish(self) -> None:
         """Tell the cache which visual tokens its layers hold."""

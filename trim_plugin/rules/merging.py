@@ -71,13 +71,14 @@ class Merging:
 def merge_dropped(
     states: torch.Tensor, kept: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor, positions: torch.Tensor
 ) -> Merging:
-    """Let every dropped token join the kept token of its visibility group whose visual state is most like its own.
+    """Let every dropped token join the kept token of its visibility group that is most like it.
 
-    Similarity is the cosine of the visual states; equal ones prefer the lower index. Works in blocks: scratch stays under
+    Similarity is the cosine of what is given as states: visual states or, better, the first cross-attention layer's keys of all
+    heads, one after the other; equal ones prefer the lower index. Works in blocks: scratch stays under
     64 MiB, no matrix of all tokens × all kept tokens exists, and nothing waits for a number from the device.
 
     Args:
-        states: (batch, tokens, width), visual states.
+        states: (batch, tokens, width), what tokens are compared by.
         kept: bool (batch, tokens), the tokens that the rule kept.
         groups: int64 (batch, tokens), the visibility group of every token; −1 for tokens that nobody reads, which join nothing.
         sizes: int64 (batch, tokens), how many visual tokens each stands for already.
