@@ -24,8 +24,9 @@ from benchmarks.small_model.warm import fewer_heads, finer_positions, warm_start
 RECIPE = Recipe(
     COARSE,
     (
-        Stage("tower", 3, 1e-3, decay=1, warmup=2, apart=True, bfloat16=True),
-        Stage("questions", 4, 1e-3, decay=2, warmup=2, texts=True),
+        Stage("tower", 3, 1e-3, decay=1, warmup=2, together_every=0, bfloat16=True),
+        Stage("mixed", 2, 1e-3, decay=1, texts=True, together_every=2),
+        Stage("questions", 3, 1e-3, decay=2, warmup=2, texts=True),
     ),
     batch=2,
 )
@@ -66,7 +67,7 @@ def test_a_finer_scene_shows_the_same_at_twice_the_size(seed, held_out):
     for fine_digit, digit in zip(finer.digits, coarse.digits, strict=True):
         assert fine_digit.box == pytest.approx([2 * edge for edge in digit.box])
     small = np.asarray(finer.image.reduce(2), dtype=float)
-    assert np.corrcoef(small.ravel(), np.asarray(coarse.image, dtype=float).ravel())[0, 1] > 0.9
+    assert np.corrcoef(small.ravel(), np.asarray(coarse.image, dtype=float).ravel())[0, 1] > 0.7
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
@@ -135,7 +136,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5], ids=["within the tower", "between the stages", "within the questions"])
+@pytest.mark.parametrize("steps", [2, 3, 6], ids=["within the tower", "between the stages", "within the questions"])
 def test_stopped_and_resumed_gives_the_weights_of_an_uninterrupted_run(steps, uninterrupted, tmp_path):
     stopped = run(tmp_path, limit=steps)
     assert sum(stage["steps"] for stage in stopped.progress.stages.values()) == steps
@@ -154,7 +155,7 @@ def test_killed_within_a_step_goes_on_from_what_was_written(uninterrupted, tmp_p
 
     def killed(target, source, step):
         calls.append(step)
-        if len(calls) == 6:  # the third of the questions: the model has moved, nothing of it is written
+        if len(calls) == 7:  # the second of the questions: the model has moved, nothing of it is written
             raise KeyboardInterrupt
         true_average(target, source, step)
 
@@ -172,6 +173,17 @@ def test_a_plateau_ends_a_stage_after_its_decay(tmp_path):
     stage = Stage("tower", 50, 0.0, decay=2, warmup=1, window=2, gain=1.1)  # no gain is that large
     progress = trainer.train(Recipe(COARSE, (stage,), batch=1), tmp_path, limit=20).progress
     assert progress.stages["tower"]["steps"] == 6  # two windows of two steps, and the decay
+
+
+def test_stages_of_one_kind_share_no_batch():
+    assert [RECIPE.first_batch(index) for index in range(3)] == [0, 0, 2]
+
+
+def test_tiles_read_each_other_in_every_so_manieth_step():
+    flags = {
+        every: [Stage("tower", 6, 1.0, 1, together_every=every).apart(step) for step in range(6)] for every in (0, 1, 3)
+    }
+    assert flags == {0: [True] * 6, 1: [False] * 6, 3: [False, True, True] * 2}
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -21,14 +21,18 @@ class Stage:
     warmup: int = 150
     texts: bool = False
     """Train the whole model on questions; without it the vision tower alone, on the digit under every patch."""
-    apart: bool = False
-    """Tiles read only themselves: see ``apart.py``."""
+    together_every: int = 1
+    """Tiles read each other in every so manieth step, and only themselves in the others (see ``apart.py``); 0: in none."""
     bfloat16: bool = False
     """Run the forward pass under bfloat16 autocast."""
     window: int = 0
     """Steps over which the share of right answers is averaged to see a plateau; 0: the stage runs for all its steps."""
     gain: float = 0.01
     """The least gain from one window to the next. Less is a plateau: the decay begins."""
+
+    def apart(self, step: int) -> bool:
+        """Whether tiles read only themselves in this step."""
+        return not self.together_every or step % self.together_every != 0
 
     def factor(self, step: int, decay_from: int) -> float:
         """The learning rate at a step as a share of the peak, if the decay begins at step ``decay_from``."""
@@ -49,6 +53,11 @@ class Recipe:
     """Weight of the patch loss beside the answers' loss."""
     warm: bool = False
     """Begin with the shipped model's weights: see ``warm.py``."""
+
+    def first_batch(self, index: int) -> int:
+        """Number of the first batch of a stage: no other stage of its kind has had it."""
+        stage = self.stages[index]
+        return sum(earlier.steps for earlier in self.stages[:index] if earlier.texts == stage.texts)
 
     def with_steps(self, steps: dict[str, int]) -> Recipe:
         """The same with other most steps of some stages, by name; a decay longer than its stage is cut."""
@@ -71,8 +80,9 @@ RECIPES = {
     "fine": Recipe(
         FINE,
         (
-            Stage("tower", 800, 1.5e-3, decay=100, warmup=50, apart=True, bfloat16=True, window=150),
-            Stage("questions", 12000, 1e-3, decay=600, warmup=50, texts=True, window=800, gain=0.004),
+            Stage("tower", 600, 1.5e-3, decay=50, warmup=50, together_every=0, bfloat16=True),
+            Stage("mixed", 900, 1e-3, decay=1, warmup=50, texts=True, together_every=4),
+            Stage("questions", 12000, 1e-3, decay=400, warmup=50, texts=True, window=800, gain=0.004),
         ),
         batch=8,
         warm=True,

@@ -94,9 +94,10 @@ class Run:
 
     def loss(self, stage: Stage, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
         """A batch's loss, and the shares of patches and words that are right."""
-        cells = tiles_apart(self.model.model.vision_model) if stage.apart else nullcontext()
+        apart = stage.apart(self.progress.step)
+        reading = tiles_apart(self.model.model.vision_model) if apart else nullcontext()
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
-            with cells:
+            with reading:
                 features, states = cross_attention_inputs(self.model, batch)
             loss, patches = patch_loss(self.head, features, batch)
             seen = {"patches": patches}
@@ -155,8 +156,11 @@ def last_step(stage: Stage, progress: Progress) -> int:
 
 def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_every: int) -> float:
     """Train the stage that the run is in until it is over or ``limit`` steps are done; returns how many are left of them."""
-    data = SceneBatches(run.recipe.seed, run.recipe.batch, stage.steps, texts=stage.texts, variant=run.recipe.variant)
-    left = range(run.progress.step, stage.steps)
+    first = run.recipe.first_batch(run.progress.stage)
+    data = SceneBatches(
+        run.recipe.seed, run.recipe.batch, first + stage.steps, texts=stage.texts, variant=run.recipe.variant
+    )
+    left = range(first + run.progress.step, first + stage.steps)
     batches = iter(DataLoader(data, batch_size=None, sampler=left, num_workers=1, prefetch_factor=8))
     parameters = [p for module in run.trained(stage) for p in module.parameters()]
     optimizer = optimizer_for(run.trained(stage))
