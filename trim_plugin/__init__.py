@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trim_plugin.config import TrimConfig
     from trim_plugin.forward.hooks import detach
     from trim_plugin.forward.trimmed_cache import TrimmedCache
+    from trim_plugin.generation.pieces import prefill
     from trim_plugin.pictures.visualize import visualize
     from trim_plugin.rules.k_center import KCenter
     from trim_plugin.rules.processors import (
@@ -44,6 +45,7 @@ __all__ = [
     "VisualTokenProcessor",
     "VisualTokenProcessorList",
     "detach",
+    "prefill",
     "register",
     "unregister",
     "visualize",
@@ -61,6 +63,7 @@ _MODULES = {
     "VisualTokenProcessor": "rules.processors",
     "VisualTokenProcessorList": "rules.processors",
     "detach": "forward.hooks",
+    "prefill": "generation.pieces",
     "visualize": "pictures.visualize",
 }
 

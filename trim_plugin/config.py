@@ -38,6 +38,9 @@ class TrimConfig:
             needs; give the longest you expect, so that longer prompts reuse the graph.
         merge: every visual token that the rule drops joins the kept token that it resembles most, which then stands for all
             of its members (`rules.merging`). False is the paper's own: what the rule drops is forgotten.
+        prefill_pictures: most pictures that are read at a time while a prompt is read: by the vision tower, and by the text model
+            (which reads whole samples, at least one). Fewer need less memory. None is a default that keeps the peak near that of
+            one picture of the 11B model.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -61,6 +64,7 @@ class TrimConfig:
     static_bucket: int = DEFAULT_STATIC_BUCKET
     max_cache_len: int | None = None
     merge: bool = True
+    prefill_pictures: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.merge, bool):
@@ -68,6 +72,8 @@ class TrimConfig:
         _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
         _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
         _check_static(self)
+        if self.prefill_pictures is not None:
+            _check_count("prefill_pictures", self.prefill_pictures)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
         if self.processors is None:
             ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio
@@ -141,13 +147,17 @@ def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> Non
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
 def _check_static(config: TrimConfig) -> None:
     if not isinstance(config.static, bool):
         raise ValueError(f"static must be True or False, got {config.static!r}.")
-    for name, value in (("static_bucket", config.static_bucket), ("max_cache_len", config.max_cache_len)):
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not is_count and not (name == "max_cache_len" and value is None):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    _check_count("static_bucket", config.static_bucket)
+    if config.max_cache_len is not None:
+        _check_count("max_cache_len", config.max_cache_len)
     if config.static and config.self_kv_quantization is not None:
         raise ValueError(
             f"static=True and self_kv_quantization={config.self_kv_quantization!r} are both given, but transformers has no "

@@ -96,13 +96,13 @@ def test_a_later_picture_leaves_the_earlier_codes_alone(format):
 
 def test_full_tensors_exist_only_between_reading_and_release():
     layer = sealed("int8")
-    assert layer._full == {"keys": None, "values": None}
+    assert layer._held == {"keys": None, "values": None}
     assert layer.keys is layer.keys
     held = layer.held_tensors()
     assert all(tensor is not layer.keys for tensor in held)
     assert len(held) == 4
     layer.release()
-    assert layer._full == {"keys": None, "values": None}
+    assert layer._held == {"keys": None, "values": None}
     layer.reset()
     assert layer.keys is None
     assert layer.get_seq_length() == 0
@@ -111,7 +111,7 @@ def test_full_tensors_exist_only_between_reading_and_release():
 class RoundTripLayer(CrossAttentionLayer):
     """The reference: full tensors, quantized and dequantized once at the end of the forward that brought them."""
 
-    format = "int8"
+    format, fresh = "int8", 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         self.fresh = key_states.shape[2]
@@ -125,11 +125,15 @@ class RoundTripLayer(CrossAttentionLayer):
 
 
 def with_round_trip_layers(model, settings, format):
-    cache = TrimmedCache(model, settings)
-    for index in cache.cross_layers:
-        cache.layers[index] = RoundTripLayer()
-        cache.layers[index].format = format
-    return cache
+    class RoundTripCache(TrimmedCache):
+        def new_layers(self, *args, **kwargs):
+            layers = super().new_layers(*args, **kwargs)
+            for index in self.cross_layers:
+                layers[index] = RoundTripLayer(self.sources)
+                layers[index].format = format
+            return layers
+
+    return RoundTripCache(model, settings)
 
 
 @pytest.mark.parametrize("format", FORMATS)

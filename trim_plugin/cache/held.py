@@ -15,6 +15,7 @@ from trim_plugin import compat
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, quantized_self_layer
 from trim_plugin.cache.report import TrimReport, held_bytes, stored_tensors
+from trim_plugin.cache.sources import SourceMap
 from trim_plugin.cache.static import StaticCrossAttentionLayer, StaticQuantizedCrossAttentionLayer
 from trim_plugin.cache.tokens import CachedTokens
 from trim_plugin.config import TrimConfig
@@ -43,19 +44,25 @@ class HeldCache(Cache):
         text = text_model.config
         self.shared_heads = text.num_key_value_heads < text.num_attention_heads
         self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
-        cross_layers = set(self.cross_layers)
-        super().__init__(
-            layers=[
-                _cross_layer(config) if index in cross_layers else _self_layer(config, max(lengths, default=None))
-                for index in range(len(text_model.layers))
-            ]
-        )
-        self._self_layer = next(index for index in range(len(self.layers)) if index not in cross_layers)
+        self.self_layers = [index for index in range(len(text_model.layers)) if index not in set(self.cross_layers)]
+        self.sources = SourceMap()
+        super().__init__(layers=self.new_layers(config, max(lengths, default=None)))
+        #: How often `generate` has repeated every sample of a batch that is still to be read (beams, returned sequences).
+        self.copies = 1
         self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
         self.tokens: CachedTokens | None = None
         #: The forward in progress (`trim_plugin.forward.step.Step`), None between forwards.
         self.step: Any = None
         self.unfinished = False
+
+    def new_layers(self, config: TrimConfig, max_cache_len: int | None = None) -> list[Any]:
+        """Empty layers of this cache's kinds in this order, for these settings."""
+        cross = set(self.cross_layers)
+        count = len(self.cross_layers) + len(self.self_layers)
+        return [
+            _cross_layer(config, self.sources) if index in cross else _self_layer(config, max_cache_len)
+            for index in range(count)
+        ]
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -75,8 +82,7 @@ class HeldCache(Cache):
 
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
-        self_layers = [layer for index, layer in enumerate(self.layers) if index not in set(self.cross_layers)]
-        self_bytes = held_bytes(tensor for layer in self_layers for tensor in stored_tensors(layer))
+        self_bytes = held_bytes(tensor for index in self.self_layers for tensor in stored_tensors(self.layers[index]))
         batch = max(self.batch_size, 0)
         if self.tokens is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
@@ -99,7 +105,7 @@ class HeldCache(Cache):
         """Samples that it holds; −1 while it is new."""
         if self.tokens is not None:
             return self.tokens.index.shape[0]
-        layer = self.layers[self._self_layer]
+        layer = self.layers[self.self_layers[0]]
         if not layer.is_initialized:
             return -1
         # Transformers' quantized layers hold an empty tensor beside what they have quantized.
@@ -123,7 +129,7 @@ class HeldCache(Cache):
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Text tokens so far; of a cross-attention layer that is named, the visual tokens that it holds."""
-        return self.layers[self._self_layer if layer_idx is None else layer_idx].get_seq_length()
+        return self.layers[self.self_layers[0] if layer_idx is None else layer_idx].get_seq_length()
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Text tokens so far: masks are made for the text, whichever kind of layer comes first."""
@@ -131,32 +137,50 @@ class HeldCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the causal mask, from a self-attention layer."""
-        return self.layers[self._self_layer].get_mask_sizes(query_length)
+        return self.layers[self.self_layers[0]].get_mask_sizes(query_length)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Longest text that the cache can hold, -1 for no limit."""
-        return self.layers[self._self_layer if layer_idx is None else layer_idx].get_max_length()
+        return self.layers[self.self_layers[0] if layer_idx is None else layer_idx].get_max_length()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the batch for beam search."""
-        super().reorder_cache(beam_idx)
-        if self.tokens is not None:
-            self.tokens = self.tokens.of_samples(beam_idx)
+        """Reorder the batch for beam search. Of the pictures only the map from samples to entries moves."""
+        for index in self.self_layers:
+            self.layers[index].reorder_cache(beam_idx)
+        self._select_tokens(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample `repeats` times."""
+        """Repeat every sample `repeats` times. Pictures are held once and read by all copies."""
         self._require_plain_text("batch_repeat_interleave")
         batch = self.batch_size
-        super().batch_repeat_interleave(repeats)
+        for index in self.self_layers:
+            self.layers[index].batch_repeat_interleave(repeats)
         if self.tokens is not None:
+            self.sources.repeat(repeats, batch)
             self.tokens = self.tokens.of_samples(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only these samples of the batch."""
+        """Keep only these samples of the batch, and the pictures that they read."""
         self._require_plain_text("batch_select_indices")
-        super().batch_select_indices(indices)
+        for index in self.self_layers:
+            self.layers[index].batch_select_indices(indices)
+        self._select_tokens(torch.as_tensor(indices))
+        self._take_entries(self.sources.compacted())
+
+    def unshare(self) -> None:
+        """Give every sample entries of its own: what comes next need not be the same for copies."""
+        entries, self.sources.of_sample = self.sources.of_sample, None
+        self._take_entries(entries)
+
+    def _select_tokens(self, samples: torch.Tensor) -> None:
         if self.tokens is not None:
-            self.tokens = self.tokens.of_samples(torch.as_tensor(indices))
+            self.sources.select(samples)
+            self.tokens = self.tokens.of_samples(samples)
+
+    def _take_entries(self, entries: torch.Tensor | None) -> None:
+        if entries is not None:
+            for index in self.cross_layers:
+                self.layers[index].take_entries(entries)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back text tokens (assisted decoding, prompt lookup); pictures stay."""
@@ -174,19 +198,21 @@ class HeldCache(Cache):
     def reset(self) -> None:
         """Forget text and pictures; the cache is as new."""
         super().reset()
-        for layer in self.layers:
+        for index in self.self_layers:
+            layer = self.layers[index]
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.tokens = self.step = None
+        self.tokens = self.step = self.sources.of_sample = None
+        self.copies = 1
         self.unfinished = False
 
 
-def _cross_layer(config: TrimConfig) -> CrossAttentionLayer:
+def _cross_layer(config: TrimConfig, sources: SourceMap) -> CrossAttentionLayer:
     if config.kv_quantization is None:
-        return StaticCrossAttentionLayer() if config.static else CrossAttentionLayer()
+        return StaticCrossAttentionLayer(sources) if config.static else CrossAttentionLayer(sources)
     quantized = StaticQuantizedCrossAttentionLayer if config.static else QuantizedCrossAttentionLayer
-    return quantized(config.kv_quantization)
+    return quantized(config.kv_quantization, sources)
 
 
 def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer | StaticLayer:

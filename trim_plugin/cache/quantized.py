@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import cache_utils
 
-from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
+from trim_plugin.cache.layers import CrossAttentionLayer, joined, take_tokens
+from trim_plugin.cache.sources import SourceMap
 
 #: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits both formats' kernels.
 BLOCK = 64
@@ -112,6 +113,12 @@ class QuantizedTokens:
         """The same with `move` applied to codes and scales; it may reorder, repeat or drop samples and tokens."""
         return dataclasses.replace(self, codes=move(self.codes).contiguous(), scales=move(self.scales).contiguous())
 
+    @classmethod
+    def joined(cls, parts: Sequence[QuantizedTokens], width: int) -> QuantizedTokens:
+        """The samples of several batches one after the other, padded to `width` tokens (which read as zeros)."""
+        codes, scales = (joined([getattr(part, name) for part in parts], width, dim=1) for name in ("codes", "scales"))
+        return dataclasses.replace(parts[0], codes=codes, scales=scales)
+
     def followed_by(self, later: QuantizedTokens) -> QuantizedTokens:
         """These tokens and then `later` ones of the same samples."""
         return dataclasses.replace(
@@ -145,37 +152,18 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         (torch.Size([1, 2, 2, 32]), [torch.uint8, torch.float32])
     """
 
-    def __init__(self, format: str) -> None:
+    def __init__(self, format: str, sources: SourceMap | None = None) -> None:
         require_bitsandbytes(f"kv_quantization={format!r}")
         self.format = format
-        self._full: dict[str, torch.Tensor | None] = {"keys": None, "values": None}
         self._stored: dict[str, QuantizedTokens] | None = None
         #: A later picture's tokens, between `update` and what stores them.
         self._new: dict[str, torch.Tensor] | None = None
-        super().__init__()
-
-    @property
-    def keys(self) -> Any:
-        """Full keys, (batch, key-value heads, tokens, head_dim); None before the first picture."""
-        return self._read("keys")
-
-    @keys.setter
-    def keys(self, states: torch.Tensor | None) -> None:
-        self._full["keys"] = states
-
-    @property
-    def values(self) -> Any:
-        """Full values, like `keys`."""
-        return self._read("values")
-
-    @values.setter
-    def values(self, states: torch.Tensor | None) -> None:
-        self._full["values"] = states
+        super().__init__(sources)
 
     def _read(self, name: str) -> torch.Tensor | None:
-        if self._full[name] is None and self._stored is not None:
-            self._full[name] = self._stored[name].dequantized()
-        return self._full[name]
+        if self._held[name] is None and self._stored is not None:
+            self._held[name] = self._stored[name].dequantized()
+        return super()._read(name)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -191,7 +179,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         if self._stored is None:
             super().replace(first, keys, values)
         else:
-            self._new, self._full = {"keys": keys, "values": values}, {"keys": None, "values": None}
+            self._new, self._held = {"keys": keys, "values": values}, {"keys": None, "values": None}
 
     def settle(self) -> None:
         """Lay full tensors out for reading; codes and scales lie as they are read."""
@@ -205,11 +193,11 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
                 return
             self._stored = {
                 name: QuantizedTokens.of(states, self.format)
-                for name, states in self._full.items()
+                for name, states in self._held.items()
                 if states is not None
             }
         self._store_new()
-        self._full = {"keys": None, "values": None}
+        self._held = {"keys": None, "values": None}
 
     def _store_new(self) -> None:
         """Quantize what came last, behind what is stored."""
@@ -235,40 +223,44 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
         new = 0 if self._new is None else self._new["keys"].shape[2]
         return self._stored["keys"].codes.shape[1] + new
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the batch."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
+    def take_entries(self, entries: torch.Tensor) -> None:
+        """Hold these entries only, see the base class."""
         if self._stored is None:
-            super().batch_repeat_interleave(repeats)
+            super().take_entries(entries)
         else:
-            self._move(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+            self._move(lambda tensor: tensor.index_select(0, entries.to(tensor.device)))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only these samples."""
-        if self._stored is None:
-            super().batch_select_indices(indices)
-        else:
-            self._move(lambda tensor: tensor[indices.to(tensor.device)])
+    def part(self, samples: slice, sources: SourceMap) -> QuantizedCrossAttentionLayer:
+        """A layer that holds the entries of these samples alone, see the base class."""
+        part = super().part(samples, sources)
+        if self._stored is not None:
+            part._stored = {name: tokens.moved(lambda tensor: tensor[samples]) for name, tokens in self._stored.items()}
+        return part
+
+    def join(self, parts: Sequence[QuantizedCrossAttentionLayer], width: int) -> None:
+        """Hold what the parts of a batch hold, see the base class. Codes are moved, nothing is quantized again."""
+        self._held = {"keys": None, "values": None}
+        self._stored = {
+            name: QuantizedTokens.joined([part._stored[name] for part in parts if part._stored], width)
+            for name in self._held
+        }
+        self.is_initialized = True
 
     def reset(self) -> None:
         """Forget everything."""
         self._stored = self._new = None
-        self.is_initialized = False  # so that no version of transformers goes on to zero tensors that are gone
         super().reset()
 
     def held_tensors(self) -> list[torch.Tensor | None]:
         """Codes and scales; before they exist the full tensors. What is only there for reading is not counted."""
         if self._stored is None:
-            return list(self._full.values())
+            return list(self._held.values())
         return [tensor for tokens in self._stored.values() for tensor in (tokens.codes, tokens.scales)]
 
     def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._stored is not None:
             self._stored = {name: tokens.moved(move) for name, tokens in self._stored.items()}
-        self._full = {"keys": None, "values": None}
+        self._held = {"keys": None, "values": None}
 
 
 def quantized_self_layer(kind: str) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
 from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens
+from trim_plugin.cache.sources import SourceMap
 
 
 class StaticCrossAttentionLayer(CrossAttentionLayer):
@@ -28,20 +30,27 @@ class StaticCrossAttentionLayer(CrossAttentionLayer):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, sources: SourceMap | None = None) -> None:
+        super().__init__(sources)
         self._buffers: list[torch.Tensor] | None = None
 
     def keep(self, positions: torch.Tensor) -> None:
         """Copy the tokens at `positions`, int64 (batch, width), into the buffers."""
         positions = positions.to(self.keys.device)
-        kept = [take_tokens(self.keys, positions), take_tokens(self.values, positions)]
-        self._buffers = _filled(self._buffers, kept)
+        self._fill(take_tokens(self.keys, positions), take_tokens(self.values, positions))
+
+    def join(self, parts: Sequence[CrossAttentionLayer], width: int) -> None:
+        """Copy what the parts of a batch hold into the buffers, see the base class."""
+        super().join(parts, width)
+        self._fill(self._held["keys"], self._held["values"])
+
+    def _fill(self, keys: Any, values: Any) -> None:
+        self._buffers = _filled(self._buffers, [keys, values])
         self.keys, self.values = self._buffers
 
     def held_tensors(self) -> list[torch.Tensor | None]:
         """The buffers, also while they wait to be filled again."""
-        return [self.keys, self.values, *(self._buffers or ())]
+        return [*super().held_tensors(), *(self._buffers or ())]
 
 
 class StaticQuantizedCrossAttentionLayer(QuantizedCrossAttentionLayer):
@@ -62,9 +71,14 @@ class StaticQuantizedCrossAttentionLayer(QuantizedCrossAttentionLayer):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, format: str) -> None:
-        super().__init__(format)
+    def __init__(self, format: str, sources: SourceMap | None = None) -> None:
+        super().__init__(format, sources)
         self._buffered: dict[str, QuantizedTokens] | None = None
+
+    def join(self, parts: Sequence[QuantizedCrossAttentionLayer], width: int) -> None:
+        """Copy what the parts of a batch hold into the buffers, see the base class."""
+        super().join(parts, width)
+        self.release()
 
     def release(self) -> None:
         """Quantize what a prefill has left, into the buffers; drop the full tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -112,6 +113,28 @@ class CachedTokens:
         """What is left when only these tokens, bool (batch, total), are reachable, and the positions to keep."""
         left = self.valid & reachable.to(self.index.device).gather(1, self.index)
         return CachedTokens.choose(self.index, self.sizes, left, self.visible, reachable, self.storage)
+
+    @classmethod
+    def joined(cls, parts: Sequence[CachedTokens], bucket: int) -> CachedTokens:
+        """The samples of several batches one after the other, padded to the longest and to a multiple of `bucket`."""
+        storage = dataclasses.replace(parts[0].storage, bucket=bucket)
+        longest = max(part.index.shape[1] for part in parts)
+        width = -(-longest // bucket) * bucket
+
+        def padded(name: str, fill: int) -> torch.Tensor:
+            tensors = [getattr(part, name) for part in parts]
+            return torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1]), value=fill) for one in tensors])
+
+        valid, sizes = padded("valid", 0), padded("sizes", 1)
+        return cls(
+            index=padded("index", 0),
+            valid=valid,
+            sizes=sizes,
+            visible=torch.cat([part.visible for part in parts]),
+            reachable=torch.cat([part.reachable for part in parts]),
+            decode_mask=_decode_mask(valid, sizes, storage),
+            storage=storage,
+        )
 
     def of_samples(self, samples: torch.Tensor) -> CachedTokens:
         """The same for the samples with these indices, int64 (new batch,) or bool (batch,)."""

@@ -11,6 +11,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
+from trim_plugin.forward.tower import pictures_at_a_time, visual_states
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -27,6 +28,8 @@ def attach(model: torch.nn.Module) -> Any:
     for module in _whole_models(model):
         if before_model not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(before_model, with_kwargs=True)
+        if isinstance(module, MllamaModel) and read_pictures not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(read_pictures, with_kwargs=True)
     return text_model
 
 
@@ -46,7 +49,8 @@ def detach(model: torch.nn.Module) -> None:
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
             _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
     for module in _whole_models(model):
-        _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_model)
+        for hook in (before_model, read_pictures):
+            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
@@ -91,6 +95,19 @@ def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
     if isinstance(kwargs.get("past_key_values"), HeldCache) and not torch.compiler.is_compiling():
         check_layers_get_caches(find_text_model(model))
+
+
+def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an `MllamaModel`: let the vision tower read a few pictures at a time."""
+    cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
+    if not isinstance(cache, HeldCache) or pixel_values is None or kwargs.get("cross_attention_states") is not None:
+        return None
+    at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
+    ids, mask = kwargs.get("aspect_ratio_ids"), kwargs.get("aspect_ratio_mask")
+    if pixel_values.ndim != 6 or pixel_values.shape[0] * pixel_values.shape[1] <= at_a_time or ids is None:
+        return None  # transformers' own way, or its own error
+    states = visual_states(model, pixel_values, ids, mask, at_a_time)
+    return args, {**kwargs, "pixel_values": None, "cross_attention_states": states}
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -151,6 +168,8 @@ def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: di
     # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
     cache.unfinished = True
     if states is not None:
+        if cache.sources.shared:
+            cache.unshare()
         return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")

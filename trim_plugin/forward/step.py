@@ -70,6 +70,7 @@ class Reading(Step):
         if lost_any:
             raise ValueError(LOST_TOKENS)
         if narrows:
+            self._cache.unshare()
             self._narrowed, self._positions = tokens.narrowed_to(still)
         return tokens.reading_mask(mask)
 

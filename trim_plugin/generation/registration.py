@@ -17,10 +17,10 @@ _wanted = False
 def register() -> None:
     """Register `cache_implementation="trimmed"`. Importing trim_plugin does it; doing it again changes nothing.
 
-    Three places of transformers are touched, at once or as soon as it loads them: the tuple of names that
-    `GenerationConfig.validate` allows, `GenerationMixin._prepare_cache_for_generation`, which makes the cache, and
-    `GenerationMixin._get_candidate_generator`, which makes the helper of assisted decoding. For every other cache they do what
-    they did.
+    Four places of transformers are touched, at once or as soon as it loads them: the tuple of names that
+    `GenerationConfig.validate` allows, and of `GenerationMixin` `_prepare_cache_for_generation`, which makes the cache,
+    `_prefill`, which reads the prompts, and `_get_candidate_generator`, which makes the helper of assisted decoding. For every
+    other cache they do what they did.
 
     Example:
         >>> from transformers.generation import configuration_utils
@@ -99,7 +99,8 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         given = model_kwargs.get("past_key_values")
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
-        batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        batch = batch_size * copies
         if not (own and given is None) and not _is_trimmed(given):
             return original(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
@@ -115,6 +116,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config), max_cache_len=length)
             check_inputs(self, cache, model_kwargs, batch)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
+            cache.copies = copies
             model_kwargs["past_key_values"] = cache
             return None
         result = original(
@@ -125,9 +127,27 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             check_reuse(self, given, batch)
             check_inputs(self, given, model_kwargs, batch)
             check_chunks(given, model_kwargs, generation_config.prefill_chunk_size)
+            given.copies = copies
         return result
 
     return prepare_cache
+
+
+def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prefill(
+        self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or not _is_trimmed(cache):
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        from trim_plugin.generation.pieces import prefill_of_generate
+
+        def read(piece_ids: Any, piece_kwargs: dict[str, Any]) -> Any:
+            return original(self, piece_ids, generation_config, piece_kwargs, *args, **kwargs)
+
+        return prefill_of_generate(self, cache, input_ids, model_kwargs, read)
+
+    return prefill
 
 
 def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,5 +167,6 @@ def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _WRAPPERS = {
     "_prepare_cache_for_generation": _preparing_caches,
+    "_prefill": _reading_prompts,
     "_get_candidate_generator": _making_candidates,
 }

@@ -1,0 +1,72 @@
+"""The vision tower a few pictures at a time: its working set is what limits a prefill.
+
+transformers keeps the hidden states of all vision layers (675 MB a picture at 11B, bf16) and a mask of all patches × all patches
+for every picture of a batch at once. What is kept of a picture afterwards, its visual states, is a thirteenth of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trim_plugin.config import TrimConfig
+
+#: Visual tokens that go through the tower at a time unless the configuration says otherwise: those of one 11B picture.
+TOKENS_AT_A_TIME = 6404
+
+
+def pictures_at_a_time(config: TrimConfig, vision_config: Any) -> int:
+    """Most pictures that go through the tower at a time.
+
+    Example:
+        >>> from transformers import MllamaVisionConfig
+        >>> pictures_at_a_time(TrimConfig(), MllamaVisionConfig(image_size=560))
+        1
+        >>> pictures_at_a_time(TrimConfig(prefill_pictures=3), MllamaVisionConfig(image_size=560))
+        3
+    """
+    return config.prefill_pictures or max(1, TOKENS_AT_A_TIME // picture_tokens(vision_config))
+
+
+def picture_tokens(vision_config: Any) -> int:
+    """Visual tokens of a picture, padding tiles included."""
+    return vision_config.max_num_tiles * ((vision_config.image_size // vision_config.patch_size) ** 2 + 1)
+
+
+def visual_states(
+    model: Any,
+    pixel_values: torch.Tensor,
+    aspect_ratio_ids: torch.Tensor,
+    aspect_ratio_mask: torch.Tensor | None,
+    at_a_time: int,
+) -> torch.Tensor:
+    """What the text model reads of pictures: the tower's output, projected. Upstream: `MllamaModel.forward`.
+
+    Args:
+        model: an `MllamaModel`; its own modules do the work, so quantized, offloaded and dispatched ones count.
+        pixel_values: (batch, pictures, tiles, channels, height, width).
+        aspect_ratio_ids: (batch, pictures).
+        aspect_ratio_mask: (batch, pictures, tiles).
+        at_a_time: most pictures that the tower is given in one call.
+
+    Returns:
+        (batch · pictures · tiles, patches, width of the text model).
+    """
+    batch, pictures, tiles = pixel_values.shape[:3]
+    flat = [
+        None if tensor is None else tensor.reshape(batch * pictures, 1, *tensor.shape[2:])
+        for tensor in (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+    ]
+    states = None
+    for first in range(0, batch * pictures, at_a_time):
+        pixels, ids, mask = (None if tensor is None else tensor[first : first + at_a_time] for tensor in flat)
+        seen = model.vision_model(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask)
+        projected = model.multi_modal_projector(seen.last_hidden_state).flatten(0, 2)
+        del seen
+        if states is None:  # filled in place: gathering parts and joining them would take the room twice
+            states = projected.new_empty(batch * pictures * tiles, *projected.shape[1:])
+        states[first * tiles : first * tiles + len(projected)] = projected
+    if states is None:
+        raise ValueError("pixel_values hold no picture. Leave them out for text alone.")
+    return states
