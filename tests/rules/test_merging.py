@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trim_plugin import KCenter
 from trim_plugin.attention.masks import add_log_sizes, pack
 from trim_plugin.rules import merging
 from trim_plugin.rules.merging import merge_dropped
@@ -139,3 +140,32 @@ def test_a_generation_compares_tokens_by_the_keys_of_the_first_cross_attention_l
         expected = merged_slowly(own, kept, groups, torch.ones(len(own)).long(), own)
         assert sizes.tolist() == [size for size, _ in expected]
         assert max(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu")]
+)
+def test_the_choice_is_the_same_whatever_surrounds_it(context):
+    """Autocast would compare tokens in bfloat16, and what is out of place cannot be differentiated."""
+    states = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(0))
+    states += 8 * torch.ones(32)  # much alike, so that digits matter
+    members, zeros = torch.ones(2, 300, dtype=torch.bool), torch.zeros(2, 300).long()
+    expected = {}
+    for given_states in (states, states.clone().requires_grad_()):
+        with context() if given_states.requires_grad else torch.no_grad():
+            for rule in (KCenter(0.1), KCenter(radius=0.01)):
+                kept = rule.choose(given_states, members)
+                positions, _ = pack(kept)
+                merged = merge_dropped(given_states, kept, zeros, zeros + 1, positions)
+                found = [kept, merged.slots, merged.sizes, merged.mean(given_states).detach()]
+                for ours, first in zip(found, expected.setdefault(repr(rule), found), strict=True):
+                    assert torch.equal(ours, first)
+                assert not merged.slots.requires_grad
+
+
+def test_gradients_flow_through_the_means():
+    states = torch.randn(1, 3, 4, requires_grad=True)
+    kept = torch.tensor([[True, False, True]])
+    ones = torch.ones(1, 3).long()
+    merge_dropped(states, kept, torch.tensor([[0, 0, 1]]), ones, torch.tensor([[0, 2]])).mean(states).sum().backward()
+    assert torch.equal(states.grad[0, :, 0], torch.tensor([0.5, 0.5, 1.0]))

@@ -12,8 +12,8 @@ from trim_plugin.rules.processors import VisualTokenProcessor, share
 
 #: Wider states are projected to this many values before distances are taken: 0.09 standard error of a squared distance.
 FEATURES = 256
-#: Tokens whose states are copied to float32 at a time.
-BLOCK = 1024
+#: float32 values of states that are copied at a time.
+BLOCK_VALUES = 2**20
 #: Steps between two looks at the distances, where a radius and not a share says when to stop.
 STEPS = 64
 
@@ -27,6 +27,7 @@ class KCenter(VisualTokenProcessor):
 
     Cost for a group of N tokens of which K are kept: one product of N × width × 256 values, then K steps of N × 256, about
     six small kernels each; no N × K matrix exists, and no step waits for a number from the device (with a radius, every 64th).
+    Scratch: the projected states, 256 float32 values a token, and at most 64 MiB beside them.
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
@@ -73,6 +74,11 @@ class KCenter(VisualTokenProcessor):
         Returns:
             bool (batch, tokens).
         """
+        # As precise under autocast, and nothing to be remembered for gradients: a choice has none.
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            return self._chosen(states, members)
+
+    def _chosen(self, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         positions, valid = pack(members)
         features = _features(states, positions)
         if self.kept_share is None:
@@ -93,14 +99,16 @@ class KCenter(VisualTokenProcessor):
 
 def _features(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """float32 (batch, packed tokens, features) of length 1: the states, or a random projection that keeps their distances."""
-    width = states.shape[-1]
+    batch, _, width = states.shape
     projection = _projection(width, states.device) if width > FEATURES else None
-    found = []
-    for start in range(0, positions.shape[1], BLOCK):
-        part = positions[:, start : start + BLOCK, None].expand(-1, -1, width)
-        rows = torch.nn.functional.normalize(states.gather(1, part).float(), dim=-1)
-        found.append(rows if projection is None else torch.nn.functional.normalize(rows @ projection, dim=-1))
-    return torch.cat(found, dim=1)
+    found = states.new_empty(*positions.shape, min(width, FEATURES), dtype=torch.float32)
+    block = max(1, BLOCK_VALUES // (batch * width))
+    for start in range(0, positions.shape[1], block):
+        part = slice(start, start + block)
+        rows = states.gather(1, positions[:, part, None].expand(-1, -1, width)).float()
+        rows = torch.nn.functional.normalize(rows, dim=-1)
+        found[:, part] = rows if projection is None else torch.nn.functional.normalize(rows @ projection, dim=-1)
+    return found
 
 
 @functools.lru_cache(maxsize=4)
@@ -125,8 +133,9 @@ def _farthest_first(
         int64 (batch, steps), and `nearest` as it is now: inf for what was chosen or is not valid.
     """
     if nearest is None:
-        mean = (features * valid[..., None]).sum(dim=1)
-        current = (features @ mean[..., None])[..., 0].masked_fill_(~valid, -torch.inf).argmax(dim=1, keepdim=True)
+        mean = torch.bmm(valid[:, None].float(), features)
+        alike = torch.bmm(features, mean.transpose(1, 2))[..., 0]
+        current = alike.masked_fill_(~valid, -torch.inf).argmax(dim=1, keepdim=True)
         nearest = torch.full_like(features[..., 0], -torch.inf).masked_fill_(~valid, torch.inf)
     else:
         nearest = nearest.clone()

@@ -8,13 +8,14 @@ logit, takes up that mass instead. Sources: proportional attention, ToMe (Bolya 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
-#: Tokens and kept tokens whose similarities are looked at together: bounds scratch, whatever the number of tokens.
+#: float32 values that a block takes: bounds scratch, whatever the number of tokens and their width.
+BLOCK_VALUES = 2 * 2**20
+#: Tokens, and kept tokens, whose similarities are looked at together: at most this many.
 BLOCK = 1024
-#: float32 values that a block of tokens may take while means are summed up.
-BLOCK_VALUES = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +48,37 @@ class Merging:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The members' means, weighted by what they stand for and summed in float32.
 
+        Works in blocks of features and tokens: scratch beyond the result stays under 64 MiB.
+
         Args:
             tensor: (batch, ..., tokens, features): visual states, keys or values.
 
         Returns:
-            (batch, ..., width, features) in the tensor's dtype; a slot with one member holds it unchanged.
+            (batch, ..., width, features) in the tensor's dtype; a slot with one member of size 1 holds it unchanged.
         """
-        rows = tensor.movedim(-2, 1)  # (batch, tokens, ..., features)
+        rows = tensor.movedim(-2, 1)  # (batch, tokens, heads or features, ...)
+        batch, _, across, *rest = rows.shape
+        means = rows.new_empty(batch, self.width, across, *rest)
+        step = max(1, BLOCK_VALUES // max(1, batch * self.width * math.prod(rest)))
+        for first in range(0, across, step):
+            means[:, :, first : first + step] = self._mean_of(rows[:, :, first : first + step])
+        return means.movedim(1, -2)
+
+    def _mean_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 (batch, width, ...): the means of (batch, tokens, ...)."""
         batch, tokens, *rest = rows.shape
-        slots, weights = self.slots.to(tensor.device), self.weights.to(tensor.device)
-        targets = slots + torch.arange(batch, device=tensor.device)[:, None] * self.width
-        sums = torch.zeros(batch * self.width, *rest, dtype=torch.float32, device=tensor.device)
-        block = max(1, BLOCK_VALUES // max(1, batch * rows[0, 0].numel()))
+        slots, weights = self.slots.to(rows.device), self.weights.to(rows.device)
+        targets = slots + torch.arange(batch, device=rows.device)[:, None] * self.width
+        sums = torch.zeros(batch * self.width, *rest, dtype=torch.float32, device=rows.device)
+        block = max(1, BLOCK_VALUES // max(1, 2 * batch * math.prod(rest)))
         for start in range(0, tokens, block):
             part = slice(start, start + block)
             weight = weights[:, part].reshape(batch, -1, *[1] * len(rest))
-            weighted = torch.where(weight > 0, rows[:, part].float() * weight, 0.0)
+            # Filled, since a token that is part of nothing need not be finite.
+            weighted = (rows[:, part].float() * weight).masked_fill_(weight == 0, 0.0)
             sums.index_add_(0, targets[:, part].reshape(-1), weighted.flatten(0, 1))
-        sums /= self.sizes.to(tensor.device).view(-1, *[1] * len(rest))
-        return sums.view(batch, self.width, *rest).movedim(1, -2).to(tensor.dtype)
+        sums /= self.sizes.to(rows.device).view(-1, *[1] * len(rest))
+        return sums.view(batch, self.width, *rest)
 
 
 def merge_dropped(
@@ -92,7 +105,10 @@ def merge_dropped(
         [[0, 1, 1]]
     """
     own = (kept.long().cumsum(dim=1) - 1).clamp_(min=0)
-    slots = torch.where(kept, own, _most_alike(states, kept, groups, positions))
+    # As precise under autocast, and nothing to be remembered for gradients: which tokens are alike has none.
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        nearest = _most_alike(states, kept, groups, positions)
+    slots = torch.where(kept, own, nearest)
     part_of_one = kept | (groups >= 0)
     return Merging(slots, sizes * part_of_one, positions.shape[1])
 
@@ -101,19 +117,30 @@ def _most_alike(
     states: torch.Tensor, kept: torch.Tensor, groups: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """int64 (batch, tokens): the slot of the kept token of the same group with the highest cosine."""
-    batch, tokens, _ = states.shape
-    slots = positions.shape[1]
-    is_real = torch.arange(slots, device=kept.device) < kept.sum(dim=1, keepdim=True)
+    batch, tokens, width = states.shape
+    is_real = torch.arange(positions.shape[1], device=kept.device) < kept.sum(dim=1, keepdim=True)
     kept_groups = groups.gather(1, positions).masked_fill(~is_real, -2)  # −2: no token is of this group
-    nearest = torch.zeros(batch, tokens, dtype=torch.long, device=states.device)
-    best = torch.full((batch, tokens), -torch.inf, device=states.device)
-    block = max(16, BLOCK // batch)
-    for first in range(0, slots, block):
+    block = min(tokens, BLOCK, max(16, BLOCK_VALUES // width))
+    together = max(1, BLOCK_VALUES // (block * max(block, width)))  # samples
+    nearest = torch.empty(batch, tokens, dtype=torch.long, device=states.device)
+    for first in range(0, batch, together):
+        some = slice(first, first + together)
+        nearest[some] = _most_alike_of(states[some], groups[some], positions[some], kept_groups[some], block)
+    return nearest
+
+
+def _most_alike_of(
+    states: torch.Tensor, groups: torch.Tensor, positions: torch.Tensor, kept_groups: torch.Tensor, block: int
+) -> torch.Tensor:
+    """The same, `block` tokens and `block` kept tokens at a time."""
+    nearest = torch.zeros_like(groups)
+    best = torch.full_like(groups, -torch.inf, dtype=torch.float32)
+    for first in range(0, positions.shape[1], block):
         chosen = positions[:, first : first + block]
         features = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])).float()
         features = torch.nn.functional.normalize(features, dim=-1).transpose(1, 2)
         their_groups = kept_groups[:, None, first : first + block]
-        for start in range(0, tokens, block):
+        for start in range(0, states.shape[1], block):
             part = slice(start, start + block)
             # The token's own length scales all of its cosines alike, so it is left out.
             alike = states[:, part].float() @ features
