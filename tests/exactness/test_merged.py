@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import compiles_mllama_decoding, slices_mask_rows
 
+from ..cache.test_static import graph_counter
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
-from ..test_static import graph_counter
 from .conversations import Conversation
 from .restatement import Restatement, Turn
 from .rules import METHODS
