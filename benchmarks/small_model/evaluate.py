@@ -2,7 +2,7 @@
 
 Every question is asked about a scene of its own, drawn from held-out digits without augmentation, in the first wording of its
 type. An answer counts only if it is right word for word. Writes ``results/evaluation.json`` and renders the tables of
-``README.md`` from it.
+``README.md`` from it. For the fine model: ``--model benchmarks/small_model/fine/model --into benchmarks/small_model/fine``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from rich.progress import Progress
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import percent, table
 from benchmarks.small_model.questions import TRAINED_TYPES, ask
-from benchmarks.small_model.scenes import draw_scene
+from benchmarks.small_model.scenes import TILE, draw_scene
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "evaluation.json"
 RATIOS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05, 0.02)
 NEW_TOKENS = 40
 
@@ -44,12 +43,14 @@ class Question:
     answer: str
 
 
-def held_out_questions(count: int, kinds: tuple[str, ...] = TRAINED_TYPES, seed: int = 0) -> list[Question]:
-    """``count`` questions, the types in turn, each about a scene of its own."""
+def held_out_questions(
+    count: int, kinds: tuple[str, ...] = TRAINED_TYPES, seed: int = 0, scale: int = 1
+) -> list[Question]:
+    """``count`` questions, the types in turn, each about a scene of its own; ``scale`` as in ``draw_scene``."""
     questions = []
     for number in range(count):
         kind = kinds[number % len(kinds)]
-        scene = draw_scene(seed * 1_000_000 + number, held_out=True)
+        scene = draw_scene(seed * 1_000_000 + number, held_out=True, scale=scale)
         text, answer = ask(scene, kind, np.random.default_rng([seed, number]))
         questions.append(Question(scene.image, scene.tiles, kind, text, answer))
     return questions
@@ -210,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Evaluate the small Mllama on held-out digits.")
     parser.add_argument("--model", default=str(SMALL_MODEL), help="checkpoint folder (default: the shipped one)")
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the README.md and results to write")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
     parser.add_argument("--batch", type=int, default=40)
@@ -220,9 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     processor = transformers.AutoProcessor.from_pretrained(args.model)
     record = Path(args.model) / "training.json"
     begin = time.monotonic()
-    ways = evaluate(
-        model, processor, held_out_questions(args.questions, seed=args.seed), tuple(args.ratios), args.batch
-    )
+    scale = model.config.vision_config.image_size // TILE
+    questions = held_out_questions(args.questions, seed=args.seed, scale=scale)
+    ways = evaluate(model, processor, questions, tuple(args.ratios), args.batch)
     results = {
         "questions": args.questions,
         "seed": args.seed,
@@ -238,8 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(tables(results))
     if not args.dry:
-        write_json(RESULTS, results)
-        render(HERE / "README.md", results)
+        write_json(args.into / "results" / "evaluation.json", results)
+        render(args.into / "README.md", results)
 
 
 if __name__ == "__main__":
