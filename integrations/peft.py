@@ -105,8 +105,16 @@ def prepare_qlora(model: Any, config: Any, *, gradient_checkpointing: bool = Fal
     Returns:
         A `PeftModel` whose adapters alone are trained; everything that isn't quantized is float32.
 
+    Raises:
+        ValueError: the model is not quantized.
+
     Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
     """
+    if not getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"prepare_qlora is for a model in 4 or 8 bits, and this {type(model).__name__} is not quantized. Load it with "
+            'weights="nf4" (trim_plugin.integrations.accelerate.load), or use peft.get_peft_model(model, config) for LoRA.'
+        )
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     _use_standard_layout(model)

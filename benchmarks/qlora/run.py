@@ -24,6 +24,7 @@ import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
+from trim_plugin.integrations.training import AnswerCollator
 
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import percent, table
@@ -46,27 +47,11 @@ def training_batch(processor: Any, kind: str, replay: float, number: int, size: 
     scenes = [draw_scene(FIRST_SCENE + number * size + n, held_out=False) for n in range(size)]
     kinds = [kind if rng.random() >= replay else str(rng.choice(TRAINED_TYPES)) for _ in scenes]
     pairs = [ask(scene, own, rng, vary=True) for scene, own in zip(scenes, kinds, strict=True)]
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question, _ in pairs
+    examples = [
+        {"pictures": [scene.image], "question": question, "answer": answer}
+        for scene, (question, answer) in zip(scenes, pairs, strict=True)
     ]
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "right"
-    texts = [f"{prompt}{answer}{tokenizer.eos_token}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
-    inputs = processor(
-        images=[[scene.image] for scene in scenes],
-        text=texts,
-        add_special_tokens=False,
-        padding=True,
-        return_tensors="pt",
-    )
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    for row, prompt in zip(labels, prompts, strict=True):
-        row[: len(tokenizer(prompt, add_special_tokens=False).input_ids)] = -100
-    return {**inputs, "labels": labels}
+    return AnswerCollator(processor)(examples)
 
 
 def train(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +158,7 @@ from trim_plugin.integrations.peft import lora_config, prepare_qlora
 
 model, processor = load("path/to/Llama-3.2-11B-Vision-Instruct", weights="nf4")
 model = prepare_qlora(model, lora_config("text_attention", rank=16), gradient_checkpointing=True)
-...  # any training loop or transformers' Trainer; run.py has a plain one
+...  # any training loop or transformers' Trainer, with integrations.training.AnswerCollator; run.py has a plain one
 model.save_pretrained("adapter")
 
 model, processor = load("path/to/Llama-3.2-11B-Vision-Instruct", weights="nf4", adapter="adapter")
