@@ -29,7 +29,7 @@ from .test_every_mode import DECODING, follow_ups
 from .test_plain_forward import decode_by_hand
 
 FORMATS = ("int8", "nf4") if importlib.util.find_spec("bitsandbytes") is not None else ()
-stores = st.sampled_from([{}, {}, {"static": True, "static_bucket": 8, "max_cache_len": 64}])
+stores = st.sampled_from([{}, {"prefill_pictures": 1}, {"static": True, "static_bucket": 8, "max_cache_len": 64}])
 
 
 @dataclasses.dataclass
