@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trim_plugin.forward.hooks import detach
     from trim_plugin.forward.trimmed_cache import TrimmedCache
     from trim_plugin.generation.pieces import prefill
+    from trim_plugin.pictures.encoded import Pictures
+    from trim_plugin.pictures.encoding import encode_pictures
     from trim_plugin.pictures.visualize import visualize
     from trim_plugin.rules.k_center import KCenter
     from trim_plugin.rules.processors import (
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BestOfCells",
     "KCenter",
+    "Pictures",
     "TopKPerHead",
     "TopPPerHead",
     "TrimConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "VisualTokenProcessor",
     "VisualTokenProcessorList",
     "detach",
+    "encode_pictures",
     "prefill",
     "register",
     "unregister",
@@ -55,6 +59,7 @@ __all__ = [
 _MODULES = {
     "BestOfCells": "rules.processors",
     "KCenter": "rules.k_center",
+    "Pictures": "pictures.encoded",
     "TopKPerHead": "rules.processors",
     "TopPPerHead": "rules.processors",
     "TrimConfig": "config",
@@ -63,6 +68,7 @@ _MODULES = {
     "VisualTokenProcessor": "rules.processors",
     "VisualTokenProcessorList": "rules.processors",
     "detach": "forward.hooks",
+    "encode_pictures": "pictures.encoding",
     "prefill": "generation.pieces",
     "visualize": "pictures.visualize",
 }

@@ -54,6 +54,10 @@ class HeldCache(Cache):
         #: The forward in progress (`trim_plugin.forward.step.Step`), None between forwards.
         self.step: Any = None
         self.unfinished = False
+        #: Encoded pictures that the next forward reads, one entry a sample (`trim_plugin.forward.encoded`); None if it has none.
+        self.encoded: list[Any] | None = None
+        #: What the forward in progress reads of them, between the model's hook and its first cross-attention layer's.
+        self.reading: Any = None
 
     def new_layers(self, config: TrimConfig, max_cache_len: int | None = None) -> list[Any]:
         """Empty layers of this cache's kinds in this order, for these settings."""
@@ -203,7 +207,7 @@ class HeldCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.tokens = self.step = self.sources.of_sample = None
+        self.tokens = self.step = self.encoded = self.reading = self.sources.of_sample = None
         self.copies = 1
         self.unfinished = False
 

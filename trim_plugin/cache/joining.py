@@ -32,7 +32,8 @@ def part_of(cache: HeldCache, samples: slice) -> HeldCache:
     """
     part = copy.copy(cache)
     part.config = dataclasses.replace(cache.config, static=False)
-    part.step, part.copies = None, 1
+    part.step, part.reading, part.copies = None, None, 1
+    part.encoded = None if cache.encoded is None else cache.encoded[samples]
     part.sources = type(cache.sources)()
     part.layers = part.new_layers(part.config)
     if cache.batch_size <= 0:
@@ -73,6 +74,7 @@ def join(cache: HeldCache, parts: Sequence[HeldCache], copies: int = 1) -> None:
         batch = len(cache.tokens.index)
         cache.sources.repeat(copies, batch)
         cache.tokens = cache.tokens.of_samples(torch.arange(batch).repeat_interleave(copies))
+    cache.encoded = None
     cache.unfinished = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
+from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
 from trim_plugin.forward.tower import pictures_at_a_time, visual_states
+
+ENCODED_AND_PIXELS = (
+    "This TrimmedCache was given encoded pictures, and the call brings pixel_values as well. A turn's pictures are either "
+    "encoded or not: leave pixel_values out, or encode the others too (encode_pictures with rule=None changes nothing)."
+)
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -98,9 +105,13 @@ def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of an `MllamaModel`: let the vision tower read a few pictures at a time."""
+    """Forward pre-hook of an `MllamaModel`: give it encoded pictures, or let the vision tower read a few at a time."""
     cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
-    if not isinstance(cache, HeldCache) or pixel_values is None or kwargs.get("cross_attention_states") is not None:
+    if not isinstance(cache, HeldCache):
+        return None
+    if cache.encoded is not None:
+        return args, _with_encoded(model, cache, cache.encoded, args, kwargs)
+    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
         return None
     at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
     ids, mask = kwargs.get("aspect_ratio_ids"), kwargs.get("aspect_ratio_mask")
@@ -108,6 +119,22 @@ def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None  # transformers' own way, or its own error
     states = visual_states(model, pixel_values, ids, mask, at_a_time)
     return args, {**kwargs, "pixel_values": None, "cross_attention_states": states}
+
+
+def _with_encoded(
+    model: Any, cache: HeldCache, samples: list[EncodedSample], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    text = args[0] if args else kwargs.get("input_ids")
+    text = kwargs["inputs_embeds"] if text is None else text
+    if kwargs.get("pixel_values") is not None or kwargs.get("cross_attention_states") is not None:
+        raise ValueError(ENCODED_AND_PIXELS)
+    if len(samples) != len(text):
+        raise ValueError(
+            f"This TrimmedCache was given encoded pictures of {len(samples)} samples, but the forward has {len(text)}. "
+            "Give one entry of pictures for every sample."
+        )
+    cache.reading = EncodedBatch.of(samples, text.device, model.dtype)
+    return {**kwargs, "cross_attention_states": cache.reading.states}
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -142,7 +169,7 @@ def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     cache.layers[layer.layer_idx].release()
     if cache.step is not None and layer.layer_idx == cache.cross_layers[-1]:
         cache.step.finish()
-        cache.step = None
+        cache.step = cache.encoded = None
         cache.unfinished = False
 
 
@@ -170,7 +197,10 @@ def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: di
     if states is not None:
         if cache.sources.shared:
             cache.unshare()
-        return Prefill(cache, states, mask, open_rows, kwargs["attention_mask"], hidden_states)
+        states = states.reshape(len(hidden_states), -1, states.shape[-1])
+        read, cache.reading = cache.reading, None
+        new = EncodedBatch.of_states(states) if read is None else dataclasses.replace(read, states=states)
+        return Prefill(cache, new, mask, open_rows, kwargs["attention_mask"], hidden_states)
     if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
     return Reading(cache, cache.tokens, mask, open_rows, hidden_states)

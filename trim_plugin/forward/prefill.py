@@ -22,6 +22,7 @@ from trim_plugin.attention.visibility import group_ids, padding_of, read_visibil
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
 from trim_plugin.cache.tokens import CachedTokens, Storage
+from trim_plugin.forward.encoded import EncodedBatch
 from trim_plugin.forward.step import Step
 from trim_plugin.rules.merging import Merging, merge_dropped
 from trim_plugin.rules.selection import select
@@ -36,7 +37,7 @@ class Prefill(Step):
 
     Args:
         cache: the cache; holds tokens already if this is not the conversation's first picture.
-        states: `cross_attention_states` of the new pictures, a multiple of `batch` rows in all.
+        new: the new pictures' visual tokens.
         mask: additive (batch, 1, rows, all visual tokens so far), or None: every row may read everything.
         open_rows: 0 for blind rows, see `masks`; or None.
         causal_mask: the self-attention mask, to tell padding.
@@ -50,41 +51,43 @@ class Prefill(Step):
     def __init__(
         self,
         cache: HeldCache,
-        states: torch.Tensor,
+        new: EncodedBatch,
         mask: torch.Tensor | None,
         open_rows: torch.Tensor | None,
         causal_mask: torch.Tensor | None,
         hidden_states: torch.Tensor,
     ) -> None:
-        batch, rows = hidden_states.shape[:2]
-        self._cache = cache
-        self._states = states.reshape(batch, -1, states.shape[-1])
+        rows, states = hidden_states.shape[1], new.states
+        self._cache, self._states = cache, states
         self._earlier = cache.tokens
-        self._index, self._valid, self._sizes = _columns(cache.tokens, self._states)
-        self._first_new = self._valid.shape[1] - self._states.shape[1]
-        total = self._states.shape[1] + (0 if self._earlier is None else self._earlier.total)
+        self._index, self._valid, self._sizes = _columns(cache.tokens, new)
+        self._first_new = self._valid.shape[1] - states.shape[1]
+        total = new.total + (0 if self._earlier is None else self._earlier.total)
+        as_they_come = self._earlier is None and new.complete
         if mask is None:
             _warn_without_mask()
             readable = open_mask(self._valid, rows, states.dtype)
-            self._reachable = torch.ones(batch, total, dtype=torch.bool, device=states.device)
+            self._reachable = torch.ones(len(states), total, dtype=torch.bool, device=states.device)
         else:
             check_columns(mask, total)
             self._reachable = last_row_reads(mask).to(states.device)
-            readable = mask if self._earlier is None else self._mask_after(self._earlier, mask, open_rows)
+            readable = mask if as_they_come else self._mask_of_columns(mask, open_rows)
         if self._earlier is not None:
             self._reachable[:, : self._earlier.total] &= self._earlier.reachable.to(self._reachable.device)
         self._visibility = read_visibility(readable, open_rows, padding_of(causal_mask, rows))
         self._readable = readable
-        self._mask = add_log_sizes(readable, self._sizes) if self._first_new else readable
+        self._before = self._sizes
+        self._mask = readable if as_they_come else add_log_sizes(readable, self._sizes)
+        self._sized = not as_they_come
         self._later_states, self._later_mask = self._states, self._mask
         self._token_bytes = 0
         self._bucket = cache.config.bucket
         self._decodable = self._valid
         self._positions: torch.Tensor | None = None
 
-    def _mask_after(self, earlier: CachedTokens, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
-        """The mask over the columns, of a turn that follows others."""
-        if bool(reads_any(mask, open_rows, ~earlier.reachable)):
+    def _mask_of_columns(self, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
+        """The mask over the columns, where these are not simply all visual tokens."""
+        if self._earlier is not None and bool(reads_any(mask, open_rows, ~self._earlier.reachable)):
             raise ValueError(LOST_TOKENS)
         return take_columns(mask, self._index, self._valid)
 
@@ -109,7 +112,7 @@ class Prefill(Step):
         if config.exact:
             return self._valid
         queries = layer_queries(layer, hidden_states)
-        log_sizes = self._sizes.float().log() if self._first_new else None
+        log_sizes = self._sizes.float().log() if self._sized else None
         scores = visual_token_scores(queries, keys, self._visibility, layer.cross_attn.scaling, log_sizes)
         kept = select(scores, self._visibility, config.processor_list, self._first_new, self._states)
         return kept.to(self._valid.device) & self._valid
@@ -153,7 +156,7 @@ class Prefill(Step):
 
     def finish(self) -> None:
         """Tell the cache which visual tokens its layers hold."""
-        visible = self._visibility.visible[:, self._first_new :].sum(dim=1)
+        visible = (self._visibility.visible * self._before.cpu())[:, self._first_new :].sum(dim=1)
         if self._earlier is not None:
             visible += self._earlier.visible
         storage = Storage(self._token_bytes, self._states.dtype, self._bucket, self._cache.shared_heads)
@@ -174,18 +177,28 @@ def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return attention.q_norm(projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2))
 
 
-def _columns(earlier: CachedTokens | None, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_keys(layer: Any, states: torch.Tensor) -> torch.Tensor:
+    """The keys that a cross-attention decoder layer makes of visual states (batch, tokens, width).
+
+    Returns:
+        (batch, key-value heads, tokens, head_dim). Upstream: `MllamaTextCrossAttention.forward`.
+    """
+    attention = layer.cross_attn
+    with torch.no_grad():
+        projected = attention.k_proj(states)
+        heads = projected.unflatten(-1, (attention.num_key_value_heads, attention.head_dim))
+        return attention.k_norm(heads.transpose(1, 2))
+
+
+def _columns(earlier: CachedTokens | None, new: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The visual token behind every column, whether the column is one (not padding between samples), and its size."""
-    batch, new, _ = states.shape
-    index = torch.arange(new, device=states.device).expand(batch, -1)
-    valid = torch.ones_like(index, dtype=torch.bool)
-    sizes = torch.ones_like(index)
     if earlier is None:
-        return index, valid, sizes
+        return new.index, new.valid, new.sizes
+    device = new.index.device
     return (
-        torch.cat([earlier.index.to(index.device), index + earlier.total], dim=1),
-        torch.cat([earlier.valid.to(index.device), valid], dim=1),
-        torch.cat([earlier.sizes.to(index.device), sizes], dim=1),
+        torch.cat([earlier.index.to(device), new.index + earlier.total], dim=1),
+        torch.cat([earlier.valid.to(device), new.valid], dim=1),
+        torch.cat([earlier.sizes.to(device), new.sizes], dim=1),
     )
 
 

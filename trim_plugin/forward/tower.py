@@ -9,11 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.models.mllama.modeling_mllama import MllamaModel
 
 from trim_plugin.config import TrimConfig
 
 #: Visual tokens that go through the tower at a time unless the configuration says otherwise: those of one 11B picture.
 TOKENS_AT_A_TIME = 6404
+
+
+def find_model(model: torch.nn.Module) -> Any:
+    """The `MllamaModel`, vision tower and text model together, in a model or in a wrapper around one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, MllamaModel):
+            return module
+    raise ValueError(
+        f"Encoded pictures need an Mllama model with a vision tower (Llama-3.2-Vision), but {type(model).__name__} has none."
+    )
 
 
 def pictures_at_a_time(config: TrimConfig, vision_config: Any) -> int:

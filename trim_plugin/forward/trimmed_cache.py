@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.encoded import EncodedSample, check_samples
 from trim_plugin.forward.hooks import attach, find_text_model
 
 
@@ -26,10 +28,13 @@ class TrimmedCache(HeldCache):
         model: an Mllama model, or a wrapper around one (peft, for instance).
         config: settings; a dict of `TrimConfig`'s fields does as well.
         max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
+        pictures: encoded pictures (`trim_plugin.encode_pictures`) that the first forward reads instead of `pixel_values`: a
+            sample's, or a list with an entry for every sample of the batch (before beams and returned sequences).
 
     Raises:
-        ValueError: the model has no Mllama cross-attention layers, or the settings are not allowed.
-        TypeError: `config` is neither a `TrimConfig` nor a mapping.
+        ValueError: the model has no Mllama cross-attention layers, the settings are not allowed, or the pictures were encoded by
+            another model.
+        TypeError: `config` is neither a `TrimConfig` nor a mapping, or `pictures` are not encoded.
         ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
 
     Example:
@@ -47,8 +52,30 @@ class TrimmedCache(HeldCache):
         config: TrimConfig | Mapping[str, Any] | None = None,
         *,
         max_cache_len: int | None = None,
+        pictures: EncodedSample | Sequence[EncodedSample] | None = None,
     ) -> None:
         # The settings first: a wrong one leaves the model without hooks.
         settings = TrimConfig.of(config)
         super().__init__(find_text_model(model), settings, max_cache_len)
+        self._model = weakref.ref(model)
+        if pictures is not None:
+            self.show(pictures)
         attach(model)
+
+    def show(self, pictures: EncodedSample | Sequence[EncodedSample]) -> None:
+        """Let the next forward read these encoded pictures: for a later turn of a conversation that brings new ones.
+
+        Its `cross_attention_mask` covers all pictures so far, as for a turn that brings `pixel_values`.
+
+        Args:
+            pictures: a sample's, or a list with an entry for every sample.
+
+        Raises:
+            TypeError, ValueError: as for the class.
+        """
+        samples = check_samples(pictures)
+        model = self._model()
+        if model is not None:
+            for sample in samples:
+                sample.check_fits(model)
+        self.encoded = samples

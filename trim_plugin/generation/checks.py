@@ -14,7 +14,7 @@ import torch
 from trim_plugin.attention.masks import LOST_TOKENS
 from trim_plugin.cache.tokens import CachedTokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.hooks import check_layers_get_caches, find_text_model, has_hooks
+from trim_plugin.forward.hooks import ENCODED_AND_PIXELS, check_layers_get_caches, find_text_model, has_hooks
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 
 
@@ -76,11 +76,13 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
+    if cache.encoded is not None:
+        _check_encoded(cache, pixel_values, batch)
     # Without a vision config it is a text model that is given prepared states and an additive mask.
     if mask is not None and hasattr(model.config, "vision_config"):
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
-        if pixel_values is not None or cache.tokens is not None:
+        if pixel_values is not None or cache.encoded is not None or cache.tokens is not None:
             _check_mask_columns(mask, cache, model.config.vision_config, pixel_values)
 
 
@@ -96,7 +98,7 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
     # Where transformers cannot cut the mask's rows, it cuts a prompt that fits into one chunk wrongly as well.
     if slices_mask_rows() and mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
         return
-    if inputs.get("pixel_values") is not None or not slices_mask_rows():
+    if inputs.get("pixel_values") is not None or cache.encoded is not None or not slices_mask_rows():
         raise ValueError(
             f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the whole prompt chooses the "
             "visual tokens. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures (for "
@@ -119,6 +121,17 @@ def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch
         raise ValueError(
             "pixel_values hold NaN or inf: no head could choose visual tokens. Mend the picture or its preprocessing; "
             "top_k_ratio=1.0 chooses nothing and does what transformers does with such a picture."
+        )
+
+
+def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, batch: int) -> None:
+    if pixel_values is not None:
+        raise ValueError(ENCODED_AND_PIXELS)
+    sources, given = batch // cache.copies, len(cache.encoded or ())
+    if given != sources:
+        raise ValueError(
+            f"This TrimmedCache was given encoded pictures of {given} samples, but input_ids has {sources}. Give one entry of "
+            "pictures for every sample (beams and returned sequences don't count)."
         )
 
 
@@ -153,7 +166,10 @@ def _check_mask_columns(
     tiles = vision_config.max_num_tiles
     tile_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
     earlier = 0 if cache.tokens is None else cache.tokens.total // (tiles * tile_tokens)
-    new = 0 if pixel_values is None else pixel_values.shape[1]
+    if cache.encoded is not None:
+        new = max(sample.total for sample in cache.encoded) // (tiles * tile_tokens)
+    else:
+        new = 0 if pixel_values is None else pixel_values.shape[1]
     if mask.shape[3] != tiles or mask.shape[2] != earlier + new:
         follow_up = (
             f" ({earlier} from earlier turns and {new} new: in a follow-up, pixel_values hold the new pictures only, "

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.joining import can_part, join, part_of
-from trim_plugin.forward.tower import pictures_at_a_time
+from trim_plugin.forward.tower import picture_tokens, pictures_at_a_time
 
 #: Unless the configuration says otherwise, the text model reads the pictures of this many tower calls at a time. The states of
 #: a picture are a thirteenth of what its way through the tower needs, and the text model's weights are read once a piece.
@@ -75,6 +75,8 @@ def prefill_of_generate(
     pieces = cut(cache, model_kwargs, batch, getattr(model.config, "vision_config", None))
     cache.copies = 1
     if pieces.whole or _in_step_with_others(model):
+        if cache.encoded is not None:
+            cache.encoded = [sample for sample in cache.encoded for _ in range(batch // len(cache.encoded))]
         return read(input_ids, model_kwargs)
 
     def read_piece(inputs: dict[str, Any], part: HeldCache) -> Any:
@@ -143,12 +145,16 @@ def cut(cache: HeldCache, inputs: Mapping[str, Any], batch: int, vision_config: 
     maps = cache.config.static and inputs.get("output_attentions")
     if not can_part(cache) or maps or inputs.get("cross_attention_states") is not None or vision_config is None:
         return Pieces(batch, batch)
-    if pixel_values is None:
+    if cache.encoded is not None:
+        pictures = -(-max(len(sample.index) for sample in cache.encoded) // picture_tokens(vision_config))
+    elif pixel_values is not None:
+        pictures = max(1, pixel_values.shape[1])
+    else:
         return Pieces(sources, sources, copies)
     at_a_time = pictures_at_a_time(cache.config, vision_config)
     if cache.config.prefill_pictures is None:
         at_a_time *= TOWER_CALLS
-    return Pieces(sources, max(1, at_a_time // max(1, pixel_values.shape[1])), copies)
+    return Pieces(sources, max(1, at_a_time // pictures), copies)
 
 
 def read_in_pieces(cache: HeldCache, inputs: Mapping[str, Any], batch: int, pieces: Pieces, read: Read) -> Any:

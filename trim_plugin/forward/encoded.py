@@ -1,0 +1,113 @@
+"""Visual tokens that enter a forward ready made: what the tower yields for a sample's pictures, whole or merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass
+class EncodedSample:
+    """The visual tokens of one sample's pictures.
+
+    Args:
+        states: (tokens, width of the text model), visual states.
+        index: int64 (tokens,), which visual token each is, ascending.
+        sizes: int64 (tokens,), how many visual tokens each stands for.
+        total: visual tokens of the pictures, padding tiles and merged ones included.
+    """
+
+    states: torch.Tensor
+    index: torch.Tensor
+    sizes: torch.Tensor
+    total: int
+
+    def check_fits(self, model: torch.nn.Module) -> None:
+        """Raise `ValueError` if the pictures were encoded by another model than this one. Nothing to compare here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedBatch:
+    """The visual tokens of a batch, padded to the longest sample.
+
+    Args:
+        states: (batch, tokens, width), zeros in padding.
+        index: int64 (batch, tokens).
+        sizes: int64 (batch, tokens), 1 in padding.
+        valid: bool (batch, tokens), False in padding.
+        total: visual tokens of the sample with most pictures.
+        complete: whether every sample has all of `total` tokens, each for itself.
+    """
+
+    states: torch.Tensor
+    index: torch.Tensor
+    sizes: torch.Tensor
+    valid: torch.Tensor
+    total: int
+    complete: bool
+
+    @classmethod
+    def of(cls, samples: Sequence[EncodedSample], device: torch.device, dtype: torch.dtype) -> EncodedBatch:
+        """Put samples side by side.
+
+        Example:
+            >>> one = EncodedSample(torch.ones(1, 2), torch.tensor([0]), torch.tensor([3]), 4)
+            >>> two = EncodedSample(torch.ones(2, 2), torch.tensor([0, 5]), torch.tensor([1, 1]), 8)
+            >>> batch = EncodedBatch.of([one, two], torch.device("cpu"), torch.float32)
+            >>> batch.valid.tolist(), batch.total
+            ([[True, False], [True, True]], 8)
+        """
+        longest = max(len(sample.index) for sample in samples)
+
+        def padded(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
+            first = getattr(samples[0], name)
+            whole = torch.full((len(samples), longest, *first.shape[1:]), fill, dtype=dtype, device=device)
+            for row, sample in zip(whole, samples, strict=True):
+                row[: len(sample.index)] = getattr(sample, name).to(device, dtype)
+            return whole
+
+        lengths = torch.tensor([len(sample.index) for sample in samples], device=device)
+        total = max(sample.total for sample in samples)
+        return cls(
+            states=padded("states", 0, dtype),
+            index=padded("index", 0, torch.long),
+            sizes=padded("sizes", 1, torch.long),
+            valid=torch.arange(longest, device=device) < lengths[:, None],
+            total=total,
+            complete=all(len(sample.index) == total for sample in samples),
+        )
+
+    @classmethod
+    def of_states(cls, states: torch.Tensor) -> EncodedBatch:
+        """Every visual token, (batch, tokens, width), as the tower has just yielded them."""
+        index = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
+        ones = torch.ones_like(index)
+        return cls(states, index, ones, ones.bool(), states.shape[1], complete=True)
+
+
+def check_samples(pictures: Any) -> list[EncodedSample]:
+    """A sample's pictures or a batch's, as a list with one entry a sample.
+
+    Raises:
+        TypeError: something else than encoded pictures.
+        ValueError: none at all.
+
+    Example:
+        >>> check_samples(["page.png"])
+        Traceback (most recent call last):
+        ...
+        TypeError: pictures must be what encode_pictures returns, one for every sample of the batch, got str...
+    """
+    samples = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    for sample in samples:
+        if not isinstance(sample, EncodedSample):
+            raise TypeError(
+                "pictures must be what encode_pictures returns, one for every sample of the batch, got "
+                f"{type(sample).__name__}. Files are read by Pictures.load; a sample without pictures needs a call of its own."
+            )
+    if not samples:
+        raise ValueError("pictures is an empty list. Give one entry for every sample, or leave pictures out.")
+    return samples

@@ -1,0 +1,161 @@
+"""What the vision tower made of a sample's pictures, whole or merged: in memory, in a file, and in front of a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trim_plugin.forward.encoded import EncodedSample
+from trim_plugin.forward.tower import find_model, picture_tokens
+from trim_plugin.pictures import stored
+from trim_plugin.pictures.fingerprint import OTHER_FORMAT, SAME_FORMAT, difference, fingerprint
+from trim_plugin.pictures.layout import prompt_inputs
+
+_warned_unknown = False
+
+
+@dataclasses.dataclass
+class Pictures(EncodedSample):
+    """The pictures of one sample, encoded: `TrimmedCache(model, config, pictures=...)` answers questions without the tower.
+
+    `first + second` are the pictures of both in a row, for instance a document's pages that were encoded one by one.
+
+    Args:
+        states: (tokens, width of the text model), visual states.
+        index: int64 (tokens,), which visual token each is, ascending.
+        sizes: int64 (tokens,), how many visual tokens each stands for.
+        total: visual tokens of the pictures, padding tiles and merged ones included.
+        tiles: real tiles of every picture.
+        most_tiles: tiles that the model pads every picture to.
+        tile_tokens: visual tokens of a tile.
+        mark: which model encoded them, see `fingerprint`.
+        rule: what chose the tokens; "whole" if nothing did.
+
+    Example:
+        >>> from trim_plugin import KCenter, TrimmedCache, encode_pictures
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> model, processor = load_small_model()
+        >>> pictures = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.25))
+        >>> inputs = pictures.inputs(processor, "Read all digits.")
+        >>> output = model.generate(**inputs, past_key_values=TrimmedCache(model, pictures=pictures), max_new_tokens=4)
+        >>> output.shape[0], "pixel_values" in inputs
+        (1, False)
+    """
+
+    tiles: list[int]
+    most_tiles: int
+    tile_tokens: int
+    mark: torch.Tensor
+    rule: str = "whole"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(tensor.nbytes for tensor in (self.states, self.index, self.sizes))
+
+    @property
+    def kept_share(self) -> float:
+        """Tokens held over those of the pictures' real tiles; above 1 if padding tiles are held as well."""
+        return len(self.index) / (sum(self.tiles) * self.tile_tokens)
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        stored.write(Path(path), self)
+
+    @classmethod
+    def load(cls, path: Path | str, device: str | torch.device = "cpu") -> Pictures:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            device: where the tensors go; a forward takes them to the model's.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is cut off, of another kind, or of a later version.
+        """
+        return cls(**stored.read(Path(path), device))
+
+    def to(self, device: str | torch.device) -> Pictures:
+        """The same with its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("states", "index", "sizes")}
+        return dataclasses.replace(self, **moved)
+
+    def inputs(
+        self, processor: Any, text: str | Sequence[Mapping[str, Any]], device: str | torch.device = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `cross_attention_mask` of a prompt about these pictures, as the processor makes them.
+
+        Args:
+            processor: the model's `MllamaProcessor`.
+            text: a question; or messages of a chat whose pictures are these, in their order; or a prompt that holds the image
+                token as often as there are pictures.
+            device: where the tensors go.
+
+        Raises:
+            ValueError: the prompt has another number of pictures.
+        """
+        return prompt_inputs(processor, [self.tiles], [text], self.most_tiles, device)
+
+    def __add__(self, later: Pictures) -> Pictures:
+        if not isinstance(later, Pictures):
+            return NotImplemented
+        apart = difference(self.mark, later.mark)
+        if (self.most_tiles, self.tile_tokens) != (later.most_tiles, later.tile_tokens) or (
+            apart or 0.0
+        ) > OTHER_FORMAT:
+            raise ValueError("These pictures were encoded by two different models. Encode them again by one.")
+        return dataclasses.replace(
+            self,
+            states=torch.cat([self.states, later.states.to(self.states)]),
+            index=torch.cat([self.index, later.index.to(self.index) + self.total]),
+            sizes=torch.cat([self.sizes, later.sizes.to(self.sizes)]),
+            total=self.total + later.total,
+            tiles=self.tiles + later.tiles,
+            rule=self.rule if self.rule == later.rule else f"{self.rule}, {later.rule}",
+        )
+
+    def check_fits(self, model: torch.nn.Module) -> None:
+        """Raise `ValueError` unless this model, or the same in another format, encoded the pictures."""
+        own = find_model(model)
+        vision = own.config.vision_config
+        layout = (
+            vision.max_num_tiles,
+            picture_tokens(vision) // vision.max_num_tiles,
+            own.config.text_config.hidden_size,
+        )
+        if layout != (self.most_tiles, self.tile_tokens, self.states.shape[-1]):
+            raise ValueError(
+                f"These pictures were encoded by another model: {self.most_tiles} tiles of {self.tile_tokens} tokens of "
+                f"width {self.states.shape[-1]}, but this one has {layout[0]} of {layout[1]} of width {layout[2]}. "
+                "Encode them again: encode_pictures(model, ...)."
+            )
+        apart = difference(self.mark, fingerprint(own))
+        same_format = own.dtype == self.states.dtype
+        if apart is None:
+            _warn_unknown()
+        elif apart > (SAME_FORMAT if same_format else OTHER_FORMAT):
+            raise ValueError(
+                "These pictures were encoded by another model, or its vision tower or projector was trained since (weights "
+                f"differ by {apart:.2g}). Encode them again: encode_pictures(model, ...)."
+            )
+
+
+def _warn_unknown() -> None:
+    global _warned_unknown
+    if not _warned_unknown:
+        _warned_unknown = True
+        warnings.warn(
+            "Whether this model encoded these pictures cannot be told: its projector and tower are offloaded or quantized.",
+            UserWarning,
+            stacklevel=4,
+        )

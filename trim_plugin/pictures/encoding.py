@@ -1,0 +1,124 @@
+"""From pictures to what a forward reads of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trim_plugin.attention.masks import pack
+from trim_plugin.forward.hooks import find_text_model
+from trim_plugin.forward.prefill import layer_keys
+from trim_plugin.forward.tower import find_model, picture_tokens, visual_states
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.fingerprint import fingerprint
+from trim_plugin.pictures.prompting import open_picture
+from trim_plugin.pictures.rgb import to_rgb
+from trim_plugin.rules.merging import merge_dropped
+from trim_plugin.rules.processors import (
+    ProcessorLike,
+    TopKPerHead,
+    TopPPerHead,
+    VisualTokenProcessorList,
+    processor_name,
+)
+
+
+def encode_pictures(
+    model: torch.nn.Module,
+    processor: Any,
+    images: Sequence[Image.Image | Path | str],
+    rule: ProcessorLike | None = None,
+) -> Pictures:
+    """Read a sample's pictures with the vision tower once, picture by picture, to ask about them as often as wanted.
+
+    Args:
+        model: an Mllama model, or a wrapper around one.
+        processor: its `MllamaProcessor`.
+        images: pictures or files of pictures, in the order in which prompts name them.
+        rule: what is kept of each picture's real tiles; all others join the kept token that they resemble most
+            (`rules.merging`). `KCenter(0.25)` keeps a quarter. A rule that needs attention cannot choose here, since there is no
+            prompt. None keeps everything, padding tiles included: the same answers as with the pictures themselves.
+
+    Returns:
+        The pictures, on the model's device.
+
+    Raises:
+        ValueError: no image is given, the rule needs a prompt or removes everything, or the model has no vision tower.
+        FileNotFoundError: a picture's file is missing.
+        TypeError: the rule returns something else than scores.
+
+    Example:
+        >>> from trim_plugin import KCenter
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> model, processor = load_small_model()
+        >>> page = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.25))
+        >>> page.tiles, len(page.index), page.total
+        ([1], 17, 260)
+    """
+    own = find_model(model)
+    if isinstance(images, str | Path | Image.Image):
+        raise ValueError(
+            f"images must be a list of pictures, got a single {type(images).__name__}: put it into a list."
+        )
+    if not images:
+        raise ValueError("No image was given to encode_pictures. Give at least one.")
+    if isinstance(rule, TopKPerHead | TopPPerHead):
+        raise ValueError(
+            f"{rule!r} chooses by the attention of a prompt, and there is none yet. Use KCenter, or rule=None."
+        )
+    pages = []
+    for image in images:
+        picture = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
+        seen = processor.image_processor(images=[[picture]], return_tensors="pt")
+        pages.append(_encoded(own, seen, rule, fingerprint(own) if not pages else pages[0].mark))
+    return functools.reduce(operator.add, pages)
+
+
+def _encoded(model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tensor) -> Pictures:
+    """One picture, as the image processor returned it."""
+    vision = model.config.vision_config
+    tile_tokens = picture_tokens(vision) // vision.max_num_tiles
+    tiles = int(seen["num_tiles"][0][0])
+    device = next(model.vision_model.parameters()).device
+    inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    with torch.no_grad():
+        states = visual_states(model, **inputs, at_a_time=1).flatten(0, 1)
+        index = torch.arange(len(states), device=states.device)
+        sizes = torch.ones_like(index)
+        if rule is not None:
+            states, index, sizes = _merged(model, states[: tiles * tile_tokens], rule)
+    return Pictures(
+        states=states,
+        index=index,
+        sizes=sizes,
+        total=picture_tokens(vision),
+        tiles=[tiles],
+        most_tiles=vision.max_num_tiles,
+        tile_tokens=tile_tokens,
+        mark=mark,
+        rule="whole" if rule is None else processor_name(rule),
+    )
+
+
+def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens of a picture's real tiles, (tokens, width), that a rule keeps, with what the others add to them."""
+    states = states[None]
+    members = torch.ones(1, states.shape[1], dtype=torch.bool, device=states.device)
+    kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, states) != -math.inf).any(dim=1)
+    if not bool(kept.any()):
+        raise ValueError(
+            f"The rule {processor_name(rule)} removed every visual token of a picture. Leave at least one."
+        )
+    positions, _ = pack(kept)
+    text_model = find_text_model(model)
+    crossing = next(layer for layer in text_model.layers if hasattr(layer, "cross_attn"))
+    features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
+    merging = merge_dropped(features, kept, 0 * members.long(), members.long(), positions)
+    return merging.mean(states)[0], positions[0], merging.sizes[0]

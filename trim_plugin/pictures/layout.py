@@ -1,0 +1,89 @@
+"""Prompts about pictures that are not at hand: ids and masks from the number of their tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.models.mllama.processing_mllama import (
+    build_string_from_input,
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+Text = str | Sequence[Mapping[str, Any]]
+
+
+def prompt_inputs(
+    processor: Any,
+    tiles: Sequence[Sequence[int]],
+    texts: Sequence[Text],
+    most_tiles: int,
+    device: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """What the processor returns for prompts about pictures of these many tiles, without the pictures; padded on the left.
+
+    Upstream: `MllamaProcessor.__call__`, whose own functions make the mask.
+
+    Args:
+        processor: an `MllamaProcessor`.
+        tiles: for every sample the real tiles of its pictures.
+        texts: for every sample a question, messages, or a prompt that holds image tokens.
+        most_tiles: tiles that the model pads every picture to.
+        device: where the tensors go.
+
+    Returns:
+        `input_ids` and `attention_mask` (batch, text tokens), `cross_attention_mask` (batch, text tokens, pictures, tiles).
+
+    Raises:
+        ValueError: a prompt has another number of pictures than `tiles` says.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> _, processor = load_small_model()
+        >>> inputs = prompt_inputs(processor, [[1], [4]], ["Which digit is red?", "Read all digits."], 4)
+        >>> inputs["cross_attention_mask"].amax(dim=1).flatten(1).tolist()
+        [[1, 0, 0, 0], [1, 1, 1, 1]]
+    """
+    chats = bool(getattr(processor, "chat_template", None))
+    prompts = [
+        _prompt(processor, text, len(own), sample) for sample, (text, own) in enumerate(zip(texts, tiles, strict=True))
+    ]
+    # As the processor is called in `prompting.build_inputs`: a chat template writes the special tokens itself.
+    tokenized = processor.tokenizer(
+        prompts, padding=True, padding_side="left", add_special_tokens=not chats, return_tensors="pt"
+    )
+    ids = tokenized["input_ids"]
+    spans = [get_cross_attention_token_mask(row, processor.image_token_id) for row in ids.tolist()]
+    mask = convert_sparse_cross_attention_mask_to_dense(
+        spans, num_tiles=[list(own) for own in tiles], max_num_tiles=most_tiles, length=ids.shape[1]
+    )
+    made = {
+        "input_ids": ids,
+        "attention_mask": tokenized["attention_mask"],
+        "cross_attention_mask": torch.from_numpy(mask),
+    }
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def _prompt(processor: Any, text: Text, pictures: int, sample: int) -> str:
+    """The prompt as the tokenizer gets it."""
+    chats, token = bool(getattr(processor, "chat_template", None)), processor.image_token
+    if isinstance(text, str) and token not in text:
+        if chats:
+            content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]
+            text = [{"role": "user", "content": content}]
+        else:
+            text = token * pictures + text
+    if not isinstance(text, str):
+        if not chats:
+            raise ValueError("Messages were given, but this processor has no chat template. Give the prompt as text.")
+        text = str(processor.apply_chat_template(list(text), add_generation_prompt=True))
+    found = text.count(token)
+    if found != pictures:
+        raise ValueError(
+            f"The prompt of sample {sample} has {found} pictures ({token}), but {pictures} are encoded. Name each picture once, "
+            "in their order."
+        )
+    return build_string_from_input(text, processor.bos_token, token)
