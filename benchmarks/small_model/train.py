@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -77,6 +78,7 @@ class Run:
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.modules = {"model": self.model, "head": self.head, "averaged": self.averaged}
         self.resumed = progress is not None
+        self.stopping = False
         self.progress = progress or Progress()
         if self.resumed:
             load_weights(out / "state", self.modules)
@@ -167,7 +169,7 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
     if run.progress.step:
         load_moments(run.out / "state", optimizer)
     saved = time.monotonic()
-    while limit > 0 and run.progress.step < last_step(stage, run.progress):
+    while limit > 0 and not run.stopping and run.progress.step < last_step(stage, run.progress):
         begin, step = time.monotonic(), run.progress.step
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * stage.factor(step, last_step(stage, run.progress) - stage.decay)
@@ -191,14 +193,25 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
 def train(
     recipe: Recipe, out: Path, *, limit: float = float("inf"), save_every_s: float = 300, log_every: int = 0
 ) -> Run:
-    """Train by a recipe, or go on with the run that ``out`` holds; ``limit`` stops it after so many steps."""
+    """Train by a recipe, or go on with the run that ``out`` holds.
+
+    ``limit`` stops it after so many steps, and SIGTERM after the step that it is in; both write what was reached.
+    """
     out.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, out)
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopping", True))
+    try:
+        _train(run, limit, save_every_s, log_every)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return run
+
+
+def _train(run: Run, limit: float, save_every_s: float, log_every: int) -> None:
     for stage in run.stages():
         limit = run_stage(run, stage, limit, save_every_s, log_every)
         if run.progress.step < last_step(stage, run.progress):
             break
-    return run
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -167,6 +169,27 @@ def test_killed_within_a_step_goes_on_from_what_was_written(uninterrupted, tmp_p
     for mine, whole in zip(weights(tmp_path), weights(uninterrupted), strict=True):
         for name, tensor in whole.items():
             assert torch.equal(mine[name], tensor), name
+
+
+def test_asked_to_end_it_writes_the_step_it_is_in(uninterrupted, tmp_path, monkeypatch):
+    true_average = trainer.average
+
+    def terminated(target, source, step):
+        true_average(target, source, step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "average", terminated)
+    assert run(tmp_path).progress.stages == {"tower": run_stages(tmp_path)["tower"]}
+    assert run_stages(tmp_path)["tower"]["steps"] == 2
+    monkeypatch.setattr(trainer, "average", true_average)
+    run(tmp_path)
+    for name, tensor in weights(uninterrupted)[0].items():
+        assert torch.equal(weights(tmp_path)[0][name], tensor), name
+
+
+def run_stages(out):
+    return json.loads((out / "state" / "progress.json").read_text())["stages"]
 
 
 def test_a_plateau_ends_a_stage_after_its_decay(tmp_path):
