@@ -29,6 +29,14 @@ ORDER = (
     "deferred",
     "compat",
 )
+#: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.
+TESTED_IN = {
+    "commands.generate": "integrations/test_generate_command.py",
+    "generation.assisted": "exactness/test_decoding.py",
+    "generation.checks": "exactness/test_errors.py",
+    "pictures.prompting": "pictures/test_opening.py",
+    "pictures.rgb": "pictures/test_opening.py",
+}
 MOST_LINES = 350
 MOST_MODULES = 9
 
@@ -198,3 +206,23 @@ def test_rooms_of_the_benchmarks_share_what_is_common_alone():
     ]
     assert across == []
     assert {room(one.target) for one in imports(ROOT / "benchmarks") if room(one.source) == "common"} == {"common"}
+
+
+def file_of_tests(module: str) -> Path:
+    """Where a module is tested: tests/<room>/test_<module>.py, or what `TESTED_IN` says."""
+    *folder, name = module.split(".")
+    return ROOT / "tests" / TESTED_IN.get(module, "/".join([*folder, f"test_{name}.py"]))
+
+
+def test_every_module_has_its_tests():
+    own = [name for name, path in modules(PACKAGE).items() if path.name != "__init__.py"]
+    missing = {name: str(file_of_tests(name).relative_to(ROOT)) for name in own if not file_of_tests(name).is_file()}
+    assert missing == {}, "write them, or say in TESTED_IN where the module is tested"
+
+
+def test_what_is_tested_elsewhere_is_there_and_has_no_file_of_its_own():
+    for module, file in TESTED_IN.items():
+        assert module in modules(PACKAGE), f"{module} is gone: take it out of TESTED_IN"
+        *folder, name = module.split(".")
+        own = "/".join([*folder, f"test_{name}.py"])
+        assert file == own or not (ROOT / "tests" / own).exists(), f"{own} exists: take {module} out of TESTED_IN"

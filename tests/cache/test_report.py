@@ -1,4 +1,7 @@
+import pytest
 import torch
+
+from trim_plugin.cache.report import TrimReport, format_bytes, held_bytes
 
 from ..random_models import PAIR, Sample, generate, prefilled, random_inputs, trimmed
 
@@ -32,3 +35,32 @@ def test_text_only(model):
     assert (report.cross_kv_bytes, report.stock_cross_kv_bytes) == (0, 0)
     assert report.self_kv_bytes > 0
     assert "no visual tokens" in str(report)
+
+
+def test_a_view_holds_its_whole_storage_and_every_storage_counts_once():
+    whole = torch.zeros(4, 10)
+    assert held_bytes([whole[0], whole[1:], None]) == 160
+    assert held_bytes([whole[0].clone(), whole]) == 200
+    assert held_bytes([]) == 0
+
+
+def test_shares_are_of_the_whole_batch():
+    report = TrimReport([20, 20], [20, 5], [5, 5], 30, 120, 8)
+    assert report.kept_share == 10 / 25
+    assert report.cross_kv_ratio == 0.25
+    lines = str(report).splitlines()
+    assert lines[0].startswith("sample 0, visual tokens: 5 kept of 20 visible (25.0 %)")
+    assert lines[1].startswith("sample 1, visual tokens: 5 kept of 5 visible (100.0 %)")
+
+
+def test_pictures_that_no_row_reads_are_said_to_be_unread():
+    report = TrimReport([20], [0], [0], 0, 120, 8)
+    assert report.kept_share == 0.0
+    assert "(no text row reads them)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1023, "1023 B"), (1024, "1.0 KiB"), (2**20 - 1, "1024.0 KiB"), (2**30, "1.00 GiB")]
+)
+def test_bytes_change_their_unit_at_1024(count, text):
+    assert format_bytes(count) == text

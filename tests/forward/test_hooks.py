@@ -1,5 +1,21 @@
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
 import trim_plugin
-from trim_plugin.forward.hooks import after_layer, attach, before_layer
+from trim_plugin import TrimmedCache
+from trim_plugin.forward.hooks import (
+    after_layer,
+    attach,
+    before_layer,
+    find_text_model,
+    has_cross_attention,
+    has_hooks,
+)
+
+from ..random_models import PAIR, prefilled, random_inputs
 
 
 def hooks_of(model):
@@ -17,3 +33,73 @@ def test_hooks_are_attached_once_and_detached_wholly(model):
     assert hooks_of(model) == [own]
     assert not any(layer._forward_hooks_with_kwargs for layer in model.model.language_model.layers)
     trim_plugin.detach(model)
+
+
+def test_hooks_do_nothing_for_any_other_cache(model):
+    text_model = attach(model)
+    layer = text_model.layers[1]
+    for cache in (None, DynamicCache(config=text_model.config)):
+        kwargs = {"past_key_values": cache, "cross_attention_states": object(), "cross_attention_mask": object()}
+        assert before_layer(layer, (torch.zeros(1, 2, 32),), kwargs) is None
+        assert after_layer(layer, (torch.zeros(1, 2, 32),), kwargs, None) is None
+
+
+def test_a_decoding_row_gets_the_mask_that_the_prefill_decided(model):
+    _, cache = prefilled(model, PAIR)
+    seen = []
+    for index in cache.cross_layers:
+        model.model.language_model.layers[index].register_forward_pre_hook(
+            lambda _layer, _args, kwargs: seen.append(kwargs["cross_attention_mask"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache, use_cache=True)
+    assert len(seen) == 2
+    assert all(mask is cache.tokens.decode_mask for mask in seen)
+    assert cache.step is None
+
+
+def test_the_text_model_is_found_in_wrappers_and_missed_where_there_is_none(model):
+    wrapper = torch.nn.ModuleDict({"inner": torch.nn.Sequential(model)})
+    assert find_text_model(wrapper) is model.model.language_model
+    assert has_cross_attention(wrapper)
+    assert not has_cross_attention(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear has none"):
+        find_text_model(torch.nn.Linear(2, 2))
+
+
+def test_hooks_of_a_copy_are_its_own(model):
+    text_model = attach(model)
+    copied = copy.deepcopy(model)
+    assert has_hooks(copied.model.language_model)
+    trim_plugin.detach(copied)
+    assert not has_hooks(copied.model.language_model)
+    assert has_hooks(text_model)
+    assert hooks_of(copied) == []
+
+
+def test_one_layer_without_hooks_is_not_attached(model):
+    text_model = attach(model)
+    text_model.layers[3]._forward_pre_hooks.clear()
+    assert not has_hooks(text_model)
+
+
+def test_a_failed_forward_marks_the_cache(model):
+    inputs, cache = prefilled(model, PAIR)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(**random_inputs(model, PAIR), past_key_values=TrimmedCache(model), use_cache=True)
+    cache.reset()
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    handle.remove()
+    assert cache.unfinished
+    with pytest.raises(ValueError, match="left over from a forward that failed"), torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    cache.reset()
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    assert not cache.unfinished

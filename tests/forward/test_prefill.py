@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimmedCache
+from trim_plugin.forward.prefill import token_bytes
 
 from ..random_models import PAIR, Sample, generate, prefilled, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -67,3 +68,56 @@ def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, mon
         warnings.simplefilter("error", UserWarning)
         trimmed(model, inputs, {"top_k_ratio": 1.0})
     assert torch.equal(ours.sequences, generate(model, whole).sequences)
+
+
+def test_the_rule_sees_the_queries_that_attention_uses(model):
+    """They are computed twice: by the layer, and by the hook, which keeps no tensor of the layer's."""
+    queries = []
+    model.model.language_model.layers[1].cross_attn.q_norm.register_forward_hook(
+        lambda _module, _args, output: queries.append(output)
+    )
+    prefilled(model, PAIR)
+    by_attention, by_the_hook = queries
+    assert torch.equal(by_attention, by_the_hook)
+
+
+def test_later_layers_see_the_mask_and_states_of_what_is_kept(model):
+    seen = {}
+    TrimmedCache(model)  # its hooks first, so that these see what the layers get
+    for index in (1, 3):
+        model.model.language_model.layers[index].register_forward_pre_hook(
+            lambda _layer, _args, kwargs, index=index: seen.update(
+                {index: (kwargs["cross_attention_states"], kwargs["cross_attention_mask"])}
+            ),
+            with_kwargs=True,
+        )
+    _, cache = prefilled(model, [Sample((1, (6,), 6))], 0.1, merge=False)
+    kept = cache.kept_indices[0]
+    (all_states, all_mask), (states, mask) = seen[1], seen[3]
+    assert all_states.shape[-2] == 20
+    assert torch.equal(states, all_states.reshape(1, 20, -1)[:, kept])
+    assert torch.equal(mask, all_mask[..., kept])
+
+
+def test_exact_mode_hands_every_layer_what_stock_would(model):
+    seen = []
+    TrimmedCache(model)
+    for index in (1, 3):
+        model.model.language_model.layers[index].register_forward_pre_hook(
+            lambda _layer, _args, kwargs: seen.append(kwargs["cross_attention_mask"]), with_kwargs=True
+        )
+    prefilled(model, PAIR, 1.0)
+    assert seen[0] is seen[1]
+    stock = []
+    handle = model.model.language_model.layers[1].register_forward_pre_hook(
+        lambda _layer, _args, kwargs: stock.append(kwargs["cross_attention_mask"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**random_inputs(model, PAIR), use_cache=True)
+    handle.remove()
+    assert torch.equal(seen[0], stock[0])
+
+
+def test_bytes_of_a_token_are_those_of_one_position():
+    keys, values = torch.zeros(3, 2, 7, 4), torch.zeros(3, 2, 7, 4, dtype=torch.bfloat16)
+    assert token_bytes(keys, values) == 2 * 4 * 4 + 2 * 4 * 2

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from trim_plugin.evaluation import read_questions
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def read(folder, *entries, blank=""):
+    lines = [blank, *(json.dumps(entry) for entry in entries)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return read_questions(folder)
+
+
+def test_names_are_the_ids_or_the_lines_in_the_file(folder):
+    first, second = read(
+        folder, {"picture": "a.png", "question": "?"}, {"picture": "b.png", "question": "!", "id": "mine"}
+    )
+    assert (first.name, second.name) == ("2", "mine")  # the first line is blank
+    assert first.pictures == (folder / "a.png",)
+
+
+def test_several_pictures_and_several_answers(folder):
+    (question,) = read(folder, {"pictures": ["a.png", "b.png"], "question": "?", "answer": ["two", "2"]})
+    assert question.pictures == (folder / "a.png", folder / "b.png")
+    assert question.answers == ("two", "2")
+
+
+@pytest.mark.parametrize(("given", "answers"), [({}, ()), ({"answer": None}, ()), ({"answer": "two"}, ("two",))])
+def test_answers_may_be_missing(folder, given, answers):
+    (question,) = read(folder, {"picture": "a.png", "question": "?", **given})
+    assert question.answers == answers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": " "}, "'question' must be a text"),
+        ({"question": ["a", "b"]}, "'question' must be a text"),
+        ({"picture": 3}, "'picture' must be a text or a list of texts, got 3"),
+        ({"answer": []}, "'answer' must be a text or a list of texts"),
+        ({"pictures": ["a.png"]}, "give either 'picture' or 'pictures'"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(folder, change, message):
+    good = {"picture": "a.png", "question": "?"}
+    with pytest.raises(ValueError, match=f"questions.jsonl, line 3: {message}"):
+        read(folder, good, good | change)
+    with pytest.raises(ValueError, match="must be an object"):
+        read(folder, ["a.png"])
+
+
+def test_another_file(folder):
+    (folder / "other.jsonl").write_text('{"picture": "a.png", "question": "?"}')
+    assert len(read_questions(folder, folder / "other.jsonl")) == 1
+    with pytest.raises(FileNotFoundError, match="no questions"):
+        read_questions(folder)
