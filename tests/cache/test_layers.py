@@ -44,9 +44,9 @@ def test_every_sample_keeps_its_own_tokens():
 def test_what_a_forward_has_brought_is_replaced_and_nothing_before_it(first):
     layer, given = filled((1, 2, 5, 4), (1, 2, 3, 4))
     means = torch.randn(1, 2, 2, 4)
-    layer.replace(first, means, -means)
+    layer.replace(first, means, 2 * means)
     assert torch.equal(layer.keys, means if first == 0 else torch.cat([given[0], means], dim=2))
-    assert torch.equal(layer.values[:, :, -2:], -means)
+    assert torch.equal(layer.values, 2 * layer.keys)
 
 
 def test_taking_text_back_leaves_the_picture():
