@@ -24,6 +24,7 @@ ORDER = (
     "forward",
     "cache",
     "config",
+    "kv_formats",
     "rules",
     "attention",
     "deferred",
@@ -238,3 +239,13 @@ def test_what_is_tested_elsewhere_is_there_and_has_no_file_of_its_own():
         *folder, name = module.split(".")
         own = "/".join([*folder, f"test_{name}.py"])
         assert file == own or not (ROOT / "tests" / own).exists(), f"{own} exists: take {module} out of TESTED_IN"
+
+
+def test_the_architecture_page_names_every_module():
+    page = (ROOT / "docs" / "explanation" / "call-flow.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- rooms -->(.*?)<!-- /rooms -->", page, re.DOTALL)
+    assert shown is not None
+    rows = dict(re.findall(r"^\| `([a-z_]+)/?` \|(.*)$", shown.group(1), re.MULTILINE))
+    names = {name: path for name, path in modules(PACKAGE).items() if "." in name and path.name != "__init__.py"}
+    missing = [name for name in names if f"`{name.split('.')[-1]}`" not in rows[room(name)]]
+    assert missing == [], "name them in the table of rooms on the architecture page"

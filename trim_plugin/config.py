@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
 
 DEFAULT_TOP_K_RATIO = 0.25
 DEFAULT_STATIC_BUCKET = 256
-KV_QUANTIZATIONS = ("int8", "nf4")
 SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 
 
@@ -69,7 +69,7 @@ class TrimConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.merge, bool):
             raise ValueError(f"merge must be True or False, got {self.merge!r}.")
-        _check_choice("kv_quantization", self.kv_quantization, (None, *KV_QUANTIZATIONS))
+        _check_choice("kv_quantization", self.kv_quantization, (None, *KV_FORMATS))
         _check_choice("self_kv_quantization", self.self_kv_quantization, (None, *SELF_KV_QUANTIZATIONS))
         _check_static(self)
         if self.prefill_pictures is not None:

@@ -25,9 +25,10 @@ from benchmarks.common.tables import percent, table
 from benchmarks.small_model.evaluate import NEW_TOKENS, batches, held_out_questions
 from trim_plugin import TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL, load_small_model
+from trim_plugin.kv_formats import KV_FORMATS
 
 HERE = Path(__file__).parent
-FORMATS = (None, "int8", "nf4")
+FORMATS = (None, *KV_FORMATS)
 
 
 def decoded_logits(

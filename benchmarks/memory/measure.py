@@ -27,6 +27,7 @@ from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from trim_plugin import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import model_sizes, planner
 
 NEW_TOKENS = 8
@@ -238,7 +239,7 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     )
     readable = scenario.readable * scenario.tiles * model_sizes.tile_tokens(config)
     kept = max(row["kept_tokens"]) if row["kept_tokens"] else readable
-    format = next((name for name in model_sizes.KV_FORMATS if f"{name} KV" in row["cache"]), None)
+    format = next((name for name in KV_FORMATS if f"{name} KV" in row["cache"]), None)
     ways = planner.plan(config, job, weights=row["weights"], kept_share=min(1.0, kept / readable), kv=format)
     way = ways[0 if row["cache"].startswith("stock") else 1 if row["cache"].startswith("exact") else 2]
     left_out = () if tower else ("vision tower",)

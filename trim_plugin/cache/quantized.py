@@ -10,7 +10,6 @@ appending a later picture therefore only move codes and scales: nothing is ever 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +20,7 @@ from transformers import cache_utils
 
 from trim_plugin.cache.layers import CrossAttentionLayer, joined, take_tokens
 from trim_plugin.cache.sources import SourceMap
-
-#: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits both formats' kernels.
-BLOCK = 64
+from trim_plugin.kv_formats import BLOCK, KV_FORMATS, Quantized
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -48,9 +45,8 @@ class QuantizedTokens:
         heads: key-value heads.
         head_dim: values a head.
         dtype: what it is dequantized to.
-        format: "int8" (255 evenly spaced levels) or "nf4" (16 levels at the quantiles of a normal distribution).
-        levels: float32 (256,), what the codes of "int8" stand for; None for "nf4", whose kernels know them. Held here, so that a
-            compiled graph takes it as an input.
+        format: a name of `KV_FORMATS`.
+        levels: what the codes stand for, see `kv_formats.Quantized`.
     """
 
     codes: torch.Tensor
@@ -65,8 +61,6 @@ class QuantizedTokens:
     def of(cls, states: torch.Tensor, format: str) -> QuantizedTokens:
         """Quantize (batch, heads, tokens, head_dim), a float tensor.
 
-        Source: blockwise quantization, Dettmers et al. 2022, arXiv 2110.02861; NF4, Dettmers et al. 2023, arXiv 2305.14314.
-
         Example:
             >>> states = torch.randn(1, 2, 5, 64)
             >>> stored = QuantizedTokens.of(states, "int8")
@@ -75,38 +69,17 @@ class QuantizedTokens:
             >>> bool((stored.dequantized() - states).norm() < 0.02 * states.norm())
             True
         """
-        from bitsandbytes import functional
-
         batch, heads, tokens, head_dim = states.shape
         rows = states.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
         # Padded with zeros to whole blocks; real models have a multiple of 64 values a token.
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % BLOCK)).contiguous()
-        levels = _levels(rows.device) if format == "int8" else None
-        if format == "nf4":
-            codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
-        else:
-            codes, state = functional.quantize_blockwise(rows, code=levels, blocksize=BLOCK)
-        codes, scales = codes.view(batch, tokens, -1), state.absmax.view(batch, tokens, -1)
-        return cls(codes, scales, heads, head_dim, states.dtype, format, levels)
+        made = KV_FORMATS[format].quantize(rows)
+        return cls(made.codes, made.scales, heads, head_dim, states.dtype, format, made.levels)
 
     def dequantized(self) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) in `dtype`."""
-        from bitsandbytes import functional
-
-        batch, tokens, blocks = self.scales.shape
-        state = functional.QuantState(
-            absmax=self.scales.flatten(),
-            shape=torch.Size((batch, tokens, blocks * BLOCK)),
-            code=self.levels,
-            blocksize=BLOCK,
-            quant_type="nf4" if self.format == "nf4" else None,
-            dtype=self.dtype,
-        )
-        if self.format == "nf4":
-            rows = functional.dequantize_4bit(self.codes.view(-1, 1), state)
-        else:
-            rows = functional.dequantize_blockwise(self.codes, state)
-        rows = rows.view(batch, tokens, -1)[..., : self.heads * self.head_dim]
+        rows = KV_FORMATS[self.format].dequantize(Quantized(self.codes, self.scales, self.levels), self.dtype)
+        rows = rows[..., : self.heads * self.head_dim]
         return rows.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTokens:
@@ -137,7 +110,7 @@ class QuantizedCrossAttentionLayer(CrossAttentionLayer):
     leaves them there until the next one.)
 
     Args:
-        format: "int8" or "nf4".
+        format: a name of `KV_FORMATS`.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -281,11 +254,3 @@ def quantized_self_layer(kind: str) -> Any:
             "does not have. Upgrade transformers, or use another self_kv_quantization."
         )
     return made()
-
-
-@functools.lru_cache(maxsize=16)
-def _levels(device: torch.device) -> torch.Tensor:
-    """The 255 evenly spaced levels of "int8": 0.6 % error on normal values, bitsandbytes' default levels have 1.0 %."""
-    from bitsandbytes import functional
-
-    return functional.create_linear_map(signed=True, total_bits=8).to(device)

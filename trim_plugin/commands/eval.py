@@ -26,7 +26,6 @@ from trim_plugin.commands.common import (
     load_model,
     pretrained_loader,
 )
-from trim_plugin.config import KV_QUANTIZATIONS
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.evaluation import (
     MATCHES,
@@ -40,6 +39,7 @@ from trim_plugin.evaluation import (
     ways_for,
     write_whole,
 )
+from trim_plugin.kv_formats import KV_FORMATS
 
 DEFAULT_RATIOS = ("1.0", "0.5", "0.25", "0.1")
 PRECISIONS = ("nf4", "fp4", "int8")
@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--kept-share", action="append", metavar="SHARE", help="share that BestOfCells keeps; may be given again"
     )
-    parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="store the kept tokens in 8 or 4 bits")
+    parser.add_argument("--kv-quantization", choices=tuple(KV_FORMATS), help="store the kept tokens in 8 or 4 bits")
     parser.add_argument(
         "--no-merge", action="store_true", help="forget what the rule drops, as in the paper (default: merge it)"
     )

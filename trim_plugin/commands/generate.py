@@ -11,8 +11,9 @@ from rich.console import Console
 
 from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import check_ratio, first_line, picture_or_error, pretrained_loader
-from trim_plugin.config import DEFAULT_TOP_K_RATIO, KV_QUANTIZATIONS, TrimConfig
+from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.pictures.prompting import build_inputs
 
 #: As in `trim_plugin.integrations.accelerate.WEIGHTS`, which is not imported before it is needed.
@@ -35,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="RATIO",
         help="share of visual tokens that each head keeps; 1 keeps all that can be read (default: %(default)s)",
     )
-    parser.add_argument("--kv-quantization", choices=KV_QUANTIZATIONS, help="keep cross-attention KV in 8 or 4 bits")
+    parser.add_argument("--kv-quantization", choices=tuple(KV_FORMATS), help="keep cross-attention KV in 8 or 4 bits")
     parser.add_argument("--device-map", default="auto", help="'auto', 'balanced', 'sequential' or a device")
     parser.add_argument(
         "--max-memory",

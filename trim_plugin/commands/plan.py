@@ -13,6 +13,7 @@ from rich.table import Table
 from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import check_is_mllama, check_ratio
+from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import model_sizes, planner
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,9 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--top-k-ratio", default="0.25")
     parser.add_argument("--kept-share", type=float, help="share of visible tokens that is kept, if you know it")
-    parser.add_argument(
-        "--kv", choices=model_sizes.KV_FORMATS, help="quantized cross-attention cache of exact and trimmed"
-    )
+    parser.add_argument("--kv", choices=tuple(KV_FORMATS), help="quantized cross-attention cache of exact and trimmed")
     parser.add_argument("--memory", help="find the largest batch that fits, for instance 24GiB")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run)

@@ -9,12 +9,14 @@ import math
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from trim_plugin.kv_formats import KV_FORMATS
+
 WEIGHT_FORMATS = ("float32", "bfloat16", "float16", "int8", "nf4")
-KV_FORMATS = ("int8", "nf4")
+QUANTIZED_WEIGHTS = ("int8", "nf4")
 SHAPES = ("11b", "90b")
 #: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
 UNQUANTIZED = ("multi_modal_projector", "lm_head")
-#: Values that share a scale in 4-bit weights and in quantized cross-attention caches.
+#: Values that share a scale in 4-bit weights.
 BLOCK = 64
 #: 4-bit weights quantize their scales in blocks of this many.
 SCALE_BLOCK = 256
@@ -99,7 +101,7 @@ def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, i
         0,
     )
     for name, shape, linear in _parameters(config):
-        quantized = linear and weights in KV_FORMATS and not _left_out(name)
+        quantized = linear and weights in QUANTIZED_WEIGHTS and not _left_out(name)
         size = _quantized_weight(shape, weights) if quantized else shape.numel() * element
         parts[part_of(name, crossing)] += size
     return {name: size for name, size in parts.items() if size}
@@ -112,7 +114,7 @@ def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None
         config: the model's configuration.
         batch: samples.
         tokens: visual tokens that a sample's layer holds (the longest sample's).
-        kv: "int8" or "nf4" for quantized caches, None for the model's dtype.
+        kv: a name of `KV_FORMATS` for quantized caches, None for the model's dtype.
         element: bytes of a number in the model's dtype.
 
     Raises:
@@ -126,8 +128,7 @@ def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None
     if kv is None:
         token = values * element
     elif kv in KV_FORMATS:
-        blocks = math.ceil(values / BLOCK)
-        token = blocks * (BLOCK if kv == "int8" else BLOCK // 2) + 4 * blocks
+        token = KV_FORMATS[kv].token_bytes(values)
     else:
         raise ValueError(f"kv must be one of {', '.join(map(repr, KV_FORMATS))} or None, got {kv!r}.")
     return 2 * batch * tokens * token * len(config.text_config.cross_attention_layers)

@@ -1,0 +1,140 @@
+"""Formats of quantized cross-attention keys and values: `KV_FORMATS` is the one place that names them.
+
+Configuration, layers, planner and command line read the table. A format says how many bits a value takes, and how rows of values
+become codes and scales and come back; bitsandbytes, whose blockwise functions do it, is loaded when they are called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+#: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits all formats' kernels.
+BLOCK = 64
+SCALE_BYTES = 4
+
+
+class KVFormat(ABC):
+    """One format. Rows are (batch, tokens, values), values a multiple of `BLOCK`.
+
+    Args:
+        bits: bits of a value's code.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def token_bytes(self, values: int) -> int:
+        """Bytes of one token's keys, or of its values, of that many numbers: codes and scales of whole blocks.
+
+        Example:
+            >>> KV_FORMATS["int8"].token_bytes(1024), KV_FORMATS["nf4"].token_bytes(1024)
+            (1088, 576)
+        """
+        return math.ceil(values / BLOCK) * (BLOCK * self.bits // 8 + SCALE_BYTES)
+
+    @abstractmethod
+    def quantize(self, rows: torch.Tensor) -> Quantized:
+        """Codes and scales of rows."""
+
+    @abstractmethod
+    def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """The rows again, in `dtype`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Rows of values as codes and scales.
+
+    Args:
+        codes: uint8 (batch, tokens, bytes a token).
+        scales: float32 (batch, tokens, blocks a token), the largest absolute value of every block.
+        levels: float32 (256,), what the codes stand for; None for formats whose kernels know it. Held, so that a compiled graph
+            takes it as an input.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor | None = None
+
+
+class EvenLevels(KVFormat):
+    """8 bits, 255 evenly spaced levels. Source: blockwise quantization, Dettmers et al. 2022, arXiv 2110.02861."""
+
+    def __init__(self) -> None:
+        super().__init__(bits=8)
+
+    def quantize(self, rows: torch.Tensor) -> Quantized:
+        """Codes and scales of rows."""
+        from bitsandbytes import functional
+
+        levels = _even_levels(rows.device)
+        codes, state = functional.quantize_blockwise(rows, code=levels, blocksize=BLOCK)
+        return Quantized(codes, state.absmax.view(*rows.shape[:2], -1), levels)
+
+    def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """The rows again, in `dtype`."""
+        from bitsandbytes import functional
+
+        state = functional.QuantState(
+            absmax=quantized.scales.flatten(),
+            shape=_shape(quantized),
+            code=quantized.levels,
+            blocksize=BLOCK,
+            dtype=dtype,
+        )
+        return functional.dequantize_blockwise(quantized.codes, state).view(_shape(quantized))
+
+
+class FourBits(KVFormat):
+    """4 bits, levels of bitsandbytes. Source of "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314.
+
+    Args:
+        kind: bitsandbytes' name of the levels, "nf4" or "fp4".
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(bits=4)
+        self.kind = kind
+
+    def quantize(self, rows: torch.Tensor) -> Quantized:
+        """Codes and scales of rows."""
+        from bitsandbytes import functional
+
+        codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type=self.kind)
+        return Quantized(codes.view(*rows.shape[:2], -1), state.absmax.view(*rows.shape[:2], -1))
+
+    def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """The rows again, in `dtype`."""
+        from bitsandbytes import functional
+
+        state = functional.QuantState(
+            absmax=quantized.scales.flatten(),
+            shape=_shape(quantized),
+            code=quantized.levels,
+            blocksize=BLOCK,
+            quant_type=self.kind,
+            dtype=dtype,
+        )
+        return functional.dequantize_4bit(quantized.codes.view(-1, 1), state).view(_shape(quantized))
+
+
+def _shape(quantized: Quantized) -> torch.Size:
+    batch, tokens, blocks = quantized.scales.shape
+    return torch.Size((batch, tokens, blocks * BLOCK))
+
+
+@functools.lru_cache(maxsize=16)
+def _even_levels(device: torch.device) -> torch.Tensor:
+    """255 levels: 0.6 % error on normal values, bitsandbytes' default levels have 1.0 %."""
+    from bitsandbytes import functional
+
+    return functional.create_linear_map(signed=True, total_bits=8).to(device)
+
+
+#: What `TrimConfig(kv_quantization=...)` and `--kv-quantization` allow.
+KV_FORMATS: dict[str, KVFormat] = {"int8": EvenLevels(), "nf4": FourBits("nf4")}
