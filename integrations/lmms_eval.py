@@ -4,7 +4,8 @@
         --model_args pretrained=meta-llama/Llama-3.2-11B-Vision-Instruct,top_k_ratio=0.25,dtype=bfloat16
 
 It builds prompts as lmms-eval's own `llama_vision` does: the pictures, then the text, in the chat format, no system prompt;
-greedy decoding unless the task says otherwise. Where it differs: batches, `until` is obeyed, videos are refused.
+greedy decoding unless the task says otherwise. Where it differs: batches, `until` is obeyed, videos are refused, and several
+questions about one picture run the vision tower once (not with `top_k_ratio=stock`).
 `python -m trim_plugin.integrations.lmms_eval_table` compares the result files.
 
 The interface is lmms-eval's `api.model.lmms` as of 0.7.3.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +28,9 @@ from tqdm import tqdm
 from trim_plugin.integrations.accelerate import load
 
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.layout import prompt_inputs
+from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
 from trim_plugin.rules.processors import BestOfCells
 
@@ -65,7 +71,9 @@ class LlamaVisionTrimmed(lmms):
         batch_size: questions answered together. Batches hold only questions with the same number of pictures.
         revision: of the model on the hub.
         attn_implementation: "sdpa" or "eager".
-        report_to: a JSON Lines file to which every batch's tokens and bytes are appended.
+        encoded_gib: GiB of main memory for encoded pictures, whole: one that is asked about again while it is held there does not
+            go through the vision tower again, which changes no answer. 0 reads pictures anew each time, as stock does.
+        report_to: a JSON Lines file to which every batch's tokens, bytes and seconds are appended.
 
     Raises:
         ValueError: an unknown or wrong argument.
@@ -86,6 +94,7 @@ class LlamaVisionTrimmed(lmms):
         batch_size: int | str = 1,
         revision: str = "main",
         attn_implementation: str = "sdpa",
+        encoded_gib: float = 1.0,
         report_to: str | None = None,
         max_batch_size: int | None = None,
         **unknown: Any,
@@ -97,6 +106,7 @@ class LlamaVisionTrimmed(lmms):
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share)
         self.batch_size_per_gpu = _positive("batch_size", batch_size)
+        most_bytes = _bytes("encoded_gib", encoded_gib)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._device = torch.device(self._own_device(device))
         self._report_to = report_to
@@ -108,6 +118,8 @@ class LlamaVisionTrimmed(lmms):
             attention=attn_implementation,
             revision=revision,
         )
+        remembers = self.trimming is not None and most_bytes > 0
+        self._recent = RecentPictures(self._model, self.processor, most_bytes=most_bytes) if remembers else None
 
     def _own_device(self, device: str) -> str:
         several = self._world_size > 1 and device == "cuda"
@@ -169,11 +181,31 @@ class LlamaVisionTrimmed(lmms):
         return Asked(self.processor.apply_chat_template(messages, add_generation_prompt=True), pictures, dict(settings))
 
     def _answer(self, batch: list[Asked]) -> list[str]:
-        prompts = [asked.prompt for asked in batch]
-        pictures = [asked.pictures for asked in batch]
+        start, encoded = time.perf_counter(), self._encoded
         settings = batch[0].settings
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
+        with torch.no_grad():
+            inputs, own = self._inputs(batch)
+            output = self.model.generate(**inputs, **generation_settings(settings), **own, return_dict_in_generate=True)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        figures = {"seconds": round(time.perf_counter() - start, 6), "encoded": self._encoded - encoded}
+        self._report(output.past_key_values, {"questions": len(batch), **figures})
+        return [cut(text, settings.get("until")) for text in texts]
+
+    @property
+    def _encoded(self) -> int:
+        """How often a picture went through the vision tower on its own, to be remembered."""
+        return 0 if self._recent is None else self._recent.encoded
+
+    def _inputs(self, batch: list[Asked]) -> tuple[Any, dict[str, Any]]:
+        """What `generate` is given for a batch, and with which cache."""
+        prompts, pictures = [asked.prompt for asked in batch], [asked.pictures for asked in batch]
+        if self._recent is not None and pictures[0]:
+            known = [self._recent(own) for own in pictures]
+            tiles = [own.tiles for own in known]
+            inputs = prompt_inputs(self.processor, tiles, prompts, known[0].most_tiles, self.device)
+            return inputs, {"past_key_values": TrimmedCache(self.model, self.trimming, pictures=known)}
+        self.processor.tokenizer.padding_side = "left"
         inputs = self.processor(
             images=pictures if pictures[0] else None,
             text=prompts,
@@ -181,20 +213,15 @@ class LlamaVisionTrimmed(lmms):
             padding=True,
             return_tensors="pt",
         ).to(self.device)
-        own = {} if self.trimming is None else {"cache_implementation": "trimmed", "cache_config": self.trimming}
-        with torch.no_grad():
-            output = self.model.generate(**inputs, **generation_settings(settings), **own, return_dict_in_generate=True)
-        self._report(output.past_key_values, len(batch))
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        return [cut(text, settings.get("until")) for text in texts]
+        trimmed = {"cache_implementation": "trimmed", "cache_config": self.trimming}
+        return inputs, {} if self.trimming is None else trimmed
 
-    def _report(self, cache: Any, questions: int) -> None:
+    def _report(self, cache: Any, figures: dict[str, Any]) -> None:
         if self._report_to is None or self.trimming is None:
             return
         report = cache.report()
         line = {
-            "questions": questions,
+            **figures,
             "visible_tokens": report.visible_tokens,
             "kept_tokens": report.kept_tokens,
             "cross_kv_bytes": report.cross_kv_bytes,
@@ -264,6 +291,16 @@ def _positive(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} must be a positive number, got {value!r}.")
     return number
+
+
+def _bytes(name: str, gib: Any) -> int:
+    try:
+        number = float(gib)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a number of GiB, 0 or more, got {gib!r}.")
+    return int(number * 2**30)
 
 
 __all__ = ["Asked", "LlamaVisionTrimmed", "batches", "cut", "generation_settings", "trimming"]

@@ -102,6 +102,36 @@ def test_exact_answers_are_stocks(adapter, tmp_path):
     assert all(line["kept_tokens"] == line["visible_tokens"] for line in lines)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_several_questions_about_a_picture_run_the_tower_once(adapter, tmp_path, size):
+    """Same answers and same tokens as when every question reads its picture anew."""
+    found, lines, calls = {}, {}, {}
+    for gib in (0, 1):
+        model = make(adapter, top_k_ratio=0.25, batch_size=size, encoded_gib=gib, report_to=str(tmp_path / f"{gib}"))
+        seen: list[int] = []
+        model.model.model.vision_model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+        )
+        asked = requests(model)
+        more = [types.SimpleNamespace(args=("Read all digits.", *one.args[1:])) for one in requests(model)]
+        found[gib] = model.generate_until([*asked, *more])
+        lines[gib] = [json.loads(line) for line in (tmp_path / f"{gib}").read_text().splitlines()]
+        calls[gib] = sum(seen)
+    assert found[0] == found[1]
+    assert [line["kept_tokens"] for line in lines[0]] == [line["kept_tokens"] for line in lines[1]]
+    assert calls == {0: 2 * len(examples()), 1: len(examples())}
+    assert [sum(line["encoded"] for line in lines[gib]) for gib in (0, 1)] == [0, len(examples())]
+    assert all(line["seconds"] > 0 for line in lines[1])
+
+
+def test_questions_without_a_picture(adapter):
+    for gib in (0, 1):
+        model = make(adapter, top_k_ratio=0.25, encoded_gib=gib)
+        first = requests(model)[0].args
+        asked = types.SimpleNamespace(args=("How many digits are there?", first[1], lambda document: [], *first[3:]))
+        assert len(model.generate_until([asked])) == 1
+
+
 def test_arguments_are_checked(adapter):
     for settings, message in (
         ({"top_k_ratio": 0}, "top_k_ratio must be"),
@@ -110,6 +140,8 @@ def test_arguments_are_checked(adapter):
         ({"kept_share": 1.5}, "kept_share must be"),
         ({"kept_share": 0.3, "top_k_ratio": 0.5}, "Choose one"),
         ({"batch_size": "auto"}, "batch_size must be"),
+        ({"encoded_gib": -1}, "encoded_gib must be"),
+        ({"encoded_gib": "much"}, "encoded_gib must be"),
         ({"colour": 1}, "Unknown model argument 'colour'"),
     ):
         with pytest.raises(ValueError, match=message):

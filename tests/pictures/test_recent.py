@@ -1,0 +1,90 @@
+"""Pictures that are remembered: what is asked for again is not encoded again, and no more is held than was allowed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from trim_plugin import KCenter, encode_pictures
+from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.pictures.prompting import open_picture
+from trim_plugin.pictures.recent import RecentPictures
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_small_model()
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return [open_picture(example.picture) for example in examples()[:4]]
+
+
+@pytest.fixture
+def calls(loaded):
+    """The number of pictures in every call of the vision tower."""
+    seen: list[int] = []
+    handle = loaded[0].model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].shape[0]), with_kwargs=True
+    )
+    yield seen
+    handle.remove()
+
+
+def test_a_picture_goes_through_the_tower_once(loaded, pages, calls):
+    recent = RecentPictures(*loaded)
+    first, again, both = recent(pages[:1]), recent([pages[0].copy()]), recent(pages[:2])
+    assert len(calls) == recent.encoded == 2
+    assert again is first
+    expected = encode_pictures(*loaded, pages[:2])
+    torch.testing.assert_close(both.states, expected.states, rtol=0, atol=0)
+    assert both.index.equal(expected.index)
+    assert both.tiles == expected.tiles
+
+
+def test_the_rule_is_used(loaded, pages):
+    kept = RecentPictures(*loaded, rule=KCenter(0.25))(pages[:1])
+    assert kept.index.equal(encode_pictures(*loaded, pages[:1], rule=KCenter(0.25)).index)
+
+
+def test_the_same_numbers_in_another_shape_are_another_picture(loaded):
+    recent = RecentPictures(*loaded)
+    wide, high = recent([Image.new("RGB", (64, 32), "red")]), recent([Image.new("RGB", (32, 64), "red")])
+    assert recent.encoded == 2
+    assert wide.tiles != high.tiles or not wide.states.equal(high.states)
+
+
+def test_the_least_recently_asked_for_go_first(loaded, pages, calls):
+    one = encode_pictures(*loaded, pages[:1]).nbytes
+    calls.clear()
+    recent = RecentPictures(*loaded, most_bytes=2 * one)
+    for page in (pages[0], pages[1], pages[0], pages[2]):  # the third goes in place of the second
+        recent([page])
+    assert len(calls) == 3
+    recent([pages[0]])
+    assert len(calls) == 3
+    recent([pages[1]])
+    assert len(calls) == 4
+    assert recent.nbytes == 2 * one
+
+
+@pytest.mark.parametrize("room", [0.0, 0.5, 1.0, 2.5])
+def test_never_more_than_was_allowed(loaded, pages, room):
+    one = encode_pictures(*loaded, pages[:1]).nbytes
+    recent = RecentPictures(*loaded, most_bytes=int(room * one))
+    drawn = random.Random(0)
+    for _ in range(12):
+        asked = drawn.sample(pages, k=drawn.randint(1, 3))
+        assert len(recent(asked).tiles) == len(asked)
+        assert recent.nbytes <= room * one
+
+
+def test_what_is_not_allowed(loaded):
+    with pytest.raises(ValueError, match="most_bytes must be 0 or more"):
+        RecentPictures(*loaded, most_bytes=-1)
+    with pytest.raises(ValueError, match="No picture was given"):
+        RecentPictures(*loaded)([])

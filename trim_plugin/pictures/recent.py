@@ -1,0 +1,86 @@
+"""Pictures that are asked about again: encoded once, remembered as long as there is room."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.encoding import encode_pictures
+from trim_plugin.pictures.rgb import to_rgb
+from trim_plugin.rules.processors import ProcessorLike
+
+#: Bytes that are held unless something else is said: 20 whole pictures of the 11B model in bfloat16.
+DEFAULT_BYTES = 2**30
+
+
+class RecentPictures:
+    """Encodes pictures and keeps the ones asked for last, each under what it shows: several questions, one call of the tower.
+
+    What is held lies in main memory; a generation takes it to the model's device, a piece of the batch at a time.
+
+    Args:
+        model: an Mllama model, or a wrapper around one; its weights must not change meanwhile.
+        processor: its `MllamaProcessor`.
+        rule: as for `encode_pictures`; None is whole, with the same answers as the pictures themselves.
+        most_bytes: of encoded pictures that are held at a time, in main memory; the least recently asked for go first.
+
+    Raises:
+        ValueError: `most_bytes` is negative.
+
+    Example:
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> from trim_plugin.pictures.prompting import open_picture
+        >>> recent = RecentPictures(*load_small_model())
+        >>> page = open_picture(examples()[0].picture)
+        >>> recent([page]) is recent([page.copy()]), recent.encoded
+        (True, 1)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: Any,
+        rule: ProcessorLike | None = None,
+        most_bytes: int = DEFAULT_BYTES,
+    ) -> None:
+        if most_bytes < 0:
+            raise ValueError(f"most_bytes must be 0 or more, got {most_bytes}.")
+        self._model, self._processor, self._rule = model, processor, rule
+        self._most_bytes = most_bytes
+        self._held: OrderedDict[tuple[Any, bytes], Pictures] = OrderedDict()
+        #: How often a picture went through the tower.
+        self.encoded = 0
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Pictures:
+        """These pictures in a row, encoded now or earlier.
+
+        Raises:
+            ValueError: no picture is given, or as for `encode_pictures`.
+        """
+        if not pictures:
+            raise ValueError("No picture was given to RecentPictures. Ask about text alone without it.")
+        return functools.reduce(operator.add, [self._one(to_rgb(picture)) for picture in pictures])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pictures held now."""
+        return sum(picture.nbytes for picture in self._held.values())
+
+    def _one(self, picture: Image.Image) -> Pictures:
+        key = (picture.size, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
+        if key not in self._held:
+            self._held[key] = encode_pictures(self._model, self._processor, [picture], self._rule).to("cpu")
+            self.encoded += 1
+        self._held.move_to_end(key)
+        found = self._held[key]
+        while self.nbytes > self._most_bytes:
+            self._held.popitem(last=False)
+        return found
