@@ -73,7 +73,7 @@ def encode_pictures(
         raise ValueError(
             f"{rule!r} chooses by the attention of a prompt, and there is none yet. Use KCenter, or rule=None."
         )
-    pages = []
+    pages: list[Pictures] = []
     for image in images:
         picture = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
         seen = processor.image_processor(images=[[picture]], return_tensors="pt")
