@@ -17,6 +17,7 @@ ORDER = (
     "cli",
     "commands",
     "evaluation",
+    "batching",
     "embedded",
     "pictures",
     "planning",
@@ -32,6 +33,8 @@ ORDER = (
 )
 #: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.
 TESTED_IN = {
+    "batching.questions": "batching/test_results.py",
+    "batching.rows": "batching/test_worker.py",
     "cache.joining": "exactness/test_pieces.py",
     "commands.generate": "integrations/test_generate_command.py",
     "generation.assisted": "exactness/test_decoding.py",

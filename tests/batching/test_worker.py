@@ -1,0 +1,177 @@
+"""The worker: the same answers as one by one, in the rows' order; what goes wrong stays in its row."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from trim_plugin.batching.worker import Worker
+from trim_plugin.pictures.prompting import build_inputs, open_picture
+
+from .conftest import scene_rows
+
+
+def alone(small, row, folder, **settings):
+    """The answer of one `generate` for one row."""
+    model, processor = small
+    inputs = build_inputs(processor, row["question"], [open_picture(folder / name) for name in row["images"]])
+    output = model.generate(
+        **inputs, cache_implementation="trimmed", max_new_tokens=24, return_dict_in_generate=True, **settings
+    )
+    text = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return text, output.past_key_values.report()
+
+
+def test_same_answers_and_counts_as_one_by_one(worker, small, tmp_path):
+    rows = scene_rows(tmp_path, 24)
+    results = worker(rows)
+    assert [result["id"] for result in results] == [row["id"] for row in rows]
+    for row, result in zip(rows, results, strict=True):
+        text, report = alone(small, row, tmp_path, cache_config={"top_k_ratio": 0.1})
+        assert result["answer"] == text
+        assert (result["kept"], result["visible"]) == (report.kept_tokens[0], report.visible_tokens[0])
+        assert 0 < result["tokens"] <= 24
+        assert result["seconds"] > 0
+
+
+def test_rows_of_every_kind_in_one_call(worker, small, tmp_path):
+    first, second = scene_rows(tmp_path, 2)
+    names = [*first["images"], *second["images"]]
+    picture = open_picture(tmp_path / names[0])
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first["question"]}]}]
+    rows = [
+        {**first, "images": [picture]},
+        {**first, "images": [data.getvalue()]},
+        {"images": first["images"], "messages": chat},
+        {"images": first["images"], "messages": [{"role": "user", "content": first["question"]}]},
+        {"images": names, "question": first["question"]},
+        {"question": first["question"]},
+        {"images": first["images"], "question": first["question"], "max_new_tokens": 1},
+    ]
+    results = worker(rows)
+    expected, _ = alone(small, first, tmp_path, cache_config={"top_k_ratio": 0.1})
+    assert [result["answer"] for result in results[:4]] == [expected] * 4
+    both, report = alone(small, {**first, "images": names}, tmp_path, cache_config={"top_k_ratio": 0.1})
+    assert (results[4]["answer"], results[4]["kept"]) == (both, report.kept_tokens[0])
+    assert (results[5]["visible"], results[5]["kept"]) == (0, 0)
+    assert results[6]["tokens"] == 1
+    assert expected.startswith(results[6]["answer"])
+
+
+BROKEN = {
+    "missing": ({"images": ["nowhere.png"], "question": "?"}, "no such picture"),
+    "cut off": ({"images": ["half.png"], "question": "?"}, "cannot read"),
+    "no picture": ({"images": ["text.png"], "question": "?"}, "cannot read"),
+    "absurd": ({"images": ["huge.png"], "question": "?"}, "decompression bomb"),
+    "no question": ({"images": ["0.png"]}, "give either 'question' or 'messages'"),
+    "empty question": ({"images": ["0.png"], "question": "  "}, "not empty"),
+    "both": ({"question": "?", "messages": []}, "give either"),
+    "unknown field": ({"image": "0.png", "question": "?"}, "unknown field 'image'"),
+    "one image": ({"images": "0.png", "question": "?"}, "must be a list"),
+    "a number": ({"images": [7], "question": "?"}, "an image must be"),
+    "image token": ({"images": ["0.png"], "question": "<|image|>?"}, "names 2 pictures"),
+    "too few parts": (
+        {"images": ["0.png", "0.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "names 1 pictures",
+    ),
+    "a part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message"),
+    "no role": ({"messages": [{"content": "?"}]}, "'role'"),
+    "too long": ({"question": "digit " * 600}, "at most"),
+    "length": ({"question": "?", "max_new_tokens": 0}, "'max_new_tokens'"),
+    "no row": (["0.png"], "must be an object"),
+}
+
+
+def broken_pictures(folder):
+    whole = (folder / "0.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("not a picture")
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+
+
+def test_broken_rows_are_errors_and_the_rest_is_answered(worker, tmp_path):
+    good = scene_rows(tmp_path, 6)
+    broken_pictures(tmp_path)
+    rows = []
+    for place, (row, _) in enumerate(BROKEN.values()):
+        rows += [row, good[place % len(good)]]
+    results = worker(rows)
+    for (row, message), result in zip(BROKEN.values(), results[::2], strict=True):
+        assert message in result.get("error", "answered"), row
+        assert "answer" not in result
+    assert [result["answer"] for result in results[1::2]] == [
+        worker([good[place % len(good)]])[0]["answer"] for place in range(len(BROKEN))
+    ]
+
+
+class Full:
+    """A model that has memory for so many rows."""
+
+    def __init__(self, model, most, error):
+        self._model, self.most, self.error, self.batches = model, most, error, []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def generate(self, **inputs):
+        self.batches.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > self.most:
+            raise self.error
+        return self._model.generate(**inputs)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_halves_the_batch_where_memory_runs_out_and_goes_on(small, worker, tmp_path, error):
+    rows = scene_rows(tmp_path, 20)
+    full = Full(small[0], 2, error)
+    own = Worker(full, small[1], worker.config, batch_size=8, max_new_tokens=24, folder=tmp_path)
+    results, expected = own(rows), worker(rows)
+    assert [result["answer"] for result in results] == [result["answer"] for result in expected]
+    assert own.batch_size == 2
+    assert full.batches.count(8) <= 2, "batches that follow are small from the start (one may have been read before)"
+
+
+def test_a_row_that_fits_in_no_memory_is_an_error(small, tmp_path):
+    own = Worker(Full(small[0], 0, MemoryError("all gone")), small[1], batch_size=4, folder=tmp_path)
+    assert {result["error"] for result in own(scene_rows(tmp_path, 3))} == {"out of memory, even alone: all gone"}
+
+
+def test_a_row_that_the_model_refuses_does_not_take_others_with_it(small, worker, tmp_path):
+    rows = scene_rows(tmp_path, 5)
+
+    class Picky(Full):
+        def generate(self, **inputs):
+            if inputs["input_ids"].eq(small[1].tokenizer.convert_tokens_to_ids("seven")).any():
+                raise ValueError("not that one")
+            return self._model.generate(**inputs)
+
+    rows[2]["question"] = "Where is the seven?"
+    own = Worker(Picky(small[0], 9, None), small[1], worker.config, batch_size=8, max_new_tokens=24, folder=tmp_path)
+    results = own(rows)
+    assert results[2] == {"id": "row 2", "error": "not that one"}
+    del rows[2], results[2]
+    assert [result["answer"] for result in results] == [result["answer"] for result in worker(rows)]
+    assert own.batch_size == 8
+
+
+def test_a_lost_device_is_no_row_s_fault(small, tmp_path):
+    own = Worker(Full(small[0], 0, torch.AcceleratorError("gone")), small[1], batch_size=4, folder=tmp_path)
+    with pytest.raises(torch.AcceleratorError):
+        own(scene_rows(tmp_path, 3))
+
+
+def test_no_rows(worker):
+    assert worker([]) == []
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"max_new_tokens": True}, {"batch_size": 1.5}])
+def test_numbers_are_checked(small, settings):
+    with pytest.raises(ValueError, match="must be a positive integer"):
+        Worker(*small, **settings)

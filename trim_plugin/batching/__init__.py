@@ -1,0 +1,1 @@
+"""Many rows of pictures and questions: answered in batches, kept in a file that a stopped run goes on with."""
