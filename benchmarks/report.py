@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import read_result
-from benchmarks.latency import compiled_report
+from benchmarks.latency import compiled_report, first_token_report
 from benchmarks.latency import report as latency_report
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import report as quality_report
 
 #: Marker in docs/benchmarks.md → the module with its `tables` and `plots`.
-SECTIONS = {"quality": quality_report, "memory": memory_report, "latency": latency_report, "compiled": compiled_report}
+SECTIONS = {
+    "quality": quality_report,
+    "memory": memory_report,
+    "latency": latency_report,
+    "compiled": compiled_report,
+    "first_token": first_token_report,
+}
 
 
 def write(results: Path, docs: Path) -> list[Path]:

@@ -14,18 +14,36 @@ from benchmarks.common.seeds import SEED
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.planning.model_sizes import built_in_config, tile_tokens
 
-SHAPES = ("small", "11b-layers", "11b")
+SHAPES = ("small", "11b-layers", "11b-eighth", "11b")
 #: What a model of that shape computes in.
-DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b": "bfloat16"}
+DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b-eighth": "bfloat16", "11b": "bfloat16"}
 
 
 def shape_config(shape: str) -> MllamaConfig:
-    """The configuration of a random model: "11b-layers" or "11b".
+    """The configuration of a random model: "11b-layers", "11b-eighth" or "11b".
 
     "11b-layers" has the text model's real widths, 2 self- and 2 cross-attention layers, and a vocabulary cut in proportion
-    (a tenth); its vision tower is a stand-in, see `FeatureTable`.
+    (a tenth); its vision tower is a stand-in, see `FeatureTable`. "11b-eighth" has the real widths of both, an eighth of the
+    layers of each kind (4 self-attention, 1 cross-attention; 4 local, 1 global in the tower, of which one intermediate layer is
+    handed on instead of five), and an eighth of the vocabulary.
     """
     config = built_in_config("11b")
+    if shape == "11b-eighth":
+        text = config.text_config.to_dict() | {
+            "num_hidden_layers": 5,
+            "cross_attention_layers": [3],
+            "vocab_size": 16032,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        vision = config.vision_config.to_dict() | {
+            "num_hidden_layers": 4,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [2],
+            "vision_output_dim": 2 * config.vision_config.hidden_size,
+        }
+        return MllamaConfig(vision_config=vision, text_config=text, image_token_index=16032)
     if shape == "11b-layers":
         text = config.text_config.to_dict() | {
             "num_hidden_layers": 4,
@@ -46,7 +64,7 @@ def shape_config(shape: str) -> MllamaConfig:
         }
         return MllamaConfig(vision_config=vision, text_config=text, image_token_index=12800)
     if shape != "11b":
-        raise ValueError(f"shape must be '11b-layers' or '11b', got {shape!r}")
+        raise ValueError(f"shape must be '11b-layers', '11b-eighth' or '11b', got {shape!r}")
     return config
 
 

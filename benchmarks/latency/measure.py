@@ -27,7 +27,7 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.latency import compiled
+from benchmarks.latency import compiled, first_token
 from trim_plugin import TrimmedCache
 
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -239,6 +239,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     if arguments.compiled:
         return compiled.run(arguments)
+    if arguments.first_token:
+        return first_token.run(arguments)
     seed_everything()
     rows, scoring, skipped, models = [], [], [], {}
     with Progress() as bar:
@@ -271,4 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument(
         "--compiled", action="store_true", help="latency: compiled decoding instead, with a static cache"
+    )
+    parser.add_argument(
+        "--first-token", action="store_true", help="latency: time to the first token about an encoded page instead"
     )
