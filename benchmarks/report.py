@@ -12,13 +12,21 @@ from benchmarks.latency import report as latency_report
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import report as quality_report
 
-#: Marker in docs/benchmarks.md → the module with its `tables` and `plots`.
-SECTIONS = {
+#: Marker in docs/benchmarks.md and name of the result → the module with its `tables` and `plots`.
+SECTIONS: dict[str, Any] = {
     "quality": quality_report,
+    "quality-fine": quality_report,
     "memory": memory_report,
     "latency": latency_report,
     "compiled": compiled_report,
     "first_token": first_token_report,
+}
+#: The same for pages of their own: what the module's `details` gives of every result of these names.
+PAGES: dict[str, tuple[Any, dict[str, str]]] = {
+    "quality-tables.md": (
+        quality_report,
+        {"quality": "The model that ships with the package", "quality-fine": "The finer model"},
+    )
 }
 
 
@@ -36,7 +44,20 @@ def write(results: Path, docs: Path) -> list[Path]:
         text = _replaced(text, name, section.tables(result) + "\n" + _footer(result))
         written += section.plots(result, assets)
     page.write_text(text, encoding="utf-8")
-    return [page, *written]
+    return [page, *written, *_pages(results, docs)]
+
+
+def _pages(results: Path, docs: Path) -> list[Path]:
+    written = []
+    for file, (section, titles) in PAGES.items():
+        found = {title: read_result(name, results) for name, title in titles.items()}
+        parts = [
+            f"## {title}\n\n{section.details(result)}\n{_footer(result)}" for title, result in found.items() if result
+        ]
+        if parts:
+            (docs / file).write_text("\n".join([section.TITLE, *parts]), encoding="utf-8")
+            written.append(docs / file)
+    return written
 
 
 def _marker(name: str) -> str:

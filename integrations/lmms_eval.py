@@ -32,7 +32,7 @@ from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.rules.processors import BestOfCells
+from trim_plugin.rules.k_center import KCenter
 
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -62,7 +62,7 @@ class LlamaVisionTrimmed(lmms):
     Args:
         pretrained: model folder or hub id.
         top_k_ratio: in (0, 1]; 1.0 is exact mode, "stock" is transformers' own cache. 0.25 by default.
-        kept_share: in (0, 1]; keep this share of the visible tokens with `BestOfCells`, instead of a `top_k_ratio`.
+        kept_share: in (0, 1]; keep this share of the visible tokens with `KCenter`, instead of a `top_k_ratio`.
         kv_quantization: "int8" or "nf4" for the kept tokens' keys and values; None for the model's dtype.
         weights: "nf4", "fp4" or "int8" quantizes the weights with bitsandbytes; None loads them in `dtype`.
         dtype: "bfloat16", "float16", "float32" or "auto" (bfloat16); with quantized weights, what is computed in.
@@ -242,7 +242,7 @@ def trimming(
     if kept_share is not None:
         if top_k_ratio is not None:
             raise ValueError("top_k_ratio and kept_share are both given: they name two rules. Choose one.")
-        return TrimConfig(processors=(BestOfCells(kept_share),), kv_quantization=kv_quantization)
+        return TrimConfig(processors=(KCenter(kept_share),), kv_quantization=kv_quantization)
     if top_k_ratio == STOCK:
         if kv_quantization is not None:
             raise ValueError("kv_quantization needs a trimmed cache: give top_k_ratio=1.0 instead of stock.")

@@ -94,7 +94,7 @@ def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
     if model != "llama_vision_trimmed" or given.get("top_k_ratio") == STOCK:
         return STOCK
     if "kept_share" in given:
-        name = f"cells {float(given['kept_share']):g}"
+        name = f"k-center {float(given['kept_share']):g}"
     else:
         ratio = float(given.get("top_k_ratio", DEFAULT_RATIO))
         name = "exact" if ratio == 1.0 else f"{ratio:g}"
@@ -108,11 +108,11 @@ def newest(runs: Sequence[Run]) -> dict[tuple[str, str, str], float]:
 
 
 def rows_and_columns(values: dict[tuple[str, str, str], float]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Caches from stock over exact to the smallest ratio, then to the smallest share of cells; and (task, metric) pairs."""
+    """Caches from stock over exact to the smallest ratio, then to the smallest share of k-center; and (task, metric) pairs."""
 
     def rank(cache: str) -> tuple[float, str]:
-        first, cells = cache.split(",")[0].removeprefix("cells "), cache.startswith("cells ")
-        return (-2.0 if first == STOCK else -1.0 if first == "exact" else 1.0 + cells - float(first), cache)
+        first, is_share = cache.split(",")[0].removeprefix("k-center "), cache.startswith("k-center ")
+        return (-2.0 if first == STOCK else -1.0 if first == "exact" else 1.0 + is_share - float(first), cache)
 
     return sorted({key[0] for key in values}, key=rank), sorted({key[1:] for key in values})
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from trim_plugin.pictures.visualize import visualize
     from trim_plugin.rules.k_center import KCenter
     from trim_plugin.rules.processors import (
-        BestOfCells,
         TopKPerHead,
         TopPPerHead,
         VisualTokenProcessor,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BestOfCells",
     "KCenter",
     "Pictures",
     "TopKPerHead",
@@ -57,7 +55,6 @@ __all__ = [
 
 #: The module of every public name that is loaded at its first use.
 _MODULES = {
-    "BestOfCells": "rules.processors",
     "KCenter": "rules.k_center",
     "Pictures": "pictures.encoded",
     "TopKPerHead": "rules.processors",

@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.quality.measure`."""
+"""Tables and plots of `benchmarks.quality.measure`: an overview, and every figure for a page of its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks.common.figures import save
-from benchmarks.common.tables import folded, percent, table
+from benchmarks.common.tables import percent, table
 
-#: Rules that the plot shows in colour.
-SHOWN = ("paper", "best of cells", "paper, merged", "top-p", "evenly spaced", "head mean")
+TITLE = """# Quality: every figure
+
+Made by `python -m benchmarks quality`; what it means is in [Benchmarks](benchmarks.md#quality). *kept of visible* is measured:
+the paper's rule keeps a union over heads, more than its ratio. *follow-up* is a second question in the same conversation, after
+stock's first answer.
+"""
+#: Scene sets, the one that the overview and the plot show first.
+SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
+#: Kept shares of the overview.
+SHARES = (0.25, 0.1, 0.05)
+MISSING = "–"
 
 
 def points(row: dict[str, Any]) -> str:
@@ -21,193 +30,175 @@ def points(row: dict[str, Any]) -> str:
     return f"{100 * row['change']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
+def agreement(row: dict[str, Any]) -> str:
+    """The share of answers that are stock's, with its interval."""
+    low, high = row["agreement_interval"]
+    return f"{percent(row['agreement'])} ({100 * low:.1f} … {100 * high:.1f})"
+
+
 def tables(result: dict[str, Any]) -> str:
-    """Accuracy of every rule, by type and tiles, and under quantization."""
-    kinds = list(result["rows"][0]["by_type"])
-    lines = []
-    for row in result["rows"]:
-        change = "–" if row["rule"] == "stock" else points(row)
-        lines.append(
-            [
-                row["rule"],
-                "–" if row["parameter"] is None else f"{row['parameter']:g}",
-                percent(row["kept_share"]),
-                percent(row["accuracy"]),
-                change,
-                percent(row["agreement"]),
-                *(percent(row["by_type"][kind]["accuracy"]) for kind in kinds),
-            ]
-        )
+    """What matters: every rule at a few kept shares, and the conditions."""
+    stock = next(row for row in result["rows"] if row["where"] == _shown(result) and row["rule"] == "stock")
+    parts = [
+        f"{result['questions']} questions about {result['scenes']} held-out scenes, of which stock answers "
+        f"{percent(stock['accuracy'])} rightly, and as many follow-up questions in the same conversation. Read off between the "
+        "two nearest settings:\n",
+        _overview(result),
+        _conditions(result),
+        "[Every setting, both sets of scenes, with intervals](quality-tables.md)\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def details(result: dict[str, Any]) -> str:
+    """Every row that was measured."""
     header = [
         "rule",
         "parameter",
         "kept of visible",
         "accuracy",
-        "change to stock, points (95 % interval)",
-        "same as stock",
-        *kinds,
+        "change, points (95 %)",
+        "same as stock (95 %)",
+        "follow-up: accuracy",
+        "follow-up: change, points",
+        "follow-up: same as stock",
     ]
-    parts = [
-        f"{result['questions']} questions about {result['scenes']} held-out scenes.\n",
-        "### Down to which share does a rule cost at most 0.5 points?\n",
-        "The smallest measured kept share such that this setting and every looser one of the rule lost at most 0.5 points; and "
-        "the change of accuracy at a quarter of the tokens, read between the two nearest settings. *none*: the loosest setting, "
-        "which for rules with a given share keeps 65 %, lost more:\n",
-        _overview(result),
-    ]
-    if result.get("equal_tokens"):
-        parts += [
-            "### Best of cells against the paper's rule, at the paper's number of tokens\n",
-            _equal_tokens(result),
-        ]
-    parts += [
-        folded("Every setting of every rule", table(header, lines)),
-        folded("The paper's rule by tiles of the picture", _tiles_table(result)),
-    ]
-    if result["conditions"]:
-        parts += ["### Under quantization and an adapter\n", _conditions(result)]
+    parts = []
+    for where in [*SETS, *_condition_names(result)]:
+        rows = [row for row in result["rows"] if row["where"] == where]
+        if rows:
+            rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
+            lines = [_line(row) for row in rows]
+            parts.append(
+                f"### {where[0].upper()}{where[1:]}\n\n{rows[0]['questions']} questions.\n\n{table(header, lines)}"
+            )
     return "\n".join(parts)
 
 
-def change_at(rows: list[dict[str, Any]], share: float) -> float | None:
-    """Change to stock at a kept share, linear between the two nearest settings; None outside what was measured.
+def _line(row: dict[str, Any]) -> list[str]:
+    stock, second = row["rule"] == "stock", row["follow_up"]
+    return [
+        row["rule"],
+        MISSING if row["parameter"] is None else f"{row['parameter']:g}",
+        percent(row["kept_share"]),
+        percent(row["accuracy"]),
+        MISSING if stock else points(row),
+        MISSING if stock else agreement(row),
+        percent(second["accuracy"]),
+        MISSING if stock else points(second),
+        MISSING if stock else agreement(second),
+    ]
+
+
+def value_at(rows: list[dict[str, Any]], share: float, name: str, turn: str = "first") -> float | None:
+    """A figure at a kept share, linear between the two nearest settings; None outside what was measured.
 
     Example:
-        >>> change_at([{"kept_share": 0.2, "change": -0.1}, {"kept_share": 0.4, "change": 0.0}], 0.25)
+        >>> value_at([{"kept_share": 0.2, "change": -0.1}, {"kept_share": 0.4, "change": 0.0}], 0.25, "change")
         -0.075
     """
-    ranked = sorted(rows, key=lambda row: row["kept_share"])
-    for low, high in itertools.pairwise(ranked):
-        if low["kept_share"] <= share <= high["kept_share"]:
-            part = (share - low["kept_share"]) / (high["kept_share"] - low["kept_share"])
-            return round(low["change"] + part * (high["change"] - low["change"]), 10)
+    # A setting that is meant for a share keeps a little more of small pictures: what is near enough counts as it.
+    near = [row for row in rows if abs(row["kept_share"] - share) <= 0.03 * share]
+    ranked = sorted(near[:1] or rows, key=lambda row: row["kept_share"])
+    values = [(row["kept_share"], (row if turn == "first" else row[turn])[name]) for row in ranked]
+    if near:
+        return float(values[0][1])
+    for (low, first), (high, second) in itertools.pairwise(values):
+        if low <= share <= high:
+            return round(first + (share - low) / (high - low) * (second - first), 10)
     return None
 
 
+def _families(result: dict[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys(row["rule"] for row in result["rows"]) if name not in ("stock", "exact")]
+
+
 def _overview(result: dict[str, Any]) -> str:
+    where = _shown(result)
     lines = []
-    for rule, smallest in result["loss_below_half_a_point"].items():
-        if rule == "exact":
-            continue
-        own = [row for row in result["rows"] if row["rule"] == rule]
-        quarter = change_at(own, 0.25)
-        lines.append(
-            (
-                1.0 if smallest is None else smallest,
-                [
-                    rule,
-                    str(len(own)),
-                    "none" if smallest is None else percent(smallest),
-                    "–" if quarter is None else f"{100 * quarter:+.1f}",
-                ],
-            )
-        )
-    header = ["rule", "settings", "kept of visible", "points at 25 % kept"]
-    return table(header, [line for _, line in sorted(lines)])
-
-
-def _equal_tokens(result: dict[str, Any]) -> str:
-    lines = [
-        [
-            f"{row['paper_ratio']:g}",
-            "as many" if row["part"] == 1.0 else f"{percent(row['part'], 0)} of them",
-            percent(row["kept_share"]),
-            percent(row["accuracy"]),
-            points(row),
-        ]
-        for row in result["equal_tokens"]
-    ]
-    return table(
-        [
-            "the paper's ratio",
-            "tokens",
-            "kept of visible",
-            "accuracy",
-            "better than the paper's rule, points (95 % interval)",
-        ],
-        lines,
-    )
+    for family in _families(result):
+        rows = [row for row in result["rows"] if row["where"] == where and row["rule"] == family]
+        cells = [family]
+        for share in SHARES:
+            change = value_at(rows, share, "change")
+            same, second = (value_at(rows, share, "agreement", turn) for turn in ("first", "follow_up"))
+            if change is None or same is None or second is None:
+                cells.append(MISSING)
+            else:
+                cells.append(f"{100 * change:+.1f}; {percent(same)}, {percent(second)}")
+        lines.append(cells)
+    header = ["rule", *(f"at {percent(share, 0)}: points; same as stock, follow-up same" for share in SHARES)]
+    return table(header, lines)
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    """The same model and cache format; changes are to that model with stock's cache."""
-    lines = [
-        [
-            row["condition"],
-            row["rule"],
-            "–" if row["ratio"] is None else f"{row['ratio']:g}",
-            percent(row["kept_share"]),
-            percent(row["cross_kv_ratio"]),
-            percent(row["accuracy"]),
-            points(row),
-            percent(row["agreement"]),
-        ]
-        for row in result["conditions"]
-    ]
+    """The merged rules under every condition; changes are to the same model with stock's cache."""
+    lines = []
+    for name in _condition_names(result):
+        for row in result["rows"]:
+            if row["where"] == name and row["rule"].endswith("merged"):
+                lines.append(
+                    [
+                        name,
+                        f"{row['rule']} {row['parameter']:g}",
+                        percent(row["kept_share"]),
+                        percent(row["cross_kv_ratio"]),
+                        points(row),
+                        percent(row["agreement"]),
+                        percent(row["follow_up"]["agreement"]),
+                    ]
+                )
+    if not lines:
+        return ""
     header = [
         "condition",
         "rule",
-        "parameter",
         "kept of visible",
         "cross KV of stock's",
-        "accuracy",
-        "change, points (95 % interval)",
+        "points (95 %)",
         "same as stock",
+        "follow-up same",
     ]
-    return "Changes are to the same model with stock's cache.\n\n" + table(header, lines)
+    return "Against the same model with stock's cache:\n\n" + table(header, lines)
 
 
-def _tiles_table(result: dict[str, Any]) -> str:
-    counts = list(result["rows"][0]["by_tiles"])
-    rows = [row for row in result["rows"] if row["rule"] in ("stock", "paper")]
-    return table(
-        ["ratio", *(f"{count} tile{'s' * (count != '1')}: kept, accuracy" for count in counts)],
-        [
-            [
-                "stock" if row["parameter"] is None else f"{row['parameter']:g}",
-                *(
-                    f"{percent(part['kept_share'], 0)}, {percent(part['accuracy'])}"
-                    for part in (row["by_tiles"][count] for count in counts)
-                ),
-            ]
-            for row in rows
-        ],
-    )
+def _condition_names(result: dict[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys(row["where"] for row in result["rows"]) if name not in SETS]
+
+
+def _shown(result: dict[str, Any]) -> str:
+    """The scene set of the overview and the plot."""
+    measured = {row["where"] for row in result["rows"]}
+    return next(name for name in SETS if name in measured)
 
 
 def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """Accuracy against kept share, all questions and lists alone."""
-    stock = result["rows"][0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    families = [name for name in dict.fromkeys(row["rule"] for row in result["rows"]) if name not in ("stock", "exact")]
-    for family in families:
-        rows = sorted((row for row in result["rows"] if row["rule"] == family), key=lambda row: row["kept_share"])
-        shares, middle = [row["kept_share"] for row in rows], [row["accuracy"] for row in rows]
-        lists = [row["by_type"]["list"]["accuracy"] for row in rows]
-        if family not in SHOWN:
-            left.plot(shares, middle, color="lightgrey", lw=0.8, zorder=1)
-            right.plot(shares, lists, color="lightgrey", lw=0.8, zorder=1)
-            continue
-        style = {
-            "marker": "os^vD<>"[SHOWN.index(family)],
-            "ms": 3,
-            "lw": 1,
-            "color": f"C{SHOWN.index(family)}",
-            "label": family,
-        }
-        errors = [
-            [max(0.0, row["accuracy"] - row["accuracy_interval"][0]) for row in rows],
-            [max(0.0, row["accuracy_interval"][1] - row["accuracy"]) for row in rows],
-        ]
-        left.errorbar(shares, middle, yerr=errors, elinewidth=0.6, **style)
-        right.plot(shares, lists, **style)
-    left.axhline(stock["accuracy"], color="grey", lw=0.6)
-    right.axhline(stock["by_type"]["list"]["accuracy"], color="grey", lw=0.6)
-    left.set_title("all questions, with 95 % intervals", fontsize=10)
-    right.set_title('"Read all digits." (long answers)', fontsize=10)
-    for axes in (left, right):
-        axes.set_xlabel("kept share of visible tokens (measured)")
-        axes.set_ylabel("accuracy")
-    right.plot([], [], color="lightgrey", lw=0.8, label="the other rules")
-    right.legend(fontsize=7)
-    return [save(figure, assets / "quality.png")]
+    """Agreement with stock against the kept share: the question, and the follow-up."""
+    where = _shown(result)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True)
+    for number, family in enumerate(_families(result)):
+        rows = sorted(
+            (row for row in result["rows"] if row["where"] == where and row["rule"] == family),
+            key=lambda row: row["kept_share"],
+        )
+        style = {"marker": "os^vD<>P"[number % 8], "ms": 3, "lw": 1, "elinewidth": 0.6, "label": family}
+        style["ls"] = "-" if family.endswith(", merged") else ":"
+        for panel, turn in zip(axes, ("first", "follow_up"), strict=True):
+            own = [row if turn == "first" else row[turn] for row in rows]
+            middle = [part["agreement"] for part in own]
+            errors = [
+                [max(0.0, part["agreement"] - part["agreement_interval"][0]) for part in own],
+                [max(0.0, part["agreement_interval"][1] - part["agreement"]) for part in own],
+            ]
+            panel.errorbar([row["kept_share"] for row in rows], middle, yerr=errors, color=f"C{number}", **style)
+    for panel, title in zip(axes, ("the question", "another question in the same conversation"), strict=True):
+        panel.set_title(title, fontsize=10)
+        panel.set_xscale("log")
+        ticks = (0.025, 0.05, 0.1, 0.25, 0.5)
+        panel.set_xticks(ticks, [percent(tick, 1 if tick < 0.05 else 0) for tick in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("kept share of visible tokens (measured)")
+        panel.set_ylabel("answers that are stock's")
+    axes[0].legend(fontsize=7)
+    name = "quality" if result["model"] == "shipped" else f"quality-{result['model']}"
+    return [save(figure, assets / f"{name}.png")]

@@ -1,11 +1,12 @@
-"""Rules that choose visual tokens, to be compared with the paper's."""
+"""What is compared: rules that choose visual tokens, with what becomes of those that are dropped."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,62 +14,44 @@ import torch
 
 import trim_plugin.forward.prefill
 from benchmarks.common.given_share import EvenlySpaced
-from trim_plugin import BestOfCells, TopKPerHead, VisualTokenProcessor
+from trim_plugin import KCenter, VisualTokenProcessor
+from trim_plugin.rules.merging import Merging, merge_dropped
+
+#: Kept shares of the rules that take one, and `top_k_ratio` of the paper's rule, whose union over heads keeps more. What matters
+#: most comes first: a run that is cut off has it.
+SHARES = (0.25, 0.1, 0.05, 0.15, 0.07, 0.5, 0.025)
+RATIOS = (0.25, 0.1, 0.05, 0.02, 0.15, 0.35, 0.03, 0.01)
 
 
-def _keep_best(scores: torch.Tensor, ranking: torch.Tensor, visible: torch.Tensor, share: float) -> torch.Tensor:
-    """All heads keep the tokens with the largest `ranking` (batch, tokens): a given share of the visible ones."""
-    kept = torch.zeros_like(visible)
-    ranking = ranking.masked_fill(~visible, -math.inf)
-    for sample, group in enumerate(visible.sum(dim=-1).tolist()):
-        best = ranking[sample].sort(descending=True, stable=True).indices[: max(1, round(share * group))]
-        kept[sample, best] = True
-    return scores.masked_fill(~kept[:, None], -math.inf)
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A rule with its parameter: a `TrimConfig`'s fields, and a context to answer in."""
+
+    family: str
+    parameter: float
+    settings: dict[str, Any]
+    context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
-@dataclasses.dataclass
-class HeadMean(VisualTokenProcessor):
-    """The tokens with the highest mean score over the heads."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        return _keep_best(scores, scores.mean(dim=1), visible, self.share)
-
-
-@dataclasses.dataclass
-class HeadMax(VisualTokenProcessor):
-    """The tokens with the highest score of any head: a budget that sharp heads use more of."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        return _keep_best(scores, scores.amax(dim=1), visible, self.share)
-
-
-@dataclasses.dataclass
-class BestRank(VisualTokenProcessor):
-    """The tokens that rank best in any head, to an exact budget: the paper's union, with k chosen to fit a share."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return _keep_best(scores, -ranks.amin(dim=1).float() + scores.mean(dim=1) * 1e-3, visible, self.share)
-
-
-@dataclasses.dataclass
-class SharpnessWeighted(VisualTokenProcessor):
-    """Mean over the heads, each weighted by how far its attention is from even."""
-
-    share: float
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        attention = scores.clamp(min=0.0)
-        attention = attention / attention.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-        entropy = -(attention * attention.clamp(min=1e-30).log()).sum(dim=-1, keepdim=True)
-        even = visible.sum(dim=-1).float().log()[:, None, None].clamp(min=1e-6)
-        return _keep_best(scores, (attention * (1 - entropy / even).clamp(min=0.0)).mean(dim=1), visible, self.share)
+def all_rules(quick: bool = False) -> list[Rule]:
+    """The planned comparison; `quick` leaves most parameters out."""
+    found = [Rule("exact", 1.0, {"top_k_ratio": 1.0})]
+    for share, ratio in itertools.zip_longest(*((SHARES[:2], RATIOS[:2]) if quick else (SHARES, RATIOS))):
+        if ratio is not None:
+            found += [
+                Rule("paper, dropped", ratio, {"top_k_ratio": ratio, "merge": False}),
+                Rule("paper, merged", ratio, {"top_k_ratio": ratio}),
+                Rule("paper, log size only", ratio, {"top_k_ratio": ratio}, log_size_only),
+                Rule("paper, mean only", ratio, {"top_k_ratio": ratio}, mean_only),
+            ]
+        if share is not None:
+            found += [
+                Rule("k-center, dropped", share, {"processors": [KCenter(share)], "merge": False}),
+                Rule("k-center, merged", share, {"processors": [KCenter(share)]}),
+                Rule("evenly spaced, merged", share, {"processors": [EvenlySpaced(share)]}),
+                Rule("random, merged", share, {"processors": [RandomTokens(share)]}),
+            ]
+    return found
 
 
 @dataclasses.dataclass
@@ -82,81 +65,54 @@ class RandomTokens(VisualTokenProcessor):
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        drawn = torch.rand(visible.shape, generator=self._generator).to(scores.device)
-        return _keep_best(scores, drawn, visible, self.share)
+        drawn = torch.rand(visible.shape, generator=self._generator).to(scores.device).masked_fill_(~visible, -1.0)
+        kept = torch.zeros_like(visible)
+        for sample, group in enumerate(visible.sum(dim=-1).tolist()):
+            kept[sample, drawn[sample].topk(max(1, round(self.share * group))).indices] = True
+        return scores.masked_fill(~kept[:, None], -math.inf)
 
 
-@dataclasses.dataclass
-class HalfEven(VisualTokenProcessor):
-    """Half of the budget evenly spaced, the other half the best of what is left."""
+class _OwnStates(Merging):
+    """Kept tokens stay what they are; their sizes count."""
 
-    share: float
+    kept: torch.Tensor
 
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        even = (EvenlySpaced(self.share / 2)(scores, visible) > -math.inf).any(dim=1)
-        return _keep_best(scores, scores.amax(dim=1).masked_fill(even, math.inf), visible, self.share)
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return Merging(self.slots, self.weights * self.kept, self.width).mean(tensor)
 
 
-@dataclasses.dataclass
-class DrawnByScore(VisualTokenProcessor):
-    """Tokens drawn at random without replacement, in proportion to their mean score."""
+class _NoSizes(Merging):
+    """Kept tokens become their members' means; their sizes don't count."""
 
-    share: float
-    seed: int = 0
+    @property
+    def sizes(self) -> torch.Tensor:
+        return super().sizes.clamp(max=1)
 
-    def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        drawn = torch.rand(visible.shape, generator=self._generator).clamp(min=1e-9).to(scores.device)
-        weights = scores.mean(dim=1).clamp(min=1e-12).log()  # Gumbel's trick
-        return _keep_best(scores, weights - (-drawn.log()).log(), visible, self.share)
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return Merging(self.slots, self.weights, self.width).mean(tensor)
 
 
-@dataclasses.dataclass
-class CellsOnBudget(VisualTokenProcessor):
-    """`BestOfCells` with as many tokens as `TopKPerHead(ratio)` keeps of the same group, or a part of them."""
+def _log_sizes_of(features: torch.Tensor, kept: torch.Tensor, *rest: torch.Tensor) -> Merging:
+    merging = merge_dropped(features, kept, *rest)
+    own = _OwnStates(merging.slots, merging.weights, merging.width)
+    object.__setattr__(own, "kept", kept)
+    return own
 
-    ratio: float
-    part: float = 1.0
 
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        kept = (TopKPerHead(self.ratio)(scores, visible) > -math.inf).any(dim=1).sum(dim=-1)
-        # Half a token less, so that rounding up gives the budget itself.
-        shares = (self.part * kept - 0.5).clamp(min=0.5) / visible.sum(dim=-1)
-        chosen = [BestOfCells(float(shares[i]))(scores[i : i + 1], visible[i : i + 1]) for i in range(len(scores))]
-        return torch.cat(chosen)
+def _means_of(*given: torch.Tensor) -> Merging:
+    merging = merge_dropped(*given)
+    return _NoSizes(merging.slots, merging.weights, merging.width)
 
 
 @contextlib.contextmanager
-def last_row_votes() -> Iterator[None]:
-    """Within this context only the prompt's last row votes; processors get its attention as scores."""
-    scored = trim_plugin.forward.prefill.visual_token_scores
-
-    def of_last_row(queries: torch.Tensor, keys: torch.Tensor, visibility: Any, *rest: Any) -> torch.Tensor:
-        last = visibility.voters.clone()
-        rows = torch.arange(last.shape[1])
-        last &= rows == (last * rows).amax(dim=1, keepdim=True)
-        return scored(queries, keys, dataclasses.replace(visibility, voters=last), *rest)
-
-    with mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", of_last_row):
+def log_size_only() -> Iterator[None]:
+    """Within this context a kept token takes its members' log size, but not their mean."""
+    with mock.patch.object(trim_plugin.forward.prefill, "merge_dropped", _log_sizes_of):
         yield
 
 
 @contextlib.contextmanager
-def value_norms_weigh() -> Iterator[None]:
-    """Within this context every score is weighed by the norm of the token's value in that head: what is seen, not where."""
-    choose, scored = trim_plugin.forward.prefill.Prefill._choose, trim_plugin.forward.prefill.visual_token_scores
-
-    def choose_weighed(self: Any, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        norms = self._cache.layers[layer.layer_idx].values.float().norm(dim=-1)
-
-        def weighed(*args: Any) -> torch.Tensor:
-            scores = scored(*args)
-            return scores * norms.repeat_interleave(scores.shape[1] // norms.shape[1], dim=1)
-
-        with mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", weighed):
-            return choose(self, layer, hidden_states, keys)
-
-    with mock.patch.object(trim_plugin.forward.prefill.Prefill, "_choose", choose_weighed):
+def mean_only() -> Iterator[None]:
+    """Within this context a kept token takes its members' mean, but not their log size."""
+    with mock.patch.object(trim_plugin.forward.prefill, "merge_dropped", _means_of):
         yield

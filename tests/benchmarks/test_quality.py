@@ -1,40 +1,101 @@
 import argparse
 
+import pytest
+import torch
+
 from benchmarks import report
+from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.quality import measure as quality
+from benchmarks.quality import questions
 from benchmarks.quality import report as quality_report
+from benchmarks.quality.conditions import Condition
+from benchmarks.quality.rules import Rule
+from trim_plugin import TrimConfig, TrimmedCache
+
+EXACT = Rule("exact", 1.0, {"top_k_ratio": 1.0})
+PAPER = Rule("paper, dropped", 0.1, {"top_k_ratio": 0.1, "merge": False})
 
 
-def test_the_change_at_a_share_lies_between_the_nearest_settings():
-    rows = [{"kept_share": 0.4, "change": 0.0}, {"kept_share": 0.2, "change": -0.1}]
-    assert quality_report.change_at(rows, 0.3) == -0.05
-    assert quality_report.change_at(rows, 0.5) is None
+def arguments(folder, **more):
+    given = {"scenes": 4, "quick": False, "out": folder, "adapter": None, "model": None, "resume": False}
+    return argparse.Namespace(**given | more)
 
 
-def test_quality_writes_what_the_report_reads(tmp_path, monkeypatch):
-    chosen = [quality.Rule("exact", 1.0, {"top_k_ratio": 1.0}), quality.Rule("paper", 0.1, {"top_k_ratio": 0.1})]
-    monkeypatch.setattr(quality, "all_rules", lambda quick: chosen)
-    monkeypatch.setattr(quality, "conditions", lambda adapter: {})
-    result = quality.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path, adapter=None))
-    exact, paper = result["rows"][1:]
-    assert exact["agreement"] == 1.0
-    assert exact["change"] == 0.0
+@pytest.fixture
+def few(monkeypatch):
+    """Two rules, and one condition of one rule."""
+    monkeypatch.setattr(quality.rules, "all_rules", lambda quick: [EXACT, PAPER])
+    monkeypatch.setattr(quality, "conditions", lambda adapter: [Condition("bf16 weights", "bf16")])
+    monkeypatch.setattr(Condition, "rules", lambda self: [Rule("paper, merged", 0.1, {"top_k_ratio": 0.1})])
+
+
+def test_a_figure_at_a_share_lies_between_the_nearest_settings():
+    rows = [
+        {"kept_share": 0.4, "change": 0.0, "follow_up": {"change": 0.2}},
+        {"kept_share": 0.2, "change": -0.1, "follow_up": {"change": 0.0}},
+    ]
+    assert quality_report.value_at(rows, 0.3, "change") == -0.05
+    assert quality_report.value_at(rows, 0.3, "change", "follow_up") == 0.1
+    assert quality_report.value_at(rows, 0.199, "change") == -0.1
+    assert quality_report.value_at(rows, 0.5, "change") is None
+
+
+def test_quality_writes_what_the_report_reads(tmp_path, few):
+    result = quality.run(arguments(tmp_path))
+    evaluation = {row["rule"]: row for row in result["rows"] if row["where"] == "evaluation"}
+    exact, paper = evaluation["exact"], evaluation["paper, dropped"]
+    for turn in (exact, exact["follow_up"]):
+        assert turn["agreement"] == 1.0
+        assert turn["change"] == 0.0
     assert 0 < paper["kept_share"] < 1
     assert result["questions"] == 20
-    as_many, half = result["equal_tokens"][:2]
-    assert half["kept_share"] < as_many["kept_share"] < 1
-    page, plot = report.write(tmp_path, tmp_path / "docs")
+    assert [row["where"] for row in result["rows"]] == ["evaluation"] * 3 + ["fresh"] * 3 + ["bf16 weights"] * 2
+    page, plot, tables = report.write(tmp_path, tmp_path / "docs")
     text = page.read_text(encoding="utf-8")
-    assert "| paper | 0.1 |" in text
+    assert "| bf16 weights | paper, merged 0.1 |" in text
+    assert "| paper, dropped | 0.1 |" in tables.read_text(encoding="utf-8")
     assert plot.stat().st_size < 200_000
     report.write(tmp_path, tmp_path / "docs")
     assert page.read_text(encoding="utf-8") == text
 
 
-def test_the_smallest_share_stops_at_the_first_loss():
-    rows = [
-        {"rule": "r", "kept_share": share, "change": change}
-        for share, change in ((0.2, 0.0), (0.4, -0.01), (0.6, -0.004))
-    ]
-    assert quality.smallest_share(rows, "r") == 0.6
-    assert quality.smallest_share(rows, "other") is None
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path, few, monkeypatch):
+    whole = quality.run(arguments(tmp_path))
+    ran, run_rule = [], quality.run_rule
+
+    def noted(model, batches, rule, stock):
+        ran.append(rule)
+        return run_rule(model, batches, rule, stock)
+
+    monkeypatch.setattr(quality, "run_rule", noted)
+    more = Rule("paper, merged", 0.1, {"top_k_ratio": 0.1})
+    monkeypatch.setattr(quality.rules, "all_rules", lambda quick: [EXACT, more, PAPER])
+    again = quality.run(arguments(tmp_path, resume=True))
+    assert ran == [more, more]
+    assert [row for row in again["rows"] if row in whole["rows"]] == whole["rows"]
+    assert len(again["rows"]) == len(whole["rows"]) + 2
+
+
+def test_a_follow_up_is_answered_as_if_the_whole_conversation_were_read_at_once(small):
+    scenes = questions.scenes_from(610_000_000, 6, small)
+    for batch in questions.question_batches(small, scenes, 1):
+        first, second = questions.answer_both(
+            small, batch, TrimmedCache(small, TrimConfig(top_k_ratio=1.0)), batch.answers
+        )
+        assert first != second
+        for sample, answer in enumerate(second):
+            prompt = batch.inputs["input_ids"][sample][batch.inputs["attention_mask"][sample].bool()].tolist()
+            ids = torch.tensor([prompt + batch.answers[sample] + batch.follow_ups[sample]])
+            tiles = batch.inputs["cross_attention_mask"][sample, -1]
+            reads = (ids[0] == small.config.image_token_index).long().cumsum(0)
+            whole = batch.inputs["cross_attention_states"].view(
+                len(first), -1, *batch.inputs["cross_attention_states"].shape[1:]
+            )
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "cross_attention_mask": (reads[:, None, None] * tiles)[None],
+                "cross_attention_states": whole[sample],
+            }
+            decoding = Decoding(small, inputs, stock_cache(small))
+            assert questions._answers(decoding, decoding.prefill())[0] == answer

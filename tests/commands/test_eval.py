@@ -56,7 +56,7 @@ def test_accelerate_launch_spreads_the_questions(data, tmp_path):
     assert result.returncode == 0, result.stderr
     assert all((out / f"answers-{rank}.jsonl").read_text() for rank in range(2))
     rows = json.loads((out / "summary.json").read_text())
-    assert [row["way"] for row in rows] == ["stock", "0.5", "cells 0.3"]
+    assert [row["way"] for row in rows] == ["stock", "0.5", "k-center 0.3"]
     assert rows[0]["questions"] == 2
 
 

@@ -179,7 +179,7 @@ def test_table_of_result_files(tmp_path, capsys):
         "| stock | 0.5 |",
         "| exact | 0.5 (100.0 %) |",
         "| 0.25 | 0.4 (80.0 %) |",
-        "| cells 0.3 | 0.5 (100.0 %) |",
+        "| k-center 0.3 | 0.5 (100.0 %) |",
     ]
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.size[0] > 500

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trim_plugin import BestOfCells, TopKPerHead, TopPPerHead, VisualTokenProcessorList
+from trim_plugin import TopKPerHead, TopPPerHead, VisualTokenProcessorList
 
 INF = float("inf")
 
@@ -52,33 +52,6 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(group, mass):
                 assert held - float(row[chosen].min()) < wanted * (1 + 1e-5)
 
 
-@given(scored_groups(), st.floats(0.01, 1.0))
-def test_best_of_cells_keeps_the_best_token_of_each_run(group, kept_share):
-    scores, visible = group
-    kept = BestOfCells(kept_share)(scores, visible)
-    for sample in range(len(scores)):
-        members = visible[sample].nonzero()[:, 0].tolist()
-        highest = [max(float(row[token]) for token in members) for row in scores[sample]]
-
-        def relative(token, rows=scores[sample], highest=highest):
-            return max(float(row[token]) / most if most else 0.0 for row, most in zip(rows, highest, strict=True))
-
-        budget = math.ceil(kept_share * len(members))
-        cells = [[] for _ in range(budget)]
-        for number, token in enumerate(members):
-            cells[number * budget // len(members)].append(token)
-        expected = [min(cell, key=lambda token: (-relative(token), token)) for cell in cells]
-        for head in range(scores.shape[1]):
-            assert (kept[sample, head] > -INF).nonzero()[:, 0].tolist() == expected
-            assert torch.equal(kept[sample, head, expected], scores[sample, head, expected])
-
-
-def test_best_of_cells_leaves_what_an_earlier_stage_removed():
-    scores = torch.tensor([[[-INF, 0.1, -INF, -INF]]])
-    kept = BestOfCells(0.5)(scores, torch.ones(1, 4, dtype=torch.bool))
-    assert (kept[0, 0] > -INF).tolist() == [False, True, False, False]
-
-
 def test_a_list_chains_and_removed_tokens_stay_removed():
     scores = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]])
     visible = torch.ones(1, 4, dtype=torch.bool)
@@ -100,7 +73,7 @@ def test_bad_processors_are_named(processor, error, message):
         VisualTokenProcessorList([processor])(torch.ones(1, 2, 3), torch.ones(1, 3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("cls", [BestOfCells, TopKPerHead, TopPPerHead])
+@pytest.mark.parametrize("cls", [TopKPerHead, TopPPerHead])
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), "0.5"])
 def test_shares_are_checked(cls, value):
     with pytest.raises(ValueError, match=r"must be a number in \(0, 1\]"):

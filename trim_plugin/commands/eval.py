@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
         "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
     )
     parser.add_argument(
-        "--kept-share", action="append", metavar="SHARE", help="share that BestOfCells keeps; may be given again"
+        "--kept-share", action="append", metavar="SHARE", help="share that KCenter keeps; may be given again"
     )
     parser.add_argument("--kv-quantization", choices=tuple(KV_FORMATS), help="store the kept tokens in 8 or 4 bits")
     parser.add_argument(
@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     process, processes = process_of(os.environ)
     ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
-    cells = [check_ratio(text, "--kept-share") for text in arguments.kept_share or ()]
+    shares = [check_ratio(text, "--kept-share") for text in arguments.kept_share or ()]
     ways = ways_for(
-        ratios, arguments.kv_quantization, cells=cells, merge=not arguments.no_merge, stock=not arguments.no_stock
+        ratios, arguments.kv_quantization, shares=shares, merge=not arguments.no_merge, stock=not arguments.no_stock
     )
     questions = _questions(arguments)
     device = check_device(device_of(arguments.device, os.environ))

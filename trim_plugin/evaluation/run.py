@@ -13,7 +13,7 @@ from trim_plugin.config import TrimConfig
 from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.pictures.prompting import build_inputs, open_picture
-from trim_plugin.rules.processors import BestOfCells
+from trim_plugin.rules.k_center import KCenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +28,23 @@ def ways_for(
     ratios: Sequence[float],
     kv_quantization: str | None = None,
     *,
-    cells: Sequence[float] = (),
+    shares: Sequence[float] = (),
     merge: bool = True,
     stock: bool = True,
 ) -> list[Way]:
-    """Stock, a trimmed cache for each ratio (1.0 is exact mode), and one with `BestOfCells` for each share in `cells`.
+    """Stock, a trimmed cache for each ratio (1.0 is exact mode), and one with `KCenter` for each of `shares`.
 
     The other arguments are `TrimConfig`'s.
 
     Example:
-        >>> [way.name for way in ways_for([1.0, 0.25], "int8", cells=[0.3])]
-        ['stock', 'exact, int8', '0.25, int8', 'cells 0.3, int8']
+        >>> [way.name for way in ways_for([1.0, 0.25], "int8", shares=[0.3])]
+        ['stock', 'exact, int8', '0.25, int8', 'k-center 0.3, int8']
     """
     extras = [*([] if merge else ["dropped"]), *([] if kv_quantization is None else [kv_quantization])]
     rules: list[tuple[str, dict[str, Any]]] = [
         ("exact" if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
     ]
-    rules += [(f"cells {kept:g}", {"processors": [BestOfCells(kept)]}) for kept in cells]
+    rules += [(f"k-center {kept:g}", {"processors": [KCenter(kept)]}) for kept in shares]
     ways = [Way("stock", None)] if stock else []
     for name, rule in rules:
         config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge)

@@ -148,49 +148,6 @@ class TopPPerHead(VisualTokenProcessor):
         return f"TopPPerHead({self.mass})"
 
 
-class BestOfCells(VisualTokenProcessor):
-    """Cut the visible tokens into runs of equal length and keep the best token of each: a given share, from everywhere.
-
-    A token's score is taken relative to the head's highest, the best head counts. Heads that all look at one place make
-    `TopKPerHead` forget the others; here no part of a picture is lost whole, and the kept share is exactly what was asked for.
-    Neighbours in a run lie side by side in a row of patches. In this project's benchmark (`docs/benchmarks.md`, a small model)
-    it answers better than `TopKPerHead` with as many tokens, where fewer than about half are kept. Cost: one sort of the
-    tokens for a sample; `TopKPerHead` sorts for every head.
-
-    Args:
-        kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
-
-    Raises:
-        ValueError: `kept_share` is not a number in (0, 1].
-
-    Example:
-        >>> BestOfCells(0.5)(torch.tensor([[[0.4, 0.3, 0.1, 0.2]]]), torch.ones(1, 4, dtype=torch.bool))
-        tensor([[[0.4000,   -inf,   -inf, 0.2000]]])
-    """
-
-    def __init__(self, kept_share: float) -> None:
-        self.kept_share = share("kept_share", kept_share)
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Keep the best of each cell for all heads; shapes as in `VisualTokenProcessor.__call__`."""
-        candidates = scores.masked_fill(~visible[:, None], -math.inf)
-        highest = candidates.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        best = (candidates / highest).amax(dim=1)
-        kept = torch.zeros_like(visible)
-        for sample, group in enumerate(visible.sum(dim=-1).tolist()):
-            tokens = visible[sample].nonzero()[:, 0]
-            ranked = best[sample, tokens].sort(descending=True, stable=True).indices
-            cells = ranked * math.ceil(self.kept_share * group) // group
-            cells, order = cells.sort(stable=True)
-            firsts = torch.ones_like(cells, dtype=torch.bool)
-            firsts[1:] = cells[1:] != cells[:-1]
-            kept[sample, tokens[ranked[order[firsts]]]] = True
-        return candidates.masked_fill(~kept[:, None], -math.inf)
-
-    def __repr__(self) -> str:
-        return f"BestOfCells({self.kept_share})"
-
-
 def share(name: str, value: float) -> float:
     """Return `value` as a float if it lies in (0, 1], else raise a `ValueError` that names it.
 
