@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trim_plugin.generation.pieces
-from trim_plugin import KCenter, TrimConfig, TrimmedCache, prefill
+from trim_plugin import KCenter, TrimConfig, TrimmedCache, compat, prefill
 from trim_plugin.generation.pieces import Pieces
 
+from ..cache.test_static import graph_counter
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from .conversations import converse
 from .strategies import mixed_batches, model_settings
@@ -295,3 +296,21 @@ def test_a_loop_by_hand_needs_text():
 def test_prefill_pictures_is_checked(at_a_time):
     with pytest.raises(ValueError, match="prefill_pictures must be a positive integer"):
         TrimConfig(prefill_pictures=at_a_time)
+
+
+@pytest.mark.skipif(
+    not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
+)
+@pytest.mark.parametrize("samples", [BATCH[:1], BATCH[:2]])
+def test_one_graph_reads_the_copies_of_many_pictures(samples):
+    torch._dynamo.reset()
+    model = random_model(seed=13)
+    compile_config, graphs = graph_counter()
+    config = {"top_k_ratio": 0.2, "prefill_pictures": 1}
+    static = config | {"static": True, "static_bucket": 64, "max_cache_len": 64}
+    for seed in range(4):
+        inputs = random_inputs(model, samples, seed)
+        mode = {"do_sample": True, "num_return_sequences": 3}
+        compiled = seeded(seed, model, inputs, static, compile_config=compile_config, **mode)
+        assert_same(compiled, seeded(seed, model, inputs, config, **mode))
+    assert len(graphs) == 1
