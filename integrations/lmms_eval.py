@@ -63,6 +63,7 @@ class LlamaVisionTrimmed(lmms):
         pretrained: model folder or hub id.
         top_k_ratio: in (0, 1]; 1.0 is exact mode, "stock" is transformers' own cache. 0.25 by default.
         kept_share: in (0, 1]; keep this share of the visible tokens with `KCenter`, instead of a `top_k_ratio`.
+        radius: in (0, 1]; `KCenter(radius=…)`, instead of either.
         kv_quantization: "int8" or "nf4" for the kept tokens' keys and values; None for the model's dtype.
         weights: "nf4", "fp4" or "int8" quantizes the weights with bitsandbytes; None loads them in `dtype`.
         dtype: "bfloat16", "float16", "float32" or "auto" (bfloat16); with quantized weights, what is computed in.
@@ -86,6 +87,7 @@ class LlamaVisionTrimmed(lmms):
         pretrained: str = "meta-llama/Llama-3.2-11B-Vision-Instruct",
         top_k_ratio: float | str | None = None,
         kept_share: float | None = None,
+        radius: float | None = None,
         kv_quantization: str | None = None,
         weights: str | None = None,
         dtype: str = "auto",
@@ -104,7 +106,7 @@ class LlamaVisionTrimmed(lmms):
             raise ValueError(f"Unknown model argument {next(iter(unknown))!r} of llama_vision_trimmed.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
-        self.trimming = trimming(top_k_ratio, kv_quantization, kept_share)
+        self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
         self.batch_size_per_gpu = _positive("batch_size", batch_size)
         most_bytes = _bytes("encoded_gib", encoded_gib)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -232,17 +234,22 @@ class LlamaVisionTrimmed(lmms):
 
 
 def trimming(
-    top_k_ratio: float | str | None, kv_quantization: str | None, kept_share: float | None = None
+    top_k_ratio: float | str | None,
+    kv_quantization: str | None,
+    kept_share: float | None = None,
+    radius: float | None = None,
 ) -> TrimConfig | None:
     """The configuration that model arguments ask for; None for stock.
 
     Raises:
-        ValueError: a value that is not allowed, both rules at once, or KV quantization of stock's cache.
+        ValueError: a value that is not allowed, two rules at once, or KV quantization of stock's cache.
     """
-    if kept_share is not None:
-        if top_k_ratio is not None:
-            raise ValueError("top_k_ratio and kept_share are both given: they name two rules. Choose one.")
-        return TrimConfig(processors=(KCenter(kept_share),), kv_quantization=kv_quantization)
+    rules = {"top_k_ratio": top_k_ratio, "kept_share": kept_share, "radius": radius}
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: they name different rules. Choose one.")
+    if kept_share is not None or radius is not None:
+        return TrimConfig(processors=(KCenter(kept_share, radius=radius),), kv_quantization=kv_quantization)
     if top_k_ratio == STOCK:
         if kv_quantization is not None:
             raise ValueError("kv_quantization needs a trimmed cache: give top_k_ratio=1.0 instead of stock.")

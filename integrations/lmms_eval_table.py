@@ -19,6 +19,8 @@ from typing import Any
 
 STOCK = "stock"
 DEFAULT_RATIO = 0.25
+#: Model arguments that name a rule, and how the table calls it.
+RULES = {"kept_share": "k-center", "radius": "radius"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,9 @@ def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
     )
     if model != "llama_vision_trimmed" or given.get("top_k_ratio") == STOCK:
         return STOCK
-    if "kept_share" in given:
-        name = f"k-center {float(given['kept_share']):g}"
+    rule = next((rule for rule in RULES if rule in given), None)
+    if rule is not None:
+        name = f"{RULES[rule]} {float(given[rule]):g}"
     else:
         ratio = float(given.get("top_k_ratio", DEFAULT_RATIO))
         name = "exact" if ratio == 1.0 else f"{ratio:g}"
@@ -108,11 +111,11 @@ def newest(runs: Sequence[Run]) -> dict[tuple[str, str, str], float]:
 
 
 def rows_and_columns(values: dict[tuple[str, str, str], float]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Caches from stock over exact to the smallest ratio, then to the smallest share of k-center; and (task, metric) pairs."""
+    """Caches from stock over exact to the smallest ratio, then other rules; and (task, metric) pairs."""
 
-    def rank(cache: str) -> tuple[float, str]:
-        first, is_share = cache.split(",")[0].removeprefix("k-center "), cache.startswith("k-center ")
-        return (-2.0 if first == STOCK else -1.0 if first == "exact" else 1.0 + is_share - float(first), cache)
+    def rank(cache: str) -> tuple[str, float, str]:
+        rule, _, number = cache.split(",")[0].rpartition(" ")
+        return (rule, -3.0 if number == STOCK else -2.0 if number == "exact" else -float(number), cache)
 
     return sorted({key[0] for key in values}, key=rank), sorted({key[1:] for key in values})
 

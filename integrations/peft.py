@@ -293,7 +293,10 @@ def _read_adapter(name: str, folder: Path) -> Adapter:
 
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter in {folder}: there is no adapter_config.json")
-    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"The adapter {folder} is damaged: adapter_config.json cannot be read ({error}).") from None
     if kind != "LORA":
         raise ValueError(f"The adapter {folder} is of type {kind}; only LORA is supported.")
     if not (folder / WEIGHTS).is_file():

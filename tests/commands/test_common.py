@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from transformers import LlamaConfig
 
-from trim_plugin.commands import UserError, common
+from trim_plugin.commands import UserError, common, loading
 from trim_plugin.embedded import SMALL_MODEL
 
 from ..random_models import random_config
@@ -30,27 +30,27 @@ def test_shares_are_read():
 
 
 def test_devices_that_are_not_here():
-    assert common.check_device("cpu") == "cpu"
+    assert loading.check_device("cpu") == "cpu"
     for device in ("cuda:77", "abacus"):
         with pytest.raises(UserError, match=f"--device {device} cannot be used here: "):
-            common.check_device(device)
+            loading.check_device(device)
 
 
 def test_only_mllama_passes(tmp_path):
-    common.check_is_mllama(str(SMALL_MODEL))
+    loading.check_is_mllama(str(SMALL_MODEL))
     random_config().save_pretrained(tmp_path / "mllama")
-    common.check_is_mllama(str(tmp_path / "mllama"))
+    loading.check_is_mllama(str(tmp_path / "mllama"))
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="is a llama model"):
-        common.check_is_mllama(str(tmp_path / "llama"))
+        loading.check_is_mllama(str(tmp_path / "llama"))
     with pytest.raises(UserError, match="cannot load"):
-        common.check_is_mllama(str(tmp_path / "nothing"))
+        loading.check_is_mllama(str(tmp_path / "nothing"))
 
 
 def test_without_an_installed_loader_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     with pytest.raises(ImportError, match="pip install -e"):
-        common.pretrained_loader()
+        loading.pretrained_loader()
 
 
 def test_the_loader_is_found_by_its_group(monkeypatch):
@@ -61,7 +61,7 @@ def test_the_loader_is_found_by_its_group(monkeypatch):
             return "the loader"
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **query: asked.append(query) or [Entry()])
-    assert common.pretrained_loader() == "the loader"
+    assert loading.pretrained_loader() == "the loader"
     assert asked == [{"group": "trim_plugin.loaders", "name": "pretrained"}]
 
 

@@ -83,6 +83,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, llama_folder,
         (["--out", str(tmp_path / "no" / "x.png")], "--out: no such folder"),
         (["--out", str(tmp_path / "x.txt")], "--out must end in"),
         (["--device", "cuda:7"], "--device cuda:7 cannot be used here"),
+        (["--device", "meta"], "--device meta holds no numbers"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--top-k-ratio", "0.2", "--top-k-ratio", ".2"], "--top-k-ratio: the same value is given twice"),
+        (["--radius", "2"], "--radius must be a number in (0, 1], got 2"),
+        (["--weights", "float32"], "invalid choice: 'float32'"),
+        (["--bach", "3"], "unrecognized arguments: --bach 3"),
     ]
     for arguments, message in cases:
         assert main(["demo", *arguments]) == 2, arguments

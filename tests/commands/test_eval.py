@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from trim_plugin.cli import main
+from trim_plugin.embedded import examples
 
 
 def test_compares_stock_and_ratios(data, tmp_path, capsys):
@@ -63,7 +64,6 @@ def test_accelerate_launch_spreads_the_questions(data, tmp_path):
 def test_what_the_user_can_mend(data, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     Image.new("RGB", (8, 8)).save(data / "a.png")
-    (data / "text.png").write_text("no picture")
     lines = {
         "not JSON": "{",
         "unknown field 'image'": '{"image": "a.png", "question": "?"}',
@@ -72,7 +72,6 @@ def test_what_the_user_can_mend(data, tmp_path, capsys):
         "'question' must be a text": '{"picture": "a.png"}',
         "line 2: the id '7' occurs twice": '{"picture": "a.png", "question": "?", "id": "7"}\n' * 2,
         "is empty": "\n",
-        "not a picture that Pillow can read": '{"picture": "text.png", "question": "?"}',
     }
     for message, line in lines.items():
         (data / "questions.jsonl").write_text(line)
@@ -83,7 +82,7 @@ def test_what_the_user_can_mend(data, tmp_path, capsys):
     assert main(["eval", "--data", str(data / "nowhere"), *out]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert main(["eval", "--data", str(data), *out, "--limit", "0"]) == 2
-    assert "--limit must be a positive number" in capsys.readouterr().err
+    assert "--limit must be at least 1" in capsys.readouterr().err
 
 
 def test_answers_of_other_settings_are_refused(data, tmp_path, capsys):
@@ -102,3 +101,46 @@ def test_answers_of_other_settings_are_refused(data, tmp_path, capsys):
     assert main([*command, "--max-new-tokens", "1"]) == 0
     assert main([*command, "--max-new-tokens", "2"]) == 2
     assert "holds answers of another run (max_new_tokens was 1, now 2)" in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_its_questions_error(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    (data / "text.png").write_text("no picture")
+    with (data / "questions.jsonl").open("a") as file:
+        file.write('{"picture": "text.png", "question": "What?", "id": "broken"}\n')
+    command = ["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "question broken is left out: not a picture that Pillow can read" in shown
+    assert [row["questions"] for row in json.loads((out / "summary.json").read_text())] == [2, 2]
+    (data / "text.png").write_bytes((data / examples()[0].picture.name).read_bytes())
+    assert main(command) == 0  # mended: answered now, the others are not answered again
+    assert [row["questions"] for row in json.loads((out / "summary.json").read_text())] == [3, 3]
+    lines = [json.loads(line) for line in (out / "answers-0.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines if not line["error"]] == ["1", "1", "2", "2", "broken", "broken"]
+
+
+def test_another_rule_adds_a_row(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2"]
+    assert main([*command, "--no-stock", "--top-k-ratio", "0.5"]) == 0
+    assert main([*command, "--kept-share", "0.2"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--no-stock", "--radius", "0.3"]) == 0
+    rows = json.loads((out / "summary.json").read_text())
+    assert [row["way"] for row in rows] == ["stock", "0.5", "k-center 0.2", "radius 0.3"]
+    shown = capsys.readouterr().out
+    assert "k-center 0.2" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    page = (out / "report.html").read_text()
+    assert all(row["way"] in page for row in rows)
+
+
+def test_answers_say_what_was_asked(data, tmp_path):
+    out = tmp_path / "out"
+    assert main(["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]) == 0
+    for line, example in zip((out / "answers-0.jsonl").read_text().splitlines()[::2], examples(), strict=False):
+        answer = json.loads(line)
+        assert answer["asked"] == example.question
+        assert answer["pictures"] == [example.picture.name]
+        assert answer["right"] == [example.answer]

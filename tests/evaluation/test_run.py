@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from trim_plugin.embedded import load_small_model
+from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, ways_for
 
 
@@ -32,3 +34,28 @@ def test_goes_on_after_an_interruption(data, tmp_path):
     assert [(answer.question, answer.way) for answer in seen] == [("1", "0.5"), ("2", "stock"), ("2", "0.5")]
     assert len(log.answers()) == 4
     evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=pytest.fail)
+
+
+def test_a_byte_order_mark_and_odd_line_breaks_are_read(data):
+    line = {
+        "picture": examples()[0].picture.name,
+        "question": "One\u2028question\x85with odd spaces",
+        "answer": ["a", "b"],
+    }
+    (data / "questions.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    (question,) = read_questions(data)
+    assert (question.text, question.answers) == (line["question"], ("a", "b"))
+    (data / "questions.jsonl").write_bytes(b'{"question": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"questions\.jsonl: not UTF-8 \(.* at byte 17\)"):
+        read_questions(data)
+
+
+def test_accuracy_is_over_the_questions_with_answers(data):
+    from trim_plugin.evaluation import Answer, Question, summarize, ways_for
+
+    questions = [Question("1", (), "?", ("seven",)), Question("2", (), "?"), Question("3", (), "?", ("two",))]
+    given = [Answer(q.name, "stock", text, 0.1, 1) for q, text in zip(questions, ("seven", "x", "three"), strict=True)]
+    (row,) = summarize(questions, ways_for([]), given)
+    assert (row.questions, row.known, row.accuracy) == (3, 2, 0.5)
+    (row,) = summarize(questions[1:2], ways_for([]), given)
+    assert (row.known, row.accuracy) == (0, None)

@@ -11,7 +11,19 @@ def generate(*options):
     return main(["generate", *map(str, options)])
 
 
-@pytest.mark.parametrize("options", [(), ("--kv-quantization", "nf4"), ("--weights", "nf4"), ("--top-k-ratio", "1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--kv-quantization", "nf4"),
+        ("--weights", "nf4"),
+        ("--top-k-ratio", "1"),
+        ("--kept-share", "0.2"),
+        ("--radius", "0.2"),
+        ("--top-k-ratio", "0.3", "--no-merge"),
+        ("--device", "cpu", "--max-memory", "cpu=1GiB"),
+    ],
+)
 def test_it_answers_and_reports(capsys, options):
     example = examples()[0]
     assert generate("small", "--image", example.picture, "--prompt", example.question, *options) == 0
@@ -50,7 +62,15 @@ def test_two_pictures_and_none(capsys, tmp_path):
         (("small", "--prompt", "x", "--top-k-ratio", "2"), "--top-k-ratio must be a number in (0, 1], got 2"),
         (("small", "--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1"),
         (("small", "--prompt", "x", "--max-memory", "cpu"), "--max-memory must look like"),
-        (("small", "--prompt", "x", "--adapter", "nowhere"), "no adapter in nowhere"),
+        (("small", "--prompt", "x", "--adapter", "nowhere"), "no adapter in nowhere: there is no such folder"),
+        (("small", "--prompt", "x", "--device", "cuda"), "--device cuda cannot be used here"),
+        (("small", "--prompt", "x", "--model", "small"), "the model is given twice"),
+        (
+            ("small", "--prompt", "x", "--radius", "0.3", "--kept-share", "0.1"),
+            "several rules are given: k-center 0.1, radius 0.3",
+        ),
+        (("nothing-here", "--prompt", "x"), "cannot load nothing-here: there is no such folder"),
+        (("./not/there", "--prompt", "x"), "cannot load ./not/there: there is no such folder"),
         (("no/such folder", "--prompt", "x"), "cannot load no/such folder"),
     ],
 )
@@ -70,3 +90,22 @@ def test_without_bitsandbytes(capsys, monkeypatch):
     for option in (("--weights", "nf4"), ("--kv-quantization", "int8")):
         assert generate("small", "--prompt", "x", *option) == 2
         assert "pip install 'trim-plugin[quantization]'" in capsys.readouterr().err
+
+
+def test_a_bad_adapter_is_blamed_on_the_adapter(capsys, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert generate("small", "--prompt", "x", "--adapter", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"--adapter {tmp_path}: The adapter {tmp_path} is of type IA3; only LORA" in error
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert generate("small", "--prompt", "x", "--adapter", tmp_path) == 2
+    assert f"--adapter {tmp_path}: The adapter {tmp_path} is damaged: adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_rule_is_the_one_that_was_asked_for(capsys):
+    example = examples()[0]
+    kept = {}
+    for option, value in (("--kept-share", "0.2"), ("--top-k-ratio", "1")):
+        assert generate("--image", example.picture, "--prompt", example.question, option, value) == 0
+        kept[option] = int(capsys.readouterr().out.split("visual tokens: ")[1].split()[0])
+    assert kept == {"--kept-share": 13, "--top-k-ratio": 65}

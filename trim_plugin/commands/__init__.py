@@ -11,6 +11,9 @@ COMMANDS = {
     "plan": "memory that a generation will take, stock beside trimmed",
 }
 
+#: What an interrupted subcommand has left, where that is of use.
+AFTER_INTERRUPTION = {"eval": "the same command goes on where it stopped"}
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line on stderr, exit status 2, no traceback."""

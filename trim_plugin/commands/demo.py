@@ -16,9 +16,17 @@ from rich.table import Table
 
 from trim_plugin.cache.report import TrimReport, format_bytes
 from trim_plugin.commands import COMMANDS, UserError
-from trim_plugin.commands.common import DTYPES, check_device, check_ratio, load_model, picture_or_error
-from trim_plugin.config import TrimConfig
-from trim_plugin.embedded import SMALL_MODEL, examples
+from trim_plugin.commands.common import (
+    add_length_option,
+    add_model_options,
+    add_rule_options,
+    check_counts,
+    picture_or_error,
+    ways,
+)
+from trim_plugin.commands.loading import load_model
+from trim_plugin.embedded import examples
+from trim_plugin.evaluation import Way, ways_for
 from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.visualize import visualize
 
@@ -47,19 +55,21 @@ class Answer:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("demo", help=COMMANDS["demo"])
+    parser = subparsers.add_parser("demo", help=COMMANDS["demo"], description=COMMANDS["demo"])
     parser.add_argument(
-        "--model", default=str(SMALL_MODEL), help="model folder or hub id (default: the embedded small model)"
+        "--image", type=Path, metavar="FILE", help="a picture (default: the held-out ones of the package)"
     )
-    parser.add_argument("--image", type=Path, help="a picture (default: the embedded held-out pictures)")
-    parser.add_argument("--prompt", help="a question about the picture")
+    parser.add_argument("--prompt", help="a question about the picture (default: those of the held-out pictures)")
+    add_model_options(parser)
+    add_rule_options(parser, default=" and ".join(DEFAULT_RATIOS))
+    add_length_option(parser)
     parser.add_argument(
-        "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
+        "--out",
+        type=Path,
+        default=Path("trim-demo.png"),
+        metavar="FILE",
+        help="where the picture of kept tokens goes: .png, .svg, .pdf or .jpg (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("trim-demo.png"), help="where the picture of kept tokens goes")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.set_defaults(run=run)
 
 
@@ -70,15 +80,17 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong.
     """
     console = Console()
-    ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
+    chosen = _with_exact(ways(arguments, DEFAULT_RATIOS, stock=True))
+    check_counts(arguments, "max_new_tokens")
     _check_out(arguments.out)
     questions = _questions(arguments)
-    device = check_device(arguments.device)
-    model, processor = load_model(arguments.model, DTYPES[arguments.dtype], device)
+    model, processor = load_model(arguments)
     for question in questions:
-        inputs = build_inputs(processor, question.text, [question.picture], device)
+        inputs = build_inputs(processor, question.text, [question.picture], model.device)
         with console.status(f"answering {question.text}"):
-            answers = _answers(model, processor, inputs, ratios, arguments.max_new_tokens)
+            answers = [_answer(model, processor, inputs, way, arguments.max_new_tokens) for way in chosen]
+        if question is questions[0]:
+            first = inputs, answers
         console.print(_table(question, answers))
     console.print(
         "exact drops only what decoding cannot read, so its answer is stock's. Speed: median of 3 runs of generate, prefill and "
@@ -86,10 +98,17 @@ def run(arguments: argparse.Namespace) -> None:
         style="dim",
         highlight=False,
     )
-    _save_picture(
-        arguments.out, model, build_inputs(processor, questions[0].text, [questions[0].picture], device), ratios
-    )
-    console.print(f"kept visual tokens of the first picture: {arguments.out}", highlight=False)
+    if _save_picture(arguments.out, model, questions[0], *first, chosen):
+        console.print(f"kept visual tokens of the first picture: {arguments.out}", highlight=False)
+    else:
+        console.print("no picture of kept tokens: exact mode chooses nothing", highlight=False)
+
+
+def _with_exact(chosen: list[Way]) -> list[Way]:
+    """Stock, exact mode, then the rules: the second shows what costs nothing."""
+    if any(way.config is not None and way.config.exact for way in chosen):
+        return chosen
+    return [chosen[0], *ways_for([1.0], stock=False), *chosen[1:]]
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
@@ -104,20 +123,8 @@ def _questions(arguments: argparse.Namespace) -> list[Question]:
     return [Question(arguments.image.name, picture_or_error(arguments.image), arguments.prompt or known[0].text)]
 
 
-def _answers(
-    model: Any, processor: Any, inputs: dict[str, torch.Tensor], ratios: list[float], new_tokens: int
-) -> list[Answer]:
-    ways: list[tuple[str, TrimConfig | None]] = [("stock", None)]
-    if 1.0 not in ratios:
-        ways.append(("exact", TrimConfig(top_k_ratio=1.0)))
-    ways += [(f"ratio {ratio:g}" if ratio < 1 else "exact", TrimConfig(top_k_ratio=ratio)) for ratio in ratios]
-    return [_answer(model, processor, inputs, way, config, new_tokens) for way, config in ways]
-
-
-def _answer(
-    model: Any, processor: Any, inputs: dict[str, torch.Tensor], way: str, config: TrimConfig | None, new_tokens: int
-) -> Answer:
-    settings = {} if config is None else {"cache_implementation": "trimmed", "cache_config": config}
+def _answer(model: Any, processor: Any, inputs: dict[str, torch.Tensor], way: Way, new_tokens: int) -> Answer:
+    settings = {} if way.config is None else {"cache_implementation": "trimmed", "cache_config": way.config}
     prompt, times = inputs["input_ids"].shape[1], []
     for _ in range(3):
         start = time.perf_counter()
@@ -127,8 +134,9 @@ def _answer(
         times.append(time.perf_counter() - start)
     new = output.sequences[0, prompt:]
     text = processor.decode(new, skip_special_tokens=True).strip()
-    report = output.past_key_values.report() if config is not None else None
-    return Answer(way, text, len(new) / sorted(times)[1], report)
+    report = output.past_key_values.report() if way.config is not None else None
+    name = f"ratio {way.name}" if way.name[0].isdigit() else way.name
+    return Answer(name, text, len(new) / sorted(times)[1], report)
 
 
 def _table(question: Question, answers: list[Answer]) -> Table:
@@ -167,10 +175,26 @@ def _check_out(path: Path) -> None:
         raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {path.name}")
 
 
-def _save_picture(path: Path, model: Any, inputs: dict[str, torch.Tensor], ratios: list[float]) -> None:
-    ratio = next((ratio for ratio in ratios if ratio < 1), float(DEFAULT_RATIOS[0]))
-    figure = visualize(model, inputs, {"top_k_ratio": ratio}, title=f"Visual tokens kept at top_k_ratio = {ratio:g}")
+def _save_picture(
+    path: Path,
+    model: Any,
+    question: Question,
+    inputs: dict[str, torch.Tensor],
+    answers: list[Answer],
+    chosen: list[Way],
+) -> bool:
+    """Draw what the first rule that chooses keeps; False if there is none."""
+    shown = next(((way, answer) for way, answer in zip(chosen, answers, strict=True) if _chooses(way)), None)
+    if shown is None:
+        return False
+    way, answer = shown
+    title = f"{question.text} {answer.text}\nkept by {answer.way}"
     try:
-        figure.savefig(path, dpi=120)
+        visualize(model, inputs, way.config, title=title).savefig(path, dpi=120)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+    return True
+
+
+def _chooses(way: Way) -> bool:
+    return way.config is not None and not way.config.exact

@@ -4,80 +4,84 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import (
-    DTYPES,
-    check_device,
-    check_is_mllama,
-    check_ratio,
+    SMALL,
+    add_length_option,
+    add_model_options,
+    add_rule_options,
+    check_counts,
     first_line,
-    load_model,
-    pretrained_loader,
+    ways,
 )
-from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.commands.loading import check_device, check_is_mllama, device_of, load_model, model_of, weights_of
 from trim_plugin.evaluation import (
     MATCHES,
+    Answer,
     AnswerLog,
     Question,
+    Shown,
     Summary,
-    Way,
     evaluate,
     read_questions,
+    report_html,
     summarize,
-    ways_for,
+    whole_ways,
     write_whole,
 )
-from trim_plugin.kv_formats import KV_FORMATS
+from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
+from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
 
 DEFAULT_RATIOS = ("1.0", "0.5", "0.25", "0.1")
-PRECISIONS = ("nf4", "fp4", "int8")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("eval", help=COMMANDS["eval"])
-    parser.add_argument("--data", type=Path, required=True, help="folder with pictures and questions.jsonl")
-    parser.add_argument("--questions", type=Path, help="another questions file (default: questions.jsonl in --data)")
+    parser = subparsers.add_parser("eval", help=COMMANDS["eval"], description=COMMANDS["eval"])
     parser.add_argument(
-        "--model", default=str(SMALL_MODEL), help="model folder or hub id (default: the embedded small model)"
+        "--data", type=Path, required=True, metavar="FOLDER", help="folder with pictures and questions.jsonl"
     )
     parser.add_argument(
-        "--weights", choices=PRECISIONS, help="quantize the weights with bitsandbytes (default: --dtype)"
+        "--questions", type=Path, metavar="FILE", help="another questions file (default: questions.jsonl in --data)"
     )
-    parser.add_argument("--adapter", type=Path, help="a LoRA adapter's folder")
+    add_model_options(parser)
+    add_rule_options(parser, default=", ".join(DEFAULT_RATIOS))
     parser.add_argument(
-        "--top-k-ratio", action="append", metavar="RATIO", help="share that each head keeps; may be given again"
+        "--no-stock",
+        action="store_true",
+        help="leave stock out; agreement is with the first rule (default: agreement is with stock)",
     )
+    add_length_option(parser)
     parser.add_argument(
-        "--kept-share", action="append", metavar="SHARE", help="share that KCenter keeps; may be given again"
+        "--match",
+        choices=MATCHES,
+        default="exact",
+        help="whether an answer must equal a given one or contain it (default: %(default)s)",
     )
-    parser.add_argument("--kv-quantization", choices=tuple(KV_FORMATS), help="store the kept tokens in 8 or 4 bits")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first questions (default: all)")
     parser.add_argument(
-        "--no-merge", action="store_true", help="forget what the rule drops, as in the paper (default: merge it)"
+        "--out",
+        type=Path,
+        default=Path("trim-eval"),
+        metavar="FOLDER",
+        help="answers, summary and report; the same command goes on there (default: %(default)s)",
     )
-    parser.add_argument("--no-stock", action="store_true", help="leave stock out; agreement is with the first ratio")
-    parser.add_argument(
-        "--match", choices=MATCHES, default="exact", help="how an answer is compared with the given ones"
-    )
-    parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument("--out", type=Path, default=Path("trim-eval"), help="folder of answers and summary")
-    parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda, cuda:1; under a launcher, cuda means one GPU a process"
-    )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.set_defaults(run=run)
 
 
@@ -89,43 +93,43 @@ def run(arguments: argparse.Namespace) -> None:
     """
     console = Console()
     process, processes = process_of(os.environ)
-    ratios = [check_ratio(text) for text in arguments.top_k_ratio or DEFAULT_RATIOS]
-    shares = [check_ratio(text, "--kept-share") for text in arguments.kept_share or ()]
-    ways = ways_for(
-        ratios, arguments.kv_quantization, shares=shares, merge=not arguments.no_merge, stock=not arguments.no_stock
-    )
+    chosen = ways(arguments, DEFAULT_RATIOS, stock=not arguments.no_stock)
+    check_counts(arguments, "limit", "max_new_tokens")
     questions = _questions(arguments)
-    device = check_device(device_of(arguments.device, os.environ))
-    check_is_mllama(arguments.model)
+    check_device(device_of(arguments.device, os.environ))
+    check_is_mllama(model_of(arguments.model))
     log = _log(arguments, questions, process)
-    model, processor = _load(arguments, device)
+    model, processor = load_model(arguments)
     share = questions[process::processes]
     with _progress(console, process) as progress:
-        task = progress.add_task(f"{len(share)} questions", total=len(share) * len(ways))
-        mine = {question.name for question in share}
-        names = {way.name for way in ways}
-        progress.advance(task, sum(a.question in mine and a.way in names for a in log.answers()))
-        _user_errors(
-            lambda: evaluate(
-                model,
-                processor,
-                questions,
-                ways,
-                log,
-                max_new_tokens=arguments.max_new_tokens,
-                process=process,
-                processes=processes,
-                on_answer=lambda answer: progress.advance(task),
-            )
+        task = progress.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
+        mine, names = {question.name for question in share}, {way.name for way in chosen}
+        progress.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
+        evaluate(
+            model,
+            processor,
+            questions,
+            chosen,
+            log,
+            max_new_tokens=arguments.max_new_tokens,
+            process=process,
+            processes=processes,
+            on_answer=lambda answer: progress.advance(task),
         )
     answers = log.answers()
-    rows = summarize(questions, ways, answers, arguments.match)
-    if not rows or rows[0].questions < len(questions):
+    complete = whole_ways(questions, chosen, answers)
+    if len({way.name for way in complete} & names) < len(names):
         console.print(f"process {process} of {processes} is done; the last one writes the summary", highlight=False)
         return
-    _write_summary(arguments.out, rows)
-    console.print(_table(rows, arguments.match))
-    console.print(f"answers and summary: {arguments.out}", highlight=False)
+    rows = summarize(questions, complete, answers, arguments.match)
+    unread = [question for question in questions if any(a.error for a in answers if a.question == question.name)]
+    _write(arguments, rows, questions, answers, functools.partial(_shown, model, processor))
+    if rows:
+        console.print(_table(rows, arguments.match))
+    for question in unread:
+        error = next(a.error for a in answers if a.question == question.name and a.error)
+        console.print(f"question {question.name} is left out: {error}", style="red", highlight=False, markup=False)
+    console.print(f"answers, summary and report.html: {arguments.out}", highlight=False)
 
 
 def process_of(environment: Any) -> tuple[int, int]:
@@ -138,50 +142,22 @@ def process_of(environment: Any) -> tuple[int, int]:
     return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
 
 
-def device_of(device: str, environment: Any) -> str:
-    """The device of this process: under a launcher every process takes a GPU of its own.
-
-    Example:
-        >>> device_of("cuda", {"LOCAL_RANK": "2", "WORLD_SIZE": "4"}), device_of("cpu", {"LOCAL_RANK": "2"})
-        ('cuda:2', 'cpu')
-    """
-    several = int(environment.get("WORLD_SIZE", 1)) > 1
-    return f"cuda:{environment.get('LOCAL_RANK', 0)}" if device == "cuda" and several else device
-
-
 def _questions(arguments: argparse.Namespace) -> list[Question]:
     if not arguments.data.is_dir():
         raise UserError(f"--data: no such folder: {arguments.data}")
-    for name in ("limit", "max_new_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
     return _user_errors(lambda: read_questions(arguments.data, arguments.questions))[: arguments.limit]
 
 
 def _log(arguments: argparse.Namespace, questions: list[Question], process: int) -> AnswerLog:
     asked = json.dumps([(q.name, [p.name for p in q.pictures], q.text) for q in questions]).encode()
     settings = {
-        "model": str(arguments.model),
-        "weights": arguments.weights or arguments.dtype,
+        "model": model_of(arguments.model) if arguments.model not in (None, SMALL) else SMALL,
+        "weights": weights_of(arguments),
         "adapter": None if arguments.adapter is None else str(arguments.adapter),
         "max_new_tokens": arguments.max_new_tokens,
         "questions": hashlib.sha256(asked).hexdigest()[:16],
     }
     return _user_errors(lambda: AnswerLog(arguments.out, settings, process))
-
-
-def _load(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
-    if arguments.weights is None and arguments.adapter is None:
-        return load_model(arguments.model, DTYPES[arguments.dtype], device)
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    weights = arguments.weights or names[arguments.dtype]
-    try:
-        return pretrained_loader()(
-            arguments.model, weights, adapter=arguments.adapter, device_map={"": device}, dtype=DTYPES[arguments.dtype]
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load {arguments.model}: {first_line(error)}") from None
 
 
 def _user_errors(call: Callable[[], Any]) -> Any:
@@ -196,48 +172,50 @@ def _progress(console: Console, process: int) -> Progress:
     return Progress(*columns, console=console, disable=process > 0)
 
 
-def _write_summary(folder: Path, rows: list[Summary]) -> None:
+def _shown(model: Any, processor: Any, question: Question) -> list[Shown]:
+    """A question's pictures as the model sees them."""
+    inputs = build_inputs(processor, question.text, [open_picture(picture) for picture in question.pictures])
+    maps = [tile_map_of(model, inputs, 0, number) for number in range(len(question.pictures))]
+    vision = model.config.vision_config
+    total = len(maps) * vision.max_num_tiles * (maps[0].side ** 2 + 1)
+    return [
+        Shown(Image.fromarray(np.rint(255 * picture_as_seen(inputs, number, place)).astype(np.uint8)), place, total)
+        for number, place in enumerate(maps)
+    ]
+
+
+def _write(
+    arguments: argparse.Namespace,
+    rows: list[Summary],
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    pictures: Callable[[Question], list[Shown]],
+) -> None:
+    folder = arguments.out
     write_whole(
         folder / "summary.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
     )
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     write_whole(folder / "summary.md", "\n".join(lines) + "\n")
-
-
-HEADINGS = ("cache", "n", "accuracy", "agree", "overlap", "kept", "KV", "s", "GPU")
-
-
-def _cells(row: Summary) -> list[str]:
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f} %"
-
-    return [
-        row.way,
-        str(row.questions),
-        percent(row.accuracy),
-        percent(row.agreement),
-        percent(row.overlap),
-        percent(row.kept_share),
-        percent(row.cross_kv_ratio),
-        f"{row.seconds:.3f}",
-        "–" if row.peak_bytes is None else format_bytes(row.peak_bytes),
-    ]
+    write_whole(folder / "report.html", report_html(questions, rows, answers, pictures, arguments.match))
 
 
 def _table(rows: list[Summary], match: str) -> Table:
     table = Table(
-        title=f"agreement and overlap: with {rows[0].way}; accuracy: {match} match; kept: of the visible tokens; "
-        "KV: of stock's bytes",
+        title=f"agree and overlap with {rows[0].way}; right: {match} match; KV: of stock's bytes",
         title_justify="left",
         title_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    shown = len(HEADINGS) - all(row.peak_bytes is None for row in rows)  # the last one is the GPU's
-    for heading in HEADINGS[:shown]:
-        table.add_column(heading, justify="left" if heading == "cache" else "right", no_wrap=True)
+    columns = shown_columns(rows)
+    for heading in list(HEADINGS)[:columns]:
+        first = heading == "cache"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row)[:shown])
+        table.add_row(*cells(row)[:columns])
     return table
 
 
-__all__ = ["Way", "add_parser", "device_of", "process_of", "run"]
+__all__ = ["add_parser", "process_of", "run"]

@@ -12,33 +12,65 @@ from rich.table import Table
 
 from trim_plugin.cache.report import format_bytes
 from trim_plugin.commands import COMMANDS, UserError
-from trim_plugin.commands.common import check_is_mllama, check_ratio
+from trim_plugin.commands.common import WEIGHTS, add_length_option, check_ratio
+from trim_plugin.commands.loading import check_is_mllama, model_of
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import model_sizes, planner
 
+#: The planner's names of `--weights`; 4-bit formats take the same room.
+PLANNED_AS = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "fp4": "nf4"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("plan", help=COMMANDS["plan"])
+    parser = subparsers.add_parser("plan", help=COMMANDS["plan"], description=COMMANDS["plan"])
     parser.add_argument(
-        "--model", default="11b", help="11b, 90b, a model folder or a hub id; only its configuration is read"
+        "--model",
+        default="11b",
+        help="11b, 90b, small, a model folder or a hub id; only its configuration is read (default: %(default)s)",
     )
-    parser.add_argument("--weights", choices=model_sizes.WEIGHT_FORMATS, default="bfloat16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1, help="images a sample")
-    parser.add_argument("--tiles", type=int, default=4, help="real tiles of an image")
     parser.add_argument(
-        "--interleaved", action="store_true", help="text between the images: the end reads the last only"
+        "--weights", choices=WEIGHTS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--top-k-ratio", default="0.25")
-    parser.add_argument("--kept-share", type=float, help="share of visible tokens that is kept, if you know it")
-    parser.add_argument("--kv", choices=tuple(KV_FORMATS), help="quantized cross-attention cache of exact and trimmed")
-    parser.add_argument("--memory", help="find the largest batch that fits, for instance 24GiB")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images a sample (default: %(default)s)")
+    parser.add_argument(
+        "--tiles", type=int, default=4, metavar="N", help="real tiles of an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="text between the images: the end reads the last only (default: it reads all)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=128, metavar="N", help="text tokens of the prompt (default: %(default)s)"
+    )
+    add_length_option(parser)
+    parser.add_argument(
+        "--top-k-ratio",
+        default=str(DEFAULT_TOP_K_RATIO),
+        metavar="RATIO",
+        help="the paper's rule: share of the visual tokens that each head keeps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kept-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the visible tokens that is kept, if you know it (default: as measured at the ratio)",
+    )
+    parser.add_argument(
+        "--kv-quantization",
+        choices=tuple(KV_FORMATS),
+        help="hold the kept tokens of exact and trimmed in 8 or 4 bits (default: in the model's dtype)",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="find the largest batch that fits, for instance 24GiB (default: not looked for)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
     parser.set_defaults(run=run)
 
 
@@ -52,10 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     memory = None if arguments.memory is None else parse_bytes(arguments.memory)
     config = _config(arguments.model)
     settings = {
-        "weights": arguments.weights,
+        "weights": PLANNED_AS.get(arguments.weights, arguments.weights),
         "top_k_ratio": ratio,
         "kept_share": arguments.kept_share,
-        "kv": arguments.kv,
+        "kv": arguments.kv_quantization,
     }
     try:
         job = planner.Job(
@@ -64,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.tiles,
             1 if arguments.interleaved else None,
             arguments.prompt_tokens,
-            arguments.new_tokens,
+            arguments.max_new_tokens,
         )
         ways = planner.plan(config, job, **settings)
         fits = None if memory is None else planner.largest_fit(config, job, memory, **settings)
@@ -112,8 +144,8 @@ def _config(model: str) -> Any:
         return model_sizes.built_in_config(model.lower())
     from transformers import AutoConfig
 
-    check_is_mllama(model)
-    return AutoConfig.from_pretrained(model)
+    check_is_mllama(model_of(model))
+    return AutoConfig.from_pretrained(model_of(model))
 
 
 def _table(model: str, ways: list[planner.Plan], fits: dict[str, planner.Fit] | None) -> Table:

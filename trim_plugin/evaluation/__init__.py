@@ -4,9 +4,10 @@
 """
 
 from trim_plugin.evaluation.log import Answer, AnswerLog, write_whole
+from trim_plugin.evaluation.page import Shown, report_html
 from trim_plugin.evaluation.questions import QUESTIONS, Question, read_questions
 from trim_plugin.evaluation.run import Way, evaluate, ways_for
-from trim_plugin.evaluation.summary import MATCHES, Summary, summarize
+from trim_plugin.evaluation.summary import MATCHES, Summary, summarize, whole_ways
 
 __all__ = [
     "MATCHES",
@@ -14,11 +15,14 @@ __all__ = [
     "Answer",
     "AnswerLog",
     "Question",
+    "Shown",
     "Summary",
     "Way",
     "evaluate",
     "read_questions",
+    "report_html",
     "summarize",
     "ways_for",
+    "whole_ways",
     "write_whole",
 ]

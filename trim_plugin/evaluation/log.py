@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Answer:
         cross_kv_bytes: bytes of the cached visual keys and values; for stock see `stock_cross_kv_bytes` of the others.
         stock_cross_kv_bytes: bytes that transformers' own cache would hold.
         peak_bytes: most memory allocated on the GPU during `generate`, weights included; 0 without a GPU.
+        asked: the question's text.
+        pictures: file names of its pictures.
+        right: answers that count as right; empty if none is known.
+        kept: which visual tokens decoding could read, a bit each, as hexadecimal digits (`pack_kept`); empty for stock.
+        error: why there is no answer; empty if there is one.
     """
 
     question: str
@@ -37,6 +44,28 @@ class Answer:
     cross_kv_bytes: int = 0
     stock_cross_kv_bytes: int = 0
     peak_bytes: int = 0
+    asked: str = ""
+    pictures: Sequence[str] = ()
+    right: Sequence[str] = ()
+    kept: str = ""
+    error: str = ""
+
+
+def pack_kept(indices: Sequence[int], total: int) -> str:
+    """Which of `total` visual tokens are kept, a bit each, as hexadecimal digits.
+
+    Example:
+        >>> pack_kept([0, 9], 12), unpack_kept("8040", 12).nonzero()[0].tolist()
+        ('8040', [0, 9])
+    """
+    kept = np.zeros(total, dtype=bool)
+    kept[list(indices)] = True
+    return np.packbits(kept).tobytes().hex()
+
+
+def unpack_kept(digits: str, total: int) -> np.ndarray:
+    """bool (visual tokens,): what `pack_kept` packed."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8), count=total).astype(bool)
 
 
 class AnswerLog:
@@ -94,12 +123,16 @@ class AnswerLog:
             os.fsync(file.fileno())
 
     def answers(self) -> list[Answer]:
-        """The answers of all processes, one for each question and way."""
+        """The answers of all processes, one for each question and way; an answer counts more than an error."""
         found: dict[tuple[str, str], Answer] = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
             for line in _whole_lines(file):
-                answer = Answer(**json.loads(line))
-                found.setdefault((answer.question, answer.way), answer)
+                fields = json.loads(line)
+                lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+                answer = Answer(**(fields | lists))
+                known = found.get((answer.question, answer.way))
+                if known is None or known.error:
+                    found[answer.question, answer.way] = answer
         return list(found.values())
 
 

@@ -54,7 +54,7 @@ def read_questions(folder: Path, file: Path | None = None) -> list[Question]:
         raise FileNotFoundError(f"no questions: {file} does not exist")
     questions: list[Question] = []
     names: set[str] = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         where = f"{file.name}, line {number}"
@@ -66,6 +66,14 @@ def read_questions(folder: Path, file: Path | None = None) -> list[Question]:
     if not questions:
         raise ValueError(f"no questions: {file} is empty")
     return questions
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        # Windows editors begin UTF-8 with a mark; and only a line feed ends a line of JSON Lines.
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _question(line: str, folder: Path, where: str, name: str) -> Question:

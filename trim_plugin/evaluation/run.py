@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trim_plugin.config import TrimConfig
-from trim_plugin.evaluation.log import Answer, AnswerLog
+from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.rules.k_center import KCenter
@@ -29,26 +29,36 @@ def ways_for(
     kv_quantization: str | None = None,
     *,
     shares: Sequence[float] = (),
+    radii: Sequence[float] = (),
     merge: bool = True,
     stock: bool = True,
 ) -> list[Way]:
-    """Stock, a trimmed cache for each ratio (1.0 is exact mode), and one with `KCenter` for each of `shares`.
+    """Stock, and a trimmed cache for each ratio (1.0 is exact mode) and each value of the other rules.
 
-    The other arguments are `TrimConfig`'s.
+    Args:
+        ratios: `TrimConfig.top_k_ratio`.
+        kv_quantization: as in `TrimConfig`.
+        shares: of `KCenter`.
+        radii: of `KCenter(radius=…)`.
+        merge: as in `TrimConfig`. Exact mode drops nothing, so it is the same either way.
+        stock: whether transformers' own cache comes first.
 
     Example:
-        >>> [way.name for way in ways_for([1.0, 0.25], "int8", shares=[0.3])]
-        ['stock', 'exact, int8', '0.25, int8', 'k-center 0.3, int8']
+        >>> [way.name for way in ways_for([1.0, 0.25], "int8", shares=[0.1])]
+        ['stock', 'exact, int8', '0.25, int8', 'k-center 0.1, int8']
+        >>> [way.name for way in ways_for([1.0, 0.25], radii=[0.2], merge=False, stock=False)]
+        ['exact', '0.25, dropped', 'radius 0.2, dropped']
     """
-    extras = [*([] if merge else ["dropped"]), *([] if kv_quantization is None else [kv_quantization])]
     rules: list[tuple[str, dict[str, Any]]] = [
         ("exact" if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
     ]
     rules += [(f"k-center {kept:g}", {"processors": [KCenter(kept)]}) for kept in shares]
+    rules += [(f"radius {radius:g}", {"processors": [KCenter(radius=radius)]}) for radius in radii]
     ways = [Way("stock", None)] if stock else []
     for name, rule in rules:
         config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge)
-        ways.append(Way(", ".join([name, *extras]), config))
+        forgets = "" if merge or config.exact else "dropped"
+        ways.append(Way(", ".join(filter(None, [name, forgets, kv_quantization])), config))
     return ways
 
 
@@ -66,6 +76,8 @@ def evaluate(
 ) -> None:
     """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
 
+    A picture that cannot be read is logged as its question's error; the others are answered.
+
     Args:
         model: an Mllama model, on its device.
         processor: its processor.
@@ -76,27 +88,47 @@ def evaluate(
         process: which process this is, 0 … processes − 1.
         processes: how many share the questions.
         on_answer: called after every answer, for progress.
-
-    Raises:
-        FileNotFoundError, ValueError: a picture cannot be read.
     """
-    done = {(answer.question, answer.way) for answer in log.answers()}
+    done = {(answer.question, answer.way) for answer in log.answers() if not answer.error}
     device = next(model.parameters()).device
     warm: set[str] = set()
+
+    def record(answer: Answer) -> None:
+        log.add(answer)
+        if on_answer is not None:
+            on_answer(answer)
+
     for question in questions[process::processes]:
         missing = [way for way in ways if (question.name, way.name) not in done]
         if not missing:
             continue
-        pictures = [open_picture(picture) for picture in question.pictures]
+        try:
+            pictures = [open_picture(picture) for picture in question.pictures]
+        except (FileNotFoundError, ValueError) as error:
+            for way in missing:
+                record(_blank(question, way, error=str(error)))
+            continue
         inputs = build_inputs(processor, question.text, pictures, device)
         for way in missing:
             if way.name not in warm:  # the first generation pays for allocations and kernels: not timed
                 _generate(model, processor, inputs, question, way, max_new_tokens)
                 warm.add(way.name)
-            answer = _generate(model, processor, inputs, question, way, max_new_tokens)
-            log.add(answer)
-            if on_answer is not None:
-                on_answer(answer)
+            record(_generate(model, processor, inputs, question, way, max_new_tokens))
+
+
+def _blank(question: Question, way: Way, error: str = "") -> Answer:
+    """An answer without text, with what was asked beside it."""
+    return Answer(
+        question=question.name,
+        way=way.name,
+        text="",
+        seconds=0.0,
+        new_tokens=0,
+        asked=question.text,
+        pictures=tuple(picture.name for picture in question.pictures),
+        right=question.answers,
+        error=error,
+    )
 
 
 def _generate(
@@ -115,9 +147,8 @@ def _generate(
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    answer = Answer(
-        question=question.name,
-        way=way.name,
+    answer = dataclasses.replace(
+        _blank(question, way),
         text=processor.decode(new, skip_special_tokens=True).strip(),
         seconds=seconds,
         new_tokens=len(new),
@@ -125,11 +156,13 @@ def _generate(
     )
     if way.config is None:
         return answer
-    report = output.past_key_values.report()
+    cache = output.past_key_values
+    report = cache.report()
     return dataclasses.replace(
         answer,
         visible_tokens=report.visible_tokens[0],
         kept_tokens=report.kept_tokens[0],
         cross_kv_bytes=report.cross_kv_bytes,
         stock_cross_kv_bytes=report.stock_cross_kv_bytes,
+        kept=pack_kept(cache.kept_indices[0].tolist(), report.total_tokens[0]),
     )

@@ -21,7 +21,8 @@ class Summary:
     Args:
         way: its name.
         questions: answered questions.
-        accuracy: share of right answers among the questions whose answer is given.
+        known: those of them whose right answer is given.
+        accuracy: share of right answers among these.
         agreement: share of answers that are the same as the first way's, case, spaces and final punctuation aside.
         overlap: mean F1 of the words shared with the first way's answer, which suits long answers.
         kept_share: kept visual tokens over visible ones.
@@ -32,6 +33,7 @@ class Summary:
 
     way: str
     questions: int
+    known: int
     accuracy: float | None
     agreement: float
     overlap: float
@@ -45,6 +47,8 @@ def summarize(
     questions: Sequence[Question], ways: Sequence[Way], answers: Sequence[Answer], match: str = "exact"
 ) -> list[Summary]:
     """Sum up every way over the questions that all ways have answered; agreement is with the first way.
+
+    Questions whose picture could not be read count for none.
 
     Args:
         questions: as read.
@@ -67,12 +71,32 @@ def summarize(
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {', '.join(map(repr, MATCHES))}, got {match!r}.")
-    found = {(answer.question, answer.way): answer for answer in answers}
+    found = {(answer.question, answer.way): answer for answer in answers if not answer.error}
     whole = [question for question in questions if all((question.name, way.name) in found for way in ways)]
     if not whole:
         return []
     first = [found[question.name, ways[0].name] for question in whole]
     return [_summary(way, whole, [found[question.name, way.name] for question in whole], first, match) for way in ways]
+
+
+def whole_ways(questions: Sequence[Question], ways: Sequence[Way], answers: Sequence[Answer]) -> list[Way]:
+    """The ways that have dealt with every question: those of this run, and of earlier ones in the same folder.
+
+    Stock is the first if it is there; a way of an earlier run that was left unfinished is not among them.
+
+    Example:
+        >>> given = [Answer("1", way, "seven", 0.1, 2) for way in ("0.5", "stock")]
+        >>> [way.name for way in whole_ways([Question("1", (), "?")], [Way("0.25", None)], given)]
+        ['stock', '0.5']
+    """
+    by_name: dict[str, set[str]] = {}
+    for answer in answers:
+        by_name.setdefault(answer.way, set()).add(answer.question)
+    asked = {question.name for question in questions}
+    known = {way.name: way for way in ways}
+    names = [name for name in by_name if name not in known] + list(known)
+    names.sort(key=lambda name: name != "stock")
+    return [known.get(name, Way(name, None)) for name in names if asked <= by_name.get(name, set())]
 
 
 def _summary(way: Way, questions: list[Question], answers: list[Answer], first: list[Answer], match: str) -> Summary:
@@ -82,6 +106,7 @@ def _summary(way: Way, questions: list[Question], answers: list[Answer], first: 
     return Summary(
         way=way.name,
         questions=len(answers),
+        known=len(known),
         accuracy=_mean([is_right(a.text, q.answers, match) for q, a in known]) if known else None,
         agreement=_mean([normalized(text) == normalized(other) for text, other in pairs]),
         overlap=_mean([word_overlap(text, other) for text, other in pairs]),

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+#: Pixels of a stripe over a dropped patch, of the overlay's longer side, and how much of the picture shows through: 255 none.
+STRIPE, OVERLAY_SIDE, STRIPE_ALPHA = 4, 400, np.uint8(150)
+CLASS_TOKEN = "tab:cyan"
+
+
 class ScoreRecorder(VisualTokenProcessor):
     """Notes the head-mean score of every visual token and changes nothing. Put it first in a list of processors.
 
@@ -89,7 +94,8 @@ def visualize(
     """Draw which visual tokens of a picture are kept, tile by tile, next to the head-mean score map.
 
     Runs one prefill with a trimmed cache of its own; the model's other generations are not affected. Dropped patches are
-    dimmed; a square in a tile's corner shows its class token, filled if it is kept.
+    hatched in black and white, which shows on dark and light pictures; a square in a tile's corner is its class token, filled
+    if it is kept.
 
     Args:
         model: an Mllama model.
@@ -97,7 +103,7 @@ def visualize(
         config: the trimming to be shown, as for `TrimmedCache`.
         sample: which sample of the batch.
         image: which picture of the sample; the last one by default, which is what decoding reads.
-        title: heading of the figure.
+        title: heading of the figure, for instance question and answer.
 
     Returns:
         A matplotlib figure; save it with `figure.savefig("kept.png")`.
@@ -115,20 +121,25 @@ def visualize(
     settings = TrimConfig.of(config)
     if settings.exact:
         raise ValueError("Exact mode chooses nothing that could be shown. Give a top_k_ratio below 1.0, or processors.")
-    tile_map = _tile_map(model, inputs, sample, image)
+    tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
     recorder = ScoreRecorder()
     chain = settings.processors or (TopKPerHead(settings.top_k_ratio or 1.0),)
-    cache = TrimmedCache(model, TrimConfig(processors=(recorder, *chain)))
+    cache = TrimmedCache(model, TrimConfig(processors=(recorder, *chain), merge=settings.merge))
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
     total = cache.report().total_tokens[0]
     kept = np.zeros(total)
     kept[cache.kept_indices[0].cpu().numpy()] = 1.0
-    return _draw(_pixels(inputs, image, tile_map), tile_map, kept, recorder.scores(), title)
+    return _draw(picture_as_seen(inputs, image, tile_map), tile_map, kept, recorder.scores(), title)
 
 
-def _tile_map(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, image: int) -> TileMap:
+def tile_map_of(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, image: int) -> TileMap:
+    """Where the visual tokens of a picture lie; arguments as of `visualize`.
+
+    Raises:
+        ValueError: the inputs hold no such picture.
+    """
     ratios = inputs.get("aspect_ratio_ids")
     if ratios is None or not -ratios.shape[1] <= image < ratios.shape[1] or not 0 <= sample < ratios.shape[0]:
         raise ValueError(
@@ -146,8 +157,8 @@ def _tile_map(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, image
     return TileMap(rows, columns, side, (image % ratios.shape[1]) * tokens)
 
 
-def _pixels(inputs: Mapping[str, torch.Tensor], image: int, tile_map: TileMap) -> np.ndarray:
-    """The picture as the model sees it: (height, width, 3) in 0…1."""
+def picture_as_seen(inputs: Mapping[str, torch.Tensor], image: int, tile_map: TileMap) -> np.ndarray:
+    """The picture of the first sample as the model sees it, padded to whole tiles: (height, width, 3) in 0…1."""
     tiles = inputs["pixel_values"][0, image, : tile_map.rows * tile_map.columns].float().cpu().numpy()
     _, channels, height, width = tiles.shape
     grid = tiles.reshape(tile_map.rows, tile_map.columns, channels, height, width).transpose(0, 3, 1, 4, 2)
@@ -160,29 +171,74 @@ def _draw(picture: np.ndarray, tile_map: TileMap, kept: np.ndarray, scores: np.n
     from matplotlib.figure import Figure
 
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(11, 1.2 + 5 * min(height / width, 2.0)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 5 * min(height / width, 2.0)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    patches = tile_map.patches(kept)
-    zoom = (height // patches.shape[0], width // patches.shape[1])
-    weight = 0.22 + 0.78 * np.kron(patches, np.ones(zoom))
-    left.imshow(picture * weight[..., None] + 0.5 * (1 - weight[..., None]), interpolation="nearest")
-    left.set_title(f"kept: {int(patches.sum())} of {patches.size} patches")
+    patches, class_tokens = tile_map.patches(kept), tile_map.class_tokens(kept)
+    whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+    left.imshow(picture, interpolation="nearest")
+    left.imshow(dropped_overlay(patches), interpolation="nearest", extent=whole)
+    left.set_title(
+        f"kept: {int(patches.sum() + class_tokens.sum())} of {patches.size + class_tokens.size} visual tokens\n"
+        f"{int(patches.sum())} of {patches.size} patches, {int(class_tokens.sum())} of {class_tokens.size} class tokens"
+    )
     right.imshow(picture.mean(axis=2), cmap="gray", interpolation="nearest", alpha=0.35)
     heat = right.imshow(
         tile_map.patches(scores),
         cmap="magma",
         interpolation="nearest",
         alpha=0.85,
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        extent=whole,
     )
     right.set_title("score: attention of the text, mean over heads")
     figure.colorbar(heat, ax=right, shrink=0.8)
     for axes in (left, right):
         _draw_tiles(axes, tile_map, height, width)
-    _draw_class_tokens(left, tile_map.class_tokens(kept), height / tile_map.rows, width / tile_map.columns)
+    _draw_class_tokens(left, class_tokens, height / tile_map.rows, width / tile_map.columns)
+    _draw_legend(figure)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def dropped_overlay(kept: np.ndarray) -> np.ndarray:
+    """Black and white stripes where patches were dropped: they show on dark, light and grey pictures alike.
+
+    Args:
+        kept: bool or 0 and 1 (rows, columns), one a patch.
+
+    Returns:
+        uint8 RGBA (rows · n, columns · n, 4) to be laid over the picture; n makes its longer side about 400.
+
+    Example:
+        >>> overlay = dropped_overlay(np.array([[True, False]]))
+        >>> overlay.shape, overlay[:, :200, 3].max().item(), overlay[:, 200:, 3].min().item()
+        ((200, 400, 4), 0, 150)
+    """
+    cell = max(STRIPE, -(-OVERLAY_SIDE // max(kept.shape)))
+    dropped = np.kron(1 - kept.astype(np.uint8), np.ones((cell, cell), dtype=np.uint8))
+    rows, columns = np.indices(dropped.shape)
+    stripes = ((rows + columns) // STRIPE % 2 * 255).astype(np.uint8)
+    return np.dstack([stripes, stripes, stripes, dropped * STRIPE_ALPHA])
+
+
+def _draw_legend(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[
+            Patch(
+                facecolor="white",
+                edgecolor="black",
+                hatch="//////",
+                label="patch that was dropped, or merged into another",
+            ),
+            Patch(facecolor=CLASS_TOKEN, edgecolor=CLASS_TOKEN, label="a tile's class token, kept"),
+            Patch(facecolor="none", edgecolor=CLASS_TOKEN, label="a tile's class token, dropped"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
 
 
 def _draw_tiles(axes: Axes, tile_map: TileMap, height: int, width: int) -> None:
@@ -199,4 +255,4 @@ def _draw_class_tokens(axes: Axes, kept: np.ndarray, tile_height: float, tile_wi
     size = 0.06 * min(tile_height, tile_width)
     for (row, column), flag in np.ndenumerate(kept):
         corner = (column * tile_width - 0.5 + size / 2, row * tile_height - 0.5 + size / 2)
-        axes.add_patch(Rectangle(corner, size, size, fill=bool(flag), color="tab:cyan", linewidth=1.2))
+        axes.add_patch(Rectangle(corner, size, size, fill=bool(flag), color=CLASS_TOKEN, linewidth=1.5))
