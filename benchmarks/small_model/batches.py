@@ -22,6 +22,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from benchmarks.small_model.architecture import BOS, IMAGE, build_tokenizer, prompt_ids
 from benchmarks.small_model.questions import ask
+from benchmarks.small_model.recipes import Recipe, Stage
 from benchmarks.small_model.scenes import TILE, Scene, draw_scene
 from benchmarks.small_model.variants import COARSE, Variant
 
@@ -115,30 +116,35 @@ def pack(tokenizer: PreTrainedTokenizerFast, rows: list[list[tuple[str, str]]]) 
 
 
 class SceneBatches(Dataset[dict[str, Any]]):
-    """Batch number ``n`` of a run: the same for the same seed, stage and size."""
+    """Batch number ``n`` of a run's stage: the same for the same recipe."""
 
-    def __init__(self, seed: int, size: int, length: int, *, texts: bool, variant: Variant = COARSE) -> None:
-        """``texts`` adds the packed questions; without them batches hold the patch labels only."""
-        self.seed, self.size, self.length, self.texts, self.variant = seed, size, length, texts, variant
+    def __init__(self, recipe: Recipe, stage: Stage, length: int) -> None:
+        """Batches of a stage without questions hold the patch labels only."""
+        self.recipe, self.stage, self.length = recipe, stage, length
         self.tokenizer = build_tokenizer()
 
     def __len__(self) -> int:
         return self.length
 
+    def scene(self, seed: int) -> Scene:
+        """The training scene of a seed."""
+        scale = self.recipe.variant.scale
+        if not self.stage.texts:  # the tower learns digits: every tile is real and as many digits as possible are shown
+            return draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8, scale=scale)
+        if self.stage.crowded and seed % 2:
+            return draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=5 + seed // 2 % 4, scale=scale)
+        return draw_scene(seed, held_out=False, scale=scale)
+
     def __getitem__(self, number: int) -> dict[str, Any]:
-        stage = (self.seed * 2 + int(self.texts)) * 10_000_000
-        seeds = range(stage + number * self.size, stage + (number + 1) * self.size)
-        scale = self.variant.scale
-        if self.texts:
-            scenes = [draw_scene(seed, held_out=False, scale=scale) for seed in seeds]
-        else:  # the tower learns digits: every tile is real and as many digits as possible are shown
-            scenes = [
-                draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8, scale=scale) for seed in seeds
-            ]
-        batch: dict[str, Any] = image_inputs([scene.image for scene in scenes], self.variant.tile)
-        batch["patch_labels"] = torch.from_numpy(np.stack([patch_labels(scene, self.variant) for scene in scenes]))
-        if self.texts:
-            rng = np.random.default_rng([stage, number])
+        texts, size = self.stage.texts, self.recipe.batch
+        first = (self.recipe.seed * 2 + int(texts)) * 10_000_000
+        scenes = [self.scene(seed) for seed in range(first + number * size, first + (number + 1) * size)]
+        batch: dict[str, Any] = image_inputs([scene.image for scene in scenes], self.recipe.variant.tile)
+        batch["patch_labels"] = torch.from_numpy(
+            np.stack([patch_labels(scene, self.recipe.variant) for scene in scenes])
+        )
+        if texts:
+            rng = np.random.default_rng([first, number])
             pairs = [[ask(scene, kind, rng, vary=True) for kind in QUESTIONS] for scene in scenes]
             batch["texts"] = pack(self.tokenizer, pairs)
         return batch

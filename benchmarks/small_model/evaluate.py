@@ -176,7 +176,9 @@ def tables(results: dict[str, Any]) -> str:
                 )
             ],
         ),
-        "Trimmed, by `top_k_ratio` (kept: mean share of the visible tokens that survive the union over heads):",
+        "By type of question"
+        + (", trimmed by `top_k_ratio`" if len(ways) > 1 else "")
+        + " (kept: mean share of the visible tokens that are read):",
         "",
         table(
             ["cache", "kept", "all", *kinds, "same answer as stock"],

@@ -24,7 +24,11 @@ class Stage:
     together_every: int = 1
     """Tiles read each other in every so manieth step, and only themselves in the others (see ``apart.py``); 0: in none."""
     bfloat16: bool = False
-    """Run the forward pass under bfloat16 autocast."""
+    """Run the vision tower under bfloat16 autocast."""
+    crowded: bool = False
+    """Every second scene of the questions fills all four tiles and shows 5 to 8 digits: more to learn from a step."""
+    patch_weight: float = 0.3
+    """Weight of the patch loss beside the answers' loss."""
     window: int = 0
     """Steps over which the share of right answers is averaged to see a plateau; 0: the stage runs for all its steps."""
     gain: float = 0.01
@@ -49,8 +53,6 @@ class Recipe:
     batch: int
     """Scenes a step."""
     seed: int = 0
-    patch_weight: float = 0.3
-    """Weight of the patch loss beside the answers' loss."""
     warm: bool = False
     """Begin with the shipped model's weights: see ``warm.py``."""
 
@@ -81,8 +83,10 @@ RECIPES = {
         FINE,
         (
             Stage("tower", 600, 1.5e-3, decay=50, warmup=50, together_every=0, bfloat16=True),
-            Stage("mixed", 900, 1e-3, decay=1, warmup=50, texts=True, together_every=4),
-            Stage("questions", 12000, 1e-3, decay=400, warmup=50, texts=True, window=800, gain=0.004),
+            Stage("mixed", 214, 1e-3, decay=1, warmup=50, texts=True, together_every=4),
+            Stage("questions", 130, 1e-3, decay=1, warmup=50, texts=True),
+            Stage("crowded", 230, 1e-3, decay=1, warmup=50, texts=True, bfloat16=True, crowded=True, patch_weight=1.0),
+            Stage("last", 330, 1e-3, decay=310, warmup=20, texts=True, bfloat16=True, crowded=True, patch_weight=0.5),
         ),
         batch=8,
         warm=True,

@@ -98,15 +98,14 @@ class Run:
         """A batch's loss, and the shares of patches and words that are right."""
         apart = stage.apart(self.progress.step)
         reading = tiles_apart(self.model.model.vision_model) if apart else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
-            with reading:
-                features, states = cross_attention_inputs(self.model, batch)
-            loss, patches = patch_loss(self.head, features, batch)
-            seen = {"patches": patches}
-            if stage.texts:
-                logits = packed_logits(self.model, states, batch["texts"], batch["aspect_ratio_mask"])
-                words_loss, seen["words"] = answer_loss(logits, batch["texts"]["labels"])
-                loss = words_loss + self.recipe.patch_weight * loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16), reading:
+            features, states = cross_attention_inputs(self.model, batch)
+        loss, patches = patch_loss(self.head, features.float(), batch)
+        seen = {"patches": patches}
+        if stage.texts:
+            logits = packed_logits(self.model, states.float(), batch["texts"], batch["aspect_ratio_mask"])
+            words_loss, seen["words"] = answer_loss(logits, batch["texts"]["labels"])
+            loss = words_loss + stage.patch_weight * loss
         return loss, seen | {"loss": loss.item()}
 
     def note(self, stage: Stage, seen: dict[str, float], seconds: float) -> None:
@@ -159,9 +158,7 @@ def last_step(stage: Stage, progress: Progress) -> int:
 def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_every: int) -> float:
     """Train the stage that the run is in until it is over or ``limit`` steps are done; returns how many are left of them."""
     first = run.recipe.first_batch(run.progress.stage)
-    data = SceneBatches(
-        run.recipe.seed, run.recipe.batch, first + stage.steps, texts=stage.texts, variant=run.recipe.variant
-    )
+    data = SceneBatches(run.recipe, stage, first + stage.steps)
     left = range(first + run.progress.step, first + stage.steps)
     batches = iter(DataLoader(data, batch_size=None, sampler=left, num_workers=1, prefetch_factor=8))
     parameters = [p for module in run.trained(stage) for p in module.parameters()]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from benchmarks.small_model import fine as fine_model
 from benchmarks.small_model import train as trainer
 from benchmarks.small_model.apart import tiles_apart
 from benchmarks.small_model.architecture import build_config, build_model, build_tokenizer
 from benchmarks.small_model.batches import image_inputs
 from benchmarks.small_model.check import largest_differences
+from benchmarks.small_model.evaluate import answers, batches, held_out_questions
+from benchmarks.small_model.publish import publish
 from benchmarks.small_model.questions import TRAINED_TYPES, ask
 from benchmarks.small_model.recipes import RECIPES, Recipe, Stage
 from benchmarks.small_model.scenes import draw_scene
@@ -28,7 +32,7 @@ RECIPE = Recipe(
     (
         Stage("tower", 3, 1e-3, decay=1, warmup=2, together_every=0, bfloat16=True),
         Stage("mixed", 2, 1e-3, decay=1, texts=True, together_every=2),
-        Stage("questions", 3, 1e-3, decay=2, warmup=2, texts=True),
+        Stage("questions", 3, 1e-3, decay=2, warmup=2, texts=True, bfloat16=True, crowded=True, patch_weight=1.0),
     ),
     batch=2,
 )
@@ -224,3 +228,40 @@ def test_steps_of_a_stage_that_does_not_exist_are_an_error():
     assert RECIPES["fine"].with_steps({"tower": 3}).stages[0] == dataclasses.replace(
         RECIPES["fine"].stages[0], steps=3, decay=3
     )
+
+
+def test_the_fine_model_reads_scenes_that_it_has_not_seen():
+    model, processor = fine_model.load()
+    questions = held_out_questions(20, seed=9, scale=FINE.scale)
+    right = 0
+    for part, inputs in batches(processor, questions, 10):
+        assert inputs["pixel_values"].shape[-1] == FINE.tile
+        texts, _ = answers(model, processor, inputs)
+        right += sum(text == question.answer for text, question in zip(texts, part, strict=True))
+    assert right >= 12  # guesses are right on two or three
+
+
+def test_publishing_copies_the_checkpoint_and_draws_the_curve(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    progress = json.loads((out / "state" / "progress.json").read_text())
+    progress["curve"] = [
+        {"stage": "tower", "steps": 20, "minutes": 1.0, "patches": 0.1},
+        {"stage": "tower", "steps": 40, "minutes": 2.0, "patches": 0.2},
+        {"stage": "questions", "steps": 20, "minutes": 1.0, "patches": 0.3, "words": 0.5},
+    ]
+    (out / "state" / "progress.json").write_text(json.dumps(progress))
+    publish(out, tmp_path / "there")
+    published = load_file(tmp_path / "there" / "model" / "model.safetensors")
+    assert published.keys() == weights(uninterrupted)[0].keys()
+    assert json.loads((tmp_path / "there" / "results" / "curve.json").read_text()) == progress["curve"]
+    assert (tmp_path / "there" / "results" / "curve.png").stat().st_size > 1000
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no training run"):
+        publish(tmp_path / "nowhere", tmp_path / "there")
+
+
+def test_weights_that_are_too_large_are_not_published(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.small_model.publish.MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="bytes, more than 1,000"):
+        publish(uninterrupted, tmp_path)
+    assert list(tmp_path.iterdir()) == []
