@@ -10,7 +10,7 @@ import torch
 from benchmarks import report
 from benchmarks.common.models import SHAPES
 from benchmarks.common.results import RESULTS
-from benchmarks.latency import compiled, first_token
+from benchmarks.latency import compiled, first_token, merging
 from benchmarks.latency import measure as latency
 from benchmarks.memory import measure as memory
 from benchmarks.quality import measure as quality
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.what == "all":
         compiled.run(arguments)
         first_token.run(arguments)
+        merging.run(arguments)
     report.write(arguments.out, arguments.docs)
 
 

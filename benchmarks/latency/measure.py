@@ -27,7 +27,8 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.latency import compiled, first_token
+from benchmarks.latency import compiled, first_token, merging
+from benchmarks.latency.layers import layers_timed
 from trim_plugin import TrimmedCache
 
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -76,31 +77,6 @@ def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
         for patch in patched:
             stack.enter_context(patch)
         yield
-
-
-@contextlib.contextmanager
-def layers_timed(model: Any, device: str, found: dict[str, list[float]]) -> Iterator[None]:
-    """Seconds of every self- and cross-attention decoder layer in a forward."""
-    crossing = set(model.config.text_config.cross_attention_layers)
-    handles, starts = [], {}
-
-    def begin(layer: Any, _args: Any) -> None:
-        synchronize(device)
-        starts[layer] = time.perf_counter()
-
-    def end(layer: Any, _args: Any, _output: Any) -> None:
-        synchronize(device)
-        kind = "cross" if layer.layer_idx in crossing else "self"
-        found.setdefault(kind, []).append(time.perf_counter() - starts[layer])
-
-    for index, layer in enumerate(model.model.language_model.layers):
-        layer.layer_idx = index
-        handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measure(
@@ -241,6 +217,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return compiled.run(arguments)
     if arguments.first_token:
         return first_token.run(arguments)
+    if arguments.merging:
+        return merging.run(arguments)
     seed_everything()
     rows, scoring, skipped, models = [], [], [], {}
     with Progress() as bar:
@@ -277,3 +255,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-token", action="store_true", help="latency: time to the first token about an encoded page instead"
     )
+    parser.add_argument("--merging", action="store_true", help="latency: what merging costs instead")

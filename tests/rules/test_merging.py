@@ -169,3 +169,12 @@ def test_gradients_flow_through_the_means():
     ones = torch.ones(1, 3).long()
     merge_dropped(states, kept, torch.tensor([[0, 0, 1]]), ones, torch.tensor([[0, 2]])).mean(states).sum().backward()
     assert torch.equal(states.grad[0, :, 0], torch.tensor([0.5, 0.5, 1.0]))
+
+
+def test_of_equal_kept_tokens_the_first_is_joined(monkeypatch):
+    """Within a block and across blocks: bfloat16 makes equal keys common, and a batch must merge as its samples alone do."""
+    monkeypatch.setattr(merging, "BLOCK", 16)
+    kept = torch.arange(128)[None] % 2 == 1
+    ones, zeros = torch.ones(1, 128).long(), torch.zeros(1, 128).long()
+    merged = merge_dropped(torch.ones(1, 128, 4), kept, zeros, ones, pack(kept)[0])
+    assert merged.sizes.tolist() == [[65] + [1] * 63]

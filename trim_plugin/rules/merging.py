@@ -88,7 +88,8 @@ def merge_dropped(
 
     Similarity is the cosine of what is given as states: visual states or, better, the first cross-attention layer's keys of all
     heads, one after the other; equal ones prefer the lower index. Works in blocks: scratch stays under
-    64 MiB, no matrix of all tokens × all kept tokens exists, and nothing waits for a number from the device.
+    64 MiB, no matrix of all tokens × all kept tokens exists, and nothing waits for a number from the device. For a page of the
+    11B model, 6,404 tokens to 641 by keys of width 1,024: 8.4 GFLOP, 0.06 % of its prefill, in 100 operations.
 
     Args:
         states: (batch, tokens, width), what tokens are compared by.
