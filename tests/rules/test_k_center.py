@@ -115,3 +115,10 @@ def test_not_a_share(name, value):
 def test_without_states():
     with pytest.raises(TypeError, match="needs the visual states"):
         KCenter(0.5)(torch.ones(1, 1, 4), torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_a_share_of_equal_tokens_is_that_many_all_the_same():
+    """A blank page, or padding: what was chosen once is not chosen again, however near everything is."""
+    members = torch.tensor([[True] * 50, [True] * 30 + [False] * 20])
+    chosen = KCenter(0.3).choose(torch.ones(2, 50, 4), members)
+    assert chosen.sum(dim=1).tolist() == [15, 9]
