@@ -11,7 +11,7 @@ from PIL import Image
 from trim_plugin.batching.worker import Worker
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 
-from .conftest import scene_rows
+from ..scenes import scene_rows
 
 
 def alone(small, row, folder, **settings):

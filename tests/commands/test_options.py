@@ -18,7 +18,7 @@ from trim_plugin import cli
 from trim_plugin.commands import COMMANDS, UserError, common
 from trim_plugin.embedded import examples
 
-WITH_MODEL = ("demo", "generate", "eval")
+WITH_MODEL = ("demo", "generate", "batch", "eval")
 
 
 @pytest.fixture(scope="module")

@@ -80,18 +80,22 @@ class Worker:
             "prompt_tokens", "visible" (visual tokens that the text may read), "kept" (those that decoding read) and "seconds"
             (the batch's, shared among its rows).
         """
-        return [result for _, result in sorted(self.answers(rows), key=lambda answer: answer[0])]
+        placed = [answer for answers in self.answers(rows) for answer in answers]
+        return [result for _, result in sorted(placed, key=lambda answer: answer[0])]
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The same as they come: a row's place in `rows`, and its result."""
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        """The same as they come, some at a time: each with the row's place in `rows`."""
         prompts: list[Placed] = []
+        refused: list[tuple[int, dict[str, Any]]] = []
         for place, row in enumerate(rows):
             try:
                 prompt = read_row(self.processor, row, self.folder)
                 self._check_length(prompt)
                 prompts.append((place, prompt))
             except RowError as error:
-                yield place, {**_id(row), "error": str(error)}
+                refused.append((place, {**_id(row), "error": str(error)}))
+        if refused:
+            yield refused
         waiting = deque(sorted(prompts, key=lambda placed: _likeness(placed[1])))
         with ThreadPoolExecutor(max_workers=1) as reader:
             following = self._read_next(reader, waiting)
@@ -102,8 +106,9 @@ class Worker:
                 del reading
                 # The next batch's pictures are decoded while this one is answered.
                 following = self._read_next(reader, waiting)
-                for place, result in self._answered(batch, inputs, failed):
-                    yield place, {**_id(rows[place]), **result}
+                yield [
+                    (place, {**_id(rows[place]), **result}) for place, result in self._answered(batch, inputs, failed)
+                ]
 
     def _read_next(
         self, reader: ThreadPoolExecutor, waiting: deque[Placed]

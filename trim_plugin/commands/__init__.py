@@ -7,12 +7,13 @@ A subcommand is one line here and its module, which is imported when it is asked
 COMMANDS = {
     "demo": "answer questions about pictures, stock beside trimmed",
     "generate": "answer a prompt about pictures, then report what the cache held",
+    "batch": "answer a file of many pictures and questions, however often it is interrupted",
     "eval": "compare stock and trimmed answers on your own pictures and questions",
     "plan": "memory that a generation will take, stock beside trimmed",
 }
 
 #: What an interrupted subcommand has left, where that is of use.
-AFTER_INTERRUPTION = {"eval": "the same command goes on where it stopped"}
+AFTER_INTERRUPTION = dict.fromkeys(("batch", "eval"), "the same command goes on where it stopped")
 
 
 class UserError(Exception):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from trim_plugin.cache.quantized import require_bitsandbytes
 from trim_plugin.commands import UserError
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.evaluation import Way, ways_for
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.pictures.prompting import open_picture
@@ -50,6 +51,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload-folder", type=Path, metavar="FOLDER", help="where weights go that fit nowhere else (default: none)"
     )
+
+
+def add_model_word(parser: argparse.ArgumentParser) -> None:
+    """Let the model be the first word too; `read_model_word` makes it `--model`."""
+    parser.add_argument("first", metavar="MODEL", nargs="?", help="the same as --model")
+
+
+def read_model_word(arguments: argparse.Namespace) -> None:
+    """Put the model that is given as a word where `--model` is, or raise `UserError` if both are given."""
+    if arguments.first is not None:
+        if arguments.model is not None:
+            raise UserError(f"the model is given twice: {arguments.first} and --model {arguments.model}")
+        arguments.model = arguments.first
 
 
 def add_rule_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -134,6 +148,20 @@ def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock:
         merge=not arguments.no_merge,
         stock=stock,
     )
+
+
+def one_way(arguments: argparse.Namespace) -> Way:
+    """The one trimmed cache that the rule options ask for, `DEFAULT_TOP_K_RATIO` if they don't say.
+
+    Raises:
+        UserError: several rules are given, a value is not allowed, or a package is missing.
+    """
+    chosen = ways(arguments, [str(DEFAULT_TOP_K_RATIO)], stock=False)
+    if len(chosen) > 1:
+        raise UserError(
+            f"several rules are given: {', '.join(way.name for way in chosen)}. Choose one; eval and demo compare them"
+        )
+    return chosen[0]
 
 
 def picture_or_error(path: Path) -> Image.Image:

@@ -29,7 +29,15 @@ from trim_plugin.commands.common import (
     first_line,
     ways,
 )
-from trim_plugin.commands.loading import check_device, check_is_mllama, device_of, load_model, model_of, weights_of
+from trim_plugin.commands.loading import (
+    check_device,
+    check_is_mllama,
+    device_of,
+    load_model,
+    model_of,
+    process_of,
+    weights_of,
+)
 from trim_plugin.evaluation import (
     MATCHES,
     Answer,
@@ -132,16 +140,6 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"answers, summary and report.html: {arguments.out}", highlight=False)
 
 
-def process_of(environment: Any) -> tuple[int, int]:
-    """Which process this is and of how many, as `accelerate launch` and `torchrun` say.
-
-    Example:
-        >>> process_of({"RANK": "1", "WORLD_SIZE": "4"}), process_of({})
-        ((1, 4), (0, 1))
-    """
-    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-
-
 def _questions(arguments: argparse.Namespace) -> list[Question]:
     if not arguments.data.is_dir():
         raise UserError(f"--data: no such folder: {arguments.data}")
@@ -216,6 +214,3 @@ def _table(rows: list[Summary], match: str) -> Table:
     for row in rows:
         table.add_row(*cells(row)[:columns])
     return table
-
-
-__all__ = ["add_parser", "process_of", "run"]

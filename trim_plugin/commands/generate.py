@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import COMMANDS
 from trim_plugin.commands.common import (
     add_length_option,
     add_model_options,
+    add_model_word,
     add_rule_options,
     check_counts,
+    one_way,
     picture_or_error,
-    ways,
+    read_model_word,
 )
 from trim_plugin.commands.loading import load_model
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
@@ -23,7 +25,7 @@ from trim_plugin.pictures.prompting import build_inputs
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("generate", help=COMMANDS["generate"], description=COMMANDS["generate"])
-    parser.add_argument("first", metavar="MODEL", nargs="?", help="the same as --model")
+    add_model_word(parser)
     parser.add_argument(
         "--image",
         action="append",
@@ -45,19 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
     """
-    if arguments.first is not None:
-        if arguments.model is not None:
-            raise UserError(f"the model is given twice: {arguments.first} and --model {arguments.model}")
-        arguments.model = arguments.first
-    chosen = ways(arguments, [str(DEFAULT_TOP_K_RATIO)], stock=False)
-    if len(chosen) > 1:
-        raise UserError(
-            f"several rules are given: {', '.join(way.name for way in chosen)}. Choose one; eval and demo compare them"
-        )
+    read_model_word(arguments)
+    config = one_way(arguments).config
     check_counts(arguments, "max_new_tokens")
     pictures = [picture_or_error(path) for path in arguments.image]
     model, processor = load_model(arguments)
-    _answer(model, processor, _inputs(processor, arguments.prompt, pictures, model), chosen[0].config, arguments)
+    _answer(model, processor, _inputs(processor, arguments.prompt, pictures, model), config, arguments)
 
 
 def _answer(

@@ -78,6 +78,16 @@ def weights_of(arguments: argparse.Namespace) -> str:
     return "fp32" if model_of(arguments.model) == str(SMALL_MODEL) else "bf16"
 
 
+def process_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which process this is and of how many, as `accelerate launch` and `torchrun` say.
+
+    Example:
+        >>> process_of({"RANK": "1", "WORLD_SIZE": "4"}), process_of({})
+        ((1, 4), (0, 1))
+    """
+    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+
+
 def device_of(device: str, environment: Mapping[str, str]) -> str:
     """The device of this process: under a launcher every process takes a GPU of its own; "auto" is the CPU where there is none.
 

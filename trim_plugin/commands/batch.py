@@ -1,0 +1,165 @@
+"""`trim-plugin batch`: answer a file of rows, however many, however often interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trim_plugin.batching.questions import read_rows
+from trim_plugin.batching.results import Results
+from trim_plugin.batching.worker import Worker
+from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands.common import (
+    SMALL,
+    add_length_option,
+    add_model_options,
+    add_model_word,
+    add_rule_options,
+    check_counts,
+    first_line,
+    one_way,
+    read_model_word,
+)
+from trim_plugin.commands.loading import check_device, device_of, load_model, process_of, weights_of
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.evaluation import Way
+
+Rows = list[dict[str, Any]]
+#: So many batches' rows are sorted at a time: enough for batches of like rows, few enough to begin at once.
+WINDOW = 32
+#: Errors that are shown at the end; all of them stand in the file.
+SHOWN_ERRORS = 3
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("batch", help=COMMANDS["batch"], description=COMMANDS["batch"])
+    add_model_word(parser)
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSON Lines: {"id": ..., "images": [...], "question": ...} or "messages"; names of pictures start from its folder',
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="results in JSON Lines, appended as they come; the same command goes on there",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="most pictures of one call (default: what fits into the memory at hand by `trim-plugin plan`)",
+    )
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="answer rows whose result is an error again (default: an error is a result)",
+    )
+    add_model_options(parser)
+    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO))
+    add_length_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer the rows of this process that have no result in `--out` yet.
+
+    Raises:
+        UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
+    """
+    console = Console(stderr=True)
+    read_model_word(arguments)
+    way = one_way(arguments)
+    check_counts(arguments, "max_new_tokens", "batch_size")
+    process, processes = process_of(os.environ)
+    rows = _user_errors(lambda: read_rows(arguments.questions))[process::processes]
+    check_device(device_of(arguments.device, os.environ))
+    results = _user_errors(lambda: Results(arguments.out, _settings(arguments, way)))
+    if arguments.retry_errors:
+        results.forget_errors({row["id"] for row in rows})
+    done = sum(row["id"] in results.ids for row in rows)
+    missing = [row for row in rows if row["id"] not in results.ids]
+    results.add({"id": row["id"], "error": row["broken"]} for row in missing if "broken" in row)
+    missing = [row for row in missing if "broken" not in row]
+    errors: Rows = []
+    if missing:
+        with _progress(console, process) as progress:
+            task = progress.add_task("rows", total=len(rows), completed=len(rows) - len(missing), speed="")
+            pictures = {row["id"]: len(row.get("images") or ()) for row in missing}
+            seen = 0
+            for batch in _answered_here(arguments, way, missing):
+                results.add(batch)
+                seen += sum(pictures[result["id"]] for result in batch)
+                errors += [result for result in batch if "error" in result]
+                elapsed = progress.tasks[task].elapsed or 0.0
+                speed = f"{seen / elapsed:.3g} pictures/s" if elapsed else ""
+                progress.update(task, advance=len(batch), speed=speed)
+    _sum_up(console, arguments.out, rows, results, done, errors)
+
+
+def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
+    model, processor = load_model(arguments)
+    worker = Worker(
+        model,
+        processor,
+        way.config,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        folder=arguments.questions.parent,
+    )
+    step = WINDOW * worker.batch_size
+    for start in range(0, len(rows), step):
+        for batch in worker.answers(rows[start : start + step]):
+            yield [result for _, result in batch]
+
+
+def _settings(arguments: argparse.Namespace, way: Way) -> dict[str, Any]:
+    """What the results depend on."""
+    return {
+        "model": SMALL if arguments.model in (None, SMALL) else arguments.model,
+        "weights": weights_of(arguments),
+        "adapter": None if arguments.adapter is None else str(arguments.adapter),
+        "rule": way.name,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+
+
+def _progress(console: Console, process: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=process > 0)
+
+
+def _sum_up(
+    console: Console, file: Path, rows: Sequence[dict[str, Any]], results: Results, done: int, errors: Rows
+) -> None:
+    failed = sum(row["id"] in results.failed for row in rows)
+    before = f", {done} of them before" if done else ""
+    console.print(f"{len(rows)} rows have a result{before}; {failed} are errors: {file}", highlight=False, markup=False)
+    for result in errors[:SHOWN_ERRORS]:
+        console.print(f"{result['id']}: {result['error']}", style="red", highlight=False, markup=False)
+    if len(errors) > SHOWN_ERRORS:
+        console.print(f"and {len(errors) - SHOWN_ERRORS} more", style="red", highlight=False)
+
+
+def _user_errors(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (OSError, ValueError) as error:
+        raise UserError(first_line(error)) from None
