@@ -1,4 +1,4 @@
-"""``python -m benchmarks all|memory|latency|quality|report [--quick]``."""
+"""``python -m benchmarks all|memory|latency|quality|gpu|report [--quick]``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from benchmarks import report
 from benchmarks.common.models import SHAPES
 from benchmarks.common.results import RESULTS
+from benchmarks.gpu import measure as gpu
 from benchmarks.latency import compiled, first_token, merging
 from benchmarks.latency import measure as latency
 from benchmarks.memory import measure as memory
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks", description="Memory, speed and quality of trimmed generation."
     )
     parser.add_argument(
-        "what", choices=["all", *BENCHMARKS, "report"], help="`report` only makes tables and plots from JSON"
+        "what", choices=["all", *BENCHMARKS, "gpu", "report"], help="`report` only makes tables and plots from JSON"
     )
     parser.add_argument("--quick", action="store_true", help="few cases, under 10 minutes in all")
     parser.add_argument(
@@ -39,13 +40,16 @@ def main(argv: list[str] | None = None) -> None:
         "--docs", type=Path, help="folder of benchmarks.md and assets/ (default: docs; with --quick, --out)"
     )
     parser.add_argument("--threads", type=int, default=2)
-    for benchmark in BENCHMARKS.values():
+    for benchmark in (*BENCHMARKS.values(), gpu):
         benchmark.add_arguments(parser)
     arguments = parser.parse_args(argv)
     arguments.shapes = arguments.shapes or ["small", "11b-layers"]
     arguments.out = arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS)
     arguments.docs = arguments.docs or (arguments.out if arguments.quick else RESULTS.parents[1] / "docs")
     torch.set_num_threads(arguments.threads)
+    if arguments.what == "gpu":
+        gpu.run(arguments)
+        return
     for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
         if name in BENCHMARKS:
             BENCHMARKS[name].run(arguments)

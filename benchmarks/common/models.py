@@ -63,9 +63,41 @@ def shape_config(shape: str) -> MllamaConfig:
             "vision_output_dim": 64,
         }
         return MllamaConfig(vision_config=vision, text_config=text, image_token_index=12800)
+    if shape == "tiny":
+        return _tiny_config()
     if shape != "11b":
         raise ValueError(f"shape must be '11b-layers', '11b-eighth' or '11b', got {shape!r}")
     return config
+
+
+def _tiny_config() -> MllamaConfig:
+    """Every kind of layer in small: for running a benchmark's code as a test."""
+    return MllamaConfig(
+        vision_config={
+            "hidden_size": 32,
+            "attention_heads": 2,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 64,
+            "image_size": 56,
+            "max_num_tiles": 4,
+        },
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "cross_attention_layers": [1, 3],
+            "vocab_size": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token_index=256,
+    )
 
 
 class FeatureTable(nn.Module):
@@ -88,10 +120,10 @@ class FeatureTable(nn.Module):
 def random_model(shape: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A model of that shape with random weights: good for speed, memory and exactness, never for quality."""
     config = shape_config(shape)
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model = MllamaForConditionalGeneration._from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(2**20 + 7, generator=generator).to(dtype)
+    noise = torch.randn(2**20 + 7, generator=generator).to(device, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -102,7 +134,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str = "cpu") -> Any:
                     torch.mul(noise[: len(part)], scale, out=part)
             else:
                 parameter.fill_(0.5 if "gate" in name else 0.0 if name.endswith("bias") else 1.0)
-    return finish(model.to(device), shape)
+    return finish(model, shape)
 
 
 def finish(model: Any, shape: str) -> Any:
