@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.common.device import kv_bytes, peak, start_peak, synchronize
@@ -26,7 +27,6 @@ from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from benchmarks.gpu.parts import Stopwatch, median_seconds, parts_timed
-from benchmarks.latency.compiled import settings_of
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
 from trim_plugin.forward.encoded import EncodedSample
 from trim_plugin.forward.tower import visual_states
@@ -149,9 +149,7 @@ def compiled(bench: Bench, batch: int) -> list[dict[str, Any]]:
     prompt, new = inputs["input_ids"].shape[1], 8 if bench.tiny else 48
     rows = []
     for way in ("stock static compiled", "trimmed compiled"):
-        settings = settings_of(way, prompt, new, 256)
-        if bench.tiny:  # what is tested is this code, not torch's code generation
-            settings["compile_config"].backend = "eager"
+        settings = _compiled(way, prompt + new, bench.tiny)
 
         def generate(count: int, settings: dict[str, Any] = settings) -> float:
             synchronize(bench.device)
@@ -169,6 +167,19 @@ def compiled(bench: Bench, batch: int) -> list[dict[str, Any]]:
         rows.append({"way": way, "batch": batch, "first_call_seconds": first, "step_seconds": step})
         torch.compiler.reset()
     return rows
+
+
+def _compiled(way: str, length: int, tiny: bool) -> dict[str, Any]:
+    """Arguments of `generate` that compile decoding."""
+    # In tiny, what is tested is this code, not torch's code generation.
+    config = CompileConfig(
+        fullgraph=True, **({"backend": "eager", "mode": None} if tiny else {"mode": "reduce-overhead"})
+    )
+    config._compile_all_devices = True
+    if way.startswith("stock"):
+        return {"cache_implementation": "static", "compile_config": config}
+    own = TrimConfig(processors=(EvenlySpaced(0.25),), static=True, max_cache_len=length)
+    return {"cache_implementation": "trimmed", "cache_config": own, "compile_config": config}
 
 
 def first_token(bench: Bench) -> list[dict[str, Any]]:
