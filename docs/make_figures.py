@@ -125,7 +125,10 @@ def main() -> None:
         chosen, key=lambda example: int(ask(processor, picture=example.picture)["cross_attention_mask"].sum())
     )
     figure = trim_plugin.visualize(model, ask(processor, several.question, several.picture), {"top_k_ratio": RATIO})
-    figure.savefig(ASSETS / "kept.png", dpi=110)
+    figure.savefig(ASSETS / "kept.png", dpi=80)
+    rule = {"processors": [trim_plugin.KCenter(0.1)]}
+    figure = trim_plugin.visualize(model, ask(processor, several.question, several.picture), rule)
+    figure.savefig(ASSETS / "regions.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.holders import GroupRecorder, holders
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.rules.processors import TopKPerHead, VisualTokenProcessor
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 #: Pixels of a stripe over a dropped patch, of the overlay's longer side, and how much of the picture shows through: 255 none.
 STRIPE, OVERLAY_SIDE, STRIPE_ALPHA = 4, 400, np.uint8(150)
 CLASS_TOKEN = "tab:cyan"
+#: How much of a region's colour lies over the picture.
+TINT = 0.55
 
 
 class ScoreRecorder(VisualTokenProcessor):
@@ -91,11 +94,12 @@ def visualize(
     image: int = -1,
     title: str | None = None,
 ) -> Figure:
-    """Draw which visual tokens of a picture are kept, tile by tile, next to the head-mean score map.
+    """Draw which visual tokens of a picture are kept, tile by tile, their scores, and which patches each of them stands for.
 
     Runs one prefill with a trimmed cache of its own; the model's other generations are not affected. Dropped patches are
     hatched in black and white, which shows on dark and light pictures; a square in a tile's corner is its class token, filled
-    if it is kept.
+    if it is kept. With merging, patches of one colour are those that one kept token stands for. Scores
+    are head means.
 
     Args:
         model: an Mllama model.
@@ -123,15 +127,16 @@ def visualize(
         raise ValueError("Exact mode chooses nothing that could be shown. Give a top_k_ratio below 1.0, or processors.")
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
-    recorder = ScoreRecorder()
+    recorder, groups = ScoreRecorder(), GroupRecorder()
     chain = settings.processors or (TopKPerHead(settings.top_k_ratio or 1.0),)
-    cache = TrimmedCache(model, TrimConfig(processors=(recorder, *chain), merge=settings.merge))
+    cache = TrimmedCache(model, TrimConfig(processors=(recorder, groups, *chain), merge=settings.merge))
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
     total = cache.report().total_tokens[0]
     kept = np.zeros(total)
     kept[cache.kept_indices[0].cpu().numpy()] = 1.0
-    return _draw(picture_as_seen(inputs, image, tile_map), tile_map, kept, recorder.scores(), title)
+    holding = holders(model, cache, groups) if settings.merge else None
+    return _draw(picture_as_seen(inputs, image, tile_map), tile_map, kept, recorder.scores(), holding, title)
 
 
 def tile_map_of(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, image: int) -> TileMap:
@@ -167,12 +172,20 @@ def picture_as_seen(inputs: Mapping[str, torch.Tensor], image: int, tile_map: Ti
     return (picture - low) / max(high - low, 1e-9)
 
 
-def _draw(picture: np.ndarray, tile_map: TileMap, kept: np.ndarray, scores: np.ndarray, title: str | None) -> Figure:
+def _draw(
+    picture: np.ndarray,
+    tile_map: TileMap,
+    kept: np.ndarray,
+    scores: np.ndarray,
+    holding: np.ndarray | None,
+    title: str | None,
+) -> Figure:
     from matplotlib.figure import Figure
 
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(11, 1.9 + 5 * min(height / width, 2.0)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = 2 if holding is None else 3
+    figure = Figure(figsize=(5.5 * panels, 1.9 + 5 * min(height / width, 2.0)), layout="constrained")
+    left, right, *last = figure.subplots(1, panels)
     patches, class_tokens = tile_map.patches(kept), tile_map.class_tokens(kept)
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
     left.imshow(picture, interpolation="nearest")
@@ -191,13 +204,63 @@ def _draw(picture: np.ndarray, tile_map: TileMap, kept: np.ndarray, scores: np.n
     )
     right.set_title("score: attention of the text, mean over heads")
     figure.colorbar(heat, ax=right, shrink=0.8)
-    for axes in (left, right):
+    if holding is not None:
+        _draw_holding(last[0], picture, tile_map, kept, holding)
+    for axes in (left, right, *last):
         _draw_tiles(axes, tile_map, height, width)
     _draw_class_tokens(left, class_tokens, height / tile_map.rows, width / tile_map.columns)
     _draw_legend(figure)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _draw_holding(axes: Axes, picture: np.ndarray, tile_map: TileMap, kept: np.ndarray, holding: np.ndarray) -> None:
+    held = tile_map.patches(holding)
+    draw_regions(axes, picture, held, tile_map.patches(kept) > 0)
+    regions, largest = np.unique(held[held >= 0], return_counts=True)
+    axes.set_title(
+        f"merged: {len(regions)} kept tokens stand for {int((held >= 0).sum())} patches\n"
+        f"one colour, one token, a dot its own patch; most: {largest.max(initial=0)}"
+    )
+
+
+def draw_regions(axes: Axes, picture: np.ndarray, holding: np.ndarray, own: np.ndarray) -> None:
+    """Draw a picture in regions: patches of one colour are held by one kept token, whose own patch has a dot.
+
+    Args:
+        axes: where to draw.
+        picture: (height, width, 3) in 0…1.
+        holding: int (rows, columns), a patch's kept token; −1 for none.
+        own: bool (rows, columns), the patch is kept itself.
+    """
+    height, width = picture.shape[:2]
+    grey = np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2)
+    zoom = (height // holding.shape[0], width // holding.shape[1])
+    names = np.unique(holding[holding >= 0])
+    colours = np.array([_colour(number) for number in range(len(names))] + [(1.0, 1.0, 1.0)])
+    number = np.where(holding < 0, len(names), np.searchsorted(names, holding))
+    tinted = np.kron(number, np.ones(zoom, dtype=int))
+    axes.imshow((1 - TINT) * grey + TINT * colours[tinted], interpolation="nearest")
+    for before, after, line in (
+        (number[:, :-1], number[:, 1:], lambda row, column: ((column + 1,) * 2, (row, row + 1))),
+        (number[:-1], number[1:], lambda row, column: ((column, column + 1), (row + 1,) * 2)),
+    ):
+        for row, column in zip(*np.nonzero(before != after), strict=True):
+            xs, ys = line(row, column)
+            axes.plot(np.array(xs) * zoom[1] - 0.5, np.array(ys) * zoom[0] - 0.5, color="black", linewidth=0.8)
+    rows, columns = np.nonzero(own)
+    axes.scatter((columns + 0.5) * zoom[1] - 0.5, (rows + 0.5) * zoom[0] - 0.5, s=7, color="black", zorder=3)
+
+
+def _colour(number: int) -> tuple[float, float, float]:
+    """Colours that differ however many there are: hues a golden ratio apart, in three lightnesses."""
+    from matplotlib.colors import hsv_to_rgb
+
+    red, green, blue = hsv_to_rgb(
+        (number * 0.618034 % 1.0, (0.85, 0.5, 0.7)[number % 3], (0.95, 0.9, 0.65)[number % 3])
+    )
+    return float(red), float(green), float(blue)
 
 
 def dropped_overlay(kept: np.ndarray) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""Which kept token stands for a visual token: worked out again when someone asks, since no cache needs to hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from trim_plugin.attention.masks import pack
+from trim_plugin.forward.hooks import find_text_model
+from trim_plugin.forward.prefill import layer_keys
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.rules.merging import merge_dropped
+from trim_plugin.rules.processors import VisualTokenProcessor
+
+
+class GroupRecorder(VisualTokenProcessor):
+    """Notes the visibility groups and the visual states, of a batch of one, and changes nothing.
+
+    Example:
+        >>> recorder, scores = GroupRecorder(), torch.rand(1, 2, 3)
+        >>> recorder(scores, torch.tensor([[True, False, True]]), torch.rand(1, 3, 8)) is scores
+        True
+        >>> len(recorder.groups), recorder.states.shape
+        (1, torch.Size([1, 3, 8]))
+    """
+
+    needs_states = True
+
+    def __init__(self) -> None:
+        #: bool (tokens,) of every group.
+        self.groups: list[torch.Tensor] = []
+        #: (1, tokens, width).
+        self.states = torch.empty(0)
+
+    def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Record; shapes as in `VisualTokenProcessor.__call__`."""
+        self.groups.append(visible[0])
+        if states is not None:
+            self.states = states
+        return scores
+
+
+def holders(model: Any, cache: TrimmedCache, recorder: GroupRecorder) -> np.ndarray:
+    """The kept token that stands for each visual token, after the first prefill of a cache with a batch of one.
+
+    A cache does not keep this: it is worked out again as the prefill did, from the keys of the first cross-attention layer.
+
+    Args:
+        model: the model that filled the cache.
+        cache: the cache, with `recorder` among its processors.
+        recorder: what it noted.
+
+    Returns:
+        int64 (visual tokens,): a kept token holds itself; −1 for tokens that are gone, unread or of a group that decoding cannot
+        read.
+    """
+    states = recorder.states
+    kept = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    kept[0, cache.kept_indices[0].to(states.device)] = True
+    ids = torch.full_like(kept, -1, dtype=torch.long)
+    for number, group in enumerate(recorder.groups):
+        if bool((group & kept[0]).any()):
+            ids[0, group] = number
+    positions, _ = pack(kept)
+    if not cache.config.merge:
+        return torch.where(kept[0], torch.arange(len(kept[0]), device=kept.device), -1).cpu().numpy()
+    layer = find_text_model(model).layers[cache.cross_layers[0]]
+    features = layer_keys(layer, states).transpose(1, 2).flatten(2)
+    merging = merge_dropped(features, kept, ids, torch.ones_like(ids), positions)
+    return torch.where(merging.weights[0] > 0, positions[0, merging.slots[0]], -1).cpu().numpy()
