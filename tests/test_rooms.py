@@ -17,6 +17,7 @@ ORDER = (
     "cli",
     "commands",
     "evaluation",
+    "serving",
     "batching",
     "embedded",
     "pictures",
@@ -33,6 +34,10 @@ ORDER = (
 )
 #: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.
 TESTED_IN = {
+    "serving.gate": "serving/test_app.py",
+    "serving.limits": "serving/test_app.py",
+    "serving.requests": "serving/test_app.py",
+    "serving.sources": "serving/test_app.py",
     "batching.questions": "batching/test_results.py",
     "batching.rows": "batching/test_worker.py",
     "cache.joining": "exactness/test_pieces.py",

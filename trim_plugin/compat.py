@@ -8,6 +8,7 @@ Supported: transformers 5.17 – 5.x. Differences that matter here:
 * 5.17 extends `cross_attention_mask` by one row a step and indexes it by position, later versions cut it to the rows at hand
   (`slices_mask_rows`): without that, assisted decoding with pictures is impossible.
 * 5.17's `reset` zeroes a dynamic layer but keeps its length. `TrimmedCache.reset` empties it.
+* Later versions of transformers' server have handlers more (`transformers_server`); 5.17 knows `max_tokens` alone.
 * 5.17 slices a plain forward's `cross_attention_mask` after inverting it; the hooks see the same rows either way.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
+from typing import Any
 
 from packaging.version import Version
 
@@ -70,3 +72,47 @@ def compiles_mllama_decoding() -> bool:
     from transformers import MllamaForConditionalGeneration
 
     return "_prepare_static_cache" in vars(MllamaForConditionalGeneration)
+
+
+def transformers_server(model: Any, processor: Any, name: str) -> Any:
+    """The FastAPI application of `transformers serve` for a model that is loaded already. Chats alone are answered.
+
+    Upstream: `transformers.cli.serving.server.build_server`, whose handlers have become more; `Serve` in `transformers.cli.serve`
+    loads models itself.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        name: what requests call it.
+    """
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState, Modality
+
+    class OneModel(ModelManager):
+        """Loads nothing and unloads nothing."""
+
+        def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+            return model, processor
+
+        def get_model_modality(self, *_: Any, **__: Any) -> Any:
+            return Modality.VLM
+
+        def get_gen_models(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
+            return [{"id": name, "object": "model", "created": 0, "owned_by": "trim-plugin"}]
+
+        def shutdown(self) -> None:
+            pass
+
+    manager = OneModel()
+    manager.force_model = name
+    state = GenerationState()
+    others = {
+        parameter: None for parameter in inspect.signature(build_server).parameters if parameter.endswith("_handler")
+    }
+    return build_server(
+        manager,
+        **{**others, "chat_handler": ChatCompletionHandler(manager, state)},
+        generation_state=state,
+    )

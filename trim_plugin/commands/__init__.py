@@ -8,6 +8,7 @@ COMMANDS = {
     "demo": "answer questions about pictures, stock beside trimmed",
     "generate": "answer a prompt about pictures, then report what the cache held",
     "batch": "answer a file of many pictures and questions, however often it is interrupted",
+    "serve": "an OpenAI-compatible server for one user or a small team",
     "eval": "compare stock and trimmed answers on your own pictures and questions",
     "plan": "memory that a generation will take, stock beside trimmed",
 }
