@@ -245,3 +245,46 @@ def test_by_hand_it_needs_a_length(model):
 def test_prompt_lookup_says_what_it_needs(model):
     with pytest.raises(NotImplementedError, match="static=False"):
         trimmed(model, random_inputs(model, ONE), {"static": True}, 4, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.skipif(
+    not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
+)
+def test_shorter_and_longer_calls_compile_as_often_as_stock():
+    """Stock remembers its longest length on the model; here it is remembered beside it, with as many graphs."""
+    inputs = random_inputs(random_model(seed=2), ONE)
+    lengths, counts, tokens = (12, 6, 9, 20, 5, 20), {}, {}
+    for name, named in {
+        "static": {"cache_implementation": "static"},
+        "trimmed": {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": 1.0, "static": True}},
+    }.items():
+        torch._dynamo.reset()
+        model = random_model(seed=2)
+        attributes = set(vars(model))
+        compile_config, graphs = graph_counter()
+        counts[name], tokens[name] = [], []
+        for new in lengths:
+            output = generate(model, inputs, new, compile_config=compile_config, **named)
+            counts[name].append(len(graphs))
+            tokens[name].append(output.sequences.tolist())
+        if name == "trimmed":
+            assert {name for name in set(vars(model)) - attributes if "length" in name} == set()
+    assert tokens["trimmed"] == tokens["static"]
+    assert counts["trimmed"] == counts["static"]
+    assert counts["trimmed"][2] == counts["trimmed"][0], "shorter calls reuse the graph"
+
+
+def test_a_call_that_is_refused_is_not_remembered():
+    model = random_model(seed=3)
+    inputs = random_inputs(model, ONE)
+    config = {"static": True, "top_k_ratio": 0.5}
+    with pytest.raises(ValueError, match="aspect_ratio_ids"):
+        trimmed(model, {name: tensor for name, tensor in inputs.items() if name != "aspect_ratio_ids"}, config, 500)
+    lengths = []
+    for new in (8, 20, 4):
+        cache = trimmed(model, inputs, config, new, disable_compile=True).past_key_values
+        lengths.append(cache.get_max_length())
+    assert lengths[1] - lengths[0] == 12
+    assert lengths[2] == lengths[1]
+    other = trimmed(random_model(seed=3), inputs, config, 4, disable_compile=True).past_key_values
+    assert other.get_max_length() == lengths[0] - 4, "another model starts anew"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from trim_plugin.deferred import when_imported
 NAME = "trimmed"
 _NAMES_IN, _MIXIN_IN = "transformers.generation.configuration_utils", "transformers.generation.utils"
 _wanted = False
+#: Text tokens of the longest static cache that each model has had: a shorter generation takes as long a one, so that it reuses
+#: the compiled graph. Stock keeps this number on the model.
+_longest: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def register() -> None:
@@ -48,6 +52,7 @@ def unregister() -> None:
     """
     global _wanted
     _wanted = False
+    _longest.clear()
     if _NAMES_IN in sys.modules:
         module = sys.modules[_NAMES_IN]
         names = module.ALL_CACHE_IMPLEMENTATIONS
@@ -112,12 +117,17 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
 
         check_mode(self)
         if own and given is None:
+            config = TrimConfig.of(generation_config.cache_config)
             length = max(max_cache_length, generation_config.max_cache_len or 0)
-            cache = TrimmedCache(self, TrimConfig.of(generation_config.cache_config), max_cache_len=length)
+            if config.static:
+                length = max(length, config.max_cache_len or 0, _longest.get(self, 0))
+            cache = TrimmedCache(self, config, max_cache_len=length)
             check_inputs(self, cache, model_kwargs, batch)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
             cache.copies = copies
             model_kwargs["past_key_values"] = cache
+            if config.static:
+                _longest[self] = length
             return None
         result = original(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
