@@ -20,7 +20,8 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def prepare_qlora(model: Any, config: Any, *, gradient_checkpointing: bool = Fal
 
     _use_standard_layout(model)
     prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    return get_peft_model(prepared, config)
+    with _without_peft_noise():
+        return get_peft_model(prepared, config)
 
 
 def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *, trainable: bool = False) -> Any:
@@ -151,7 +153,8 @@ def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *
         if isinstance(model, PeftModel):
             model.add_adapter(adapter.name, config)
         else:
-            model = get_peft_model(model, config, adapter.name)
+            with _without_peft_noise():
+                model = get_peft_model(model, config, adapter.name)
     _follow_layers(model)
     for adapter in found:
         key_mapping = _RENAMED if adapter.renamed else None
@@ -160,6 +163,14 @@ def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *
             set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
     model.set_adapter(found[0].name, inference_mode=not trainable)
     return model if trainable else model.eval()
+
+
+@contextlib.contextmanager
+def _without_peft_noise() -> Iterator[None]:
+    """peft asks for an attribute that transformers has renamed, which tells a user nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _follow_layers(model: torch.nn.Module) -> None:

@@ -55,6 +55,37 @@ def test_a_processor_written_by_the_guide_alone(tmp_path, monkeypatch):
     assert again.past_key_values.kept_indices[0].equal(page["output"].past_key_values.kept_indices[0])
 
 
+def test_pages_in_blocks_have_the_headings_that_the_style_sheet_shows():
+    """`docs/assets/extra.css` writes the headings beside the cells of tables in `cards`."""
+    style = (DOCS / "assets" / "extra.css").read_text(encoding="utf-8")
+    headings = re.findall(r"\.cards td:nth-child\(\d\)::before \{ content: \"(.*?)\";", style)
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    shown = re.findall(r'<div class="cards" markdown>\n\n\| (.*?) \|\n', page)
+    assert len(shown) == len(re.findall(r"^\| name \|", page, flags=re.M)) >= 4
+    assert {tuple(line.split(" | ")) for line in shown} == {tuple(headings)}
+
+
+def test_pages_use_the_presets_for_quantized_weights():
+    """One preset, which `load` takes and the planner counts with: no page builds another one by hand."""
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        assert "load_in_4bit" not in page.read_text(encoding="utf-8"), page
+    from trim_plugin.integrations.bitsandbytes import SKIPPED, quantization_config
+
+    from trim_plugin.planning.model_sizes import UNQUANTIZED
+
+    assert set(SKIPPED) == set(UNQUANTIZED)
+    assert quantization_config("nf4").bnb_4bit_use_double_quant
+
+
+def test_the_same_answers_are_promised_of_exact_mode_alone():
+    for page in (ROOT / "README.md", ROOT / "pyproject.toml", DOCS / "index.md"):
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"the same answers?\b|same tokens", text):
+            assert "xact" in text[max(0, match.start() - 300) : match.end() + 50], text[
+                match.start() - 80 : match.end()
+            ]
+
+
 class _Loader(yaml.SafeLoader):
     """mkdocs.yml may hold tags of Python names."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -350,3 +351,12 @@ def test_nobody_else_imports_bitsandbytes():
         "sys.exit('bitsandbytes' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_kernels_that_could_not_be_fetched_are_not_announced(caplog):
+    require_bitsandbytes("a test")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -185,6 +185,27 @@ def test_assistant_with_a_cache_made_by_hand(shared_model, single):
     assert torch.equal(trimmed(shared_model, single, {"top_k_ratio": 0.2}, 12).sequences, ours.sequences)
 
 
+@needs_sliced_rows
+@pytest.mark.parametrize("ratio", [1.0, 0.2])
+def test_assisted_sampling_repeats_itself_and_follows_the_models_distribution(shared_model, single, ratio):
+    """Its draws are not stock's (docs/errors.md), since the prompt is read alone first; but a seed fixes them, and the first
+    token's frequencies are the probabilities that the trimmed cache gives it."""
+    settings = {"prompt_lookup_num_tokens": 3, "do_sample": True, "top_k": 4, "temperature": 1.0}
+
+    def drawn(seed, new):
+        torch.manual_seed(seed)
+        return trimmed(shared_model, single, {"top_k_ratio": ratio}, new, **settings)
+
+    assert torch.equal(drawn(3, 12).sequences, drawn(3, 12).sequences)
+    firsts = torch.stack([drawn(seed, 1).sequences[0, -1] for seed in range(200)])
+    logits = trimmed(shared_model, single, {"top_k_ratio": ratio}, 1).logits[0][0]
+    best = logits.topk(4)
+    expected = best.values.softmax(-1)
+    found = torch.stack([(firsts == token).float().mean() for token in best.indices])
+    assert float(found.sum()) == pytest.approx(1.0)
+    assert (found - expected).abs().max() < 0.12
+
+
 # -- around the loop -------------------------------------------------------------------------------------------------
 
 

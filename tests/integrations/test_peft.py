@@ -27,6 +27,13 @@ def base():
     return random_model(width=64, vision_width=32)
 
 
+def test_loading_an_adapter_says_nothing_that_a_user_cannot_mend(tmp_path):
+    make_adapter(tmp_path, "cross_attention", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load_adapters(base(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("preset", "per_self_layer", "per_cross_layer"),
     [("cross_attention", 0, 4), ("text_attention", 4, 4), ("text_linear", 7, 7)],

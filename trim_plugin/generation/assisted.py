@@ -45,6 +45,7 @@ class _PromptFirst:
     """`get_candidates` that offers none at first: the prompt is read alone.
 
     Candidates in the same forward would vote, and read visual tokens in the first cross-attention layer that decoding cannot.
+    So with sampling the first token is drawn before there are candidates, and a seed gives other tokens than stock's.
     """
 
     def __init__(self, get_candidates: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> None:
