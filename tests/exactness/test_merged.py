@@ -282,6 +282,27 @@ def test_moved_samples_take_their_sizes_along(name, format):
     Tally().compare(name, slow.generate(5), slow, ours)
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("name", ["top-k 0.1", "k-center share"])
+def test_a_turn_that_reads_fewer_pictures_leaves_the_others_their_sizes(name, left_out):
+    model = random_model(seed=6, image_size=16)
+    restated, config = ways(name, True)
+    cache, conversation = TrimmedCache(model, config), Conversation(model, 2, seed=1)
+    first = conversation.say(Sample(((6, 2), 4)), Sample(((1, 3), 4))).inputs()
+    heard = generate(model, first, 3, past_key_values=cache).sequences
+    inputs = conversation.hear(heard).say(Sample((3,)), Sample((3,))).inputs(2)
+    whole = conversation.inputs()
+    start, prompt = heard.shape[1] - 1, first["input_ids"].shape[1]
+    inputs["cross_attention_mask"][:, start:, left_out] = whole["cross_attention_mask"][:, start:, left_out] = 0
+    ours = generate(model, inputs, 5, past_key_values=cache)
+    decoded = (Turn(row, row + 1, 0) for row in range(prompt, start))
+    turns = [Turn(0, prompt, 2), *decoded, Turn(start, inputs["input_ids"].shape[1], 0)]
+    slow = Restatement(model, whole, **restated, turns=turns)
+    tally = Tally()
+    tally.compare(name, slow.generate(5), slow, ours)
+    assert tally.merged > 0
+
+
 @pytest.mark.parametrize(("name", "merge"), CASES)
 def test_every_method(name, merge, tally):
     run("ci", name, merge, tally)
