@@ -11,10 +11,11 @@ from trim_plugin.attention.scoring import visual_token_scores
 from trim_plugin.attention.visibility import Visibility
 
 
-def plain_scores(queries, keys, rows, voters, scaling):
+def plain_scores(queries, keys, rows, voters, scaling, log_sizes=None):
     """The whole attention map at once."""
     repeats = queries.shape[1] // keys.shape[1]
     logits = (queries @ keys.repeat_interleave(repeats, 1).transpose(2, 3)).float() * scaling
+    logits = logits if log_sizes is None else logits + log_sizes[:, None, None]
     logits = logits.masked_fill(~rows[:, None], float("-inf"))
     attention = logits.softmax(dim=-1).nan_to_num() * (rows & voters[..., None])[:, None]
     readers = (rows & voters[..., None]).sum(dim=1)[:, None]
@@ -29,20 +30,22 @@ def plain_scores(queries, keys, rows, voters, scaling):
     st.lists(st.integers(1, 5), min_size=1, max_size=4),
     st.integers(0, 1000),
     st.sampled_from([64, 512, 1 << 20]),
+    st.booleans(),
 )
-def test_blocks_give_what_the_whole_map_gives(heads, batch, rows, lengths, seed, block_bytes):
+def test_blocks_give_what_the_whole_map_gives(heads, batch, rows, lengths, seed, block_bytes, merged):
     torch.manual_seed(seed)
     tokens = sum(lengths)
     queries, keys = torch.randn(batch, heads[0], rows, 8), torch.randn(batch, heads[1], tokens, 8)
     runs = torch.rand(batch, rows, len(lengths)) < 0.7
     voters = runs.any(-1) & (torch.rand(batch, rows) < 0.8)
     seen = Visibility(runs, voters, torch.tensor(lengths))
+    log_sizes = torch.randint(1, 50, (batch, tokens)).float().log() if merged else None
     before, scoring.BLOCK_BYTES = scoring.BLOCK_BYTES, block_bytes
     try:
-        scores = visual_token_scores(queries, keys, seen, 0.3)
+        scores = visual_token_scores(queries, keys, seen, 0.3, log_sizes)
     finally:
         scoring.BLOCK_BYTES = before
-    expected = plain_scores(queries, keys, seen.spread(runs), voters, 0.3)
+    expected = plain_scores(queries, keys, seen.spread(runs), voters, 0.3, log_sizes)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
 
 

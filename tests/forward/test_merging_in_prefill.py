@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopPPerHead, TrimmedCache
+from trim_plugin.forward import prefill
 
+from ..exactness.conversations import Conversation
 from ..exactness.strategies import mixed_batches, model_settings
-from ..random_models import Sample, random_inputs, random_model, trimmed
+from ..random_models import Sample, generate, random_inputs, random_model, trimmed
 
 RULES = [{"top_k_ratio": 0.1}, {"processors": [TopPPerHead(0.4)]}, {"processors": [KCenter(0.3)]}]
 
@@ -117,3 +119,20 @@ def test_a_forward_may_record_gradients_or_infer(config):
     logits.float().sum().backward()
     crossing = model.model.language_model.layers[3].cross_attn
     assert crossing.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_votes_on_a_later_picture_reckon_with_what_earlier_tokens_stand_for(monkeypatch):
+    """Text that reads both pictures has less attention left for the second, the more the first one's tokens stand for."""
+    model, given_sizes = random_model(seed=3, image_size=16), []
+    score = prefill.visual_token_scores
+    monkeypatch.setattr(prefill, "visual_token_scores", lambda *args: given_sizes.append(args[4]) or score(*args))
+    cache, conversation = TrimmedCache(model, {"top_k_ratio": 0.1}), Conversation(model)
+    heard = generate(model, conversation.say(Sample(((6,), 4))).inputs(), 2, past_key_values=cache).sequences
+    sizes = cache.kept_sizes[0]
+    inputs = conversation.hear(heard).say(Sample(((2,), 4))).inputs(1)
+    inputs["cross_attention_mask"] = inputs["cross_attention_mask"].cummax(dim=1).values
+    generate(model, inputs, 2, past_key_values=cache)
+    assert given_sizes[0] is None
+    assert int(sizes.max()) > 1
+    expected = torch.cat([sizes.float().log(), torch.zeros(4 * 17)])
+    torch.testing.assert_close(given_sizes[1], expected[None])
