@@ -63,7 +63,7 @@ def test_killed_three_times_every_row_is_answered_once_and_as_alone(tmp_path):
     (tmp_path / "half.png").write_bytes(whole[:-100])
     broken = [{"images": ["half.png"], "question": "?"}, {"images": ["gone.png"], "question": "?"}, {"question": ""}]
     broken += ["not json", '["a list"]', {"images": ["0.png"]}, {"pictures": [], "question": "?"}]
-    broken += [{"images": "0.png", "question": "?"}, {"messages": []}, {"question": "long " * 900}]
+    broken += [{"images": 7, "question": "?"}, {"messages": []}, {"question": "long " * 900}]
     rows = list(good)
     for place, row in enumerate(broken):
         rows.insert(29 * place + 3, row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,13 +27,14 @@ from trim_plugin.commands.common import (
     one_way,
     read_model_word,
 )
-from trim_plugin.commands.loading import check_device, device_of, load_model, process_of, weights_of
+from trim_plugin.commands.loading import check_device, device_of, load_model, model_of, process_of, weights_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.evaluation import Way
 
 Rows = list[dict[str, Any]]
 #: So many batches' rows are sorted at a time: enough for batches of like rows, few enough to begin at once.
 WINDOW = 32
+ENGINES = ("local", "ray")
 #: Errors that are shown at the end; all of them stand in the file.
 SHOWN_ERRORS = 3
 
@@ -66,6 +68,15 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="answer rows whose result is an error again (default: an error is a result)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="this process, with its share under a launcher, or a Ray cluster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
+    )
     add_model_options(parser)
     add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO))
     add_length_option(parser)
@@ -81,10 +92,11 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     read_model_word(arguments)
     way = one_way(arguments)
-    check_counts(arguments, "max_new_tokens", "batch_size")
+    check_counts(arguments, "max_new_tokens", "batch_size", "actors")
     process, processes = process_of(os.environ)
     rows = _user_errors(lambda: read_rows(arguments.questions))[process::processes]
-    check_device(device_of(arguments.device, os.environ))
+    if arguments.engine == "local":  # a cluster's devices are not this machine's
+        check_device(device_of(arguments.device, os.environ))
     results = _user_errors(lambda: Results(arguments.out, _settings(arguments, way)))
     if arguments.retry_errors:
         results.forget_errors({row["id"] for row in rows})
@@ -94,11 +106,12 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [row for row in missing if "broken" not in row]
     errors: Rows = []
     if missing:
+        answered = _answered_by_ray if arguments.engine == "ray" else _answered_here
         with _progress(console, process) as progress:
             task = progress.add_task("rows", total=len(rows), completed=len(rows) - len(missing), speed="")
-            pictures = {row["id"]: len(row.get("images") or ()) for row in missing}
+            pictures = {row["id"]: _pictures(row) for row in missing}
             seen = 0
-            for batch in _answered_here(arguments, way, missing):
+            for batch in answered(arguments, way, missing):
                 results.add(batch)
                 seen += sum(pictures[result["id"]] for result in batch)
                 errors += [result for result in batch if "error" in result]
@@ -122,6 +135,34 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
     for start in range(0, len(rows), step):
         for batch in worker.answers(rows[start : start + step]):
             yield [result for _, result in batch]
+
+
+def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
+    """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
+    found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
+    try:
+        if not found:
+            raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
+        engine = next(iter(found)).load()
+        return engine(
+            rows,
+            model_of(arguments.model),
+            weights=weights_of(arguments),
+            adapter=arguments.adapter,
+            device=arguments.device,
+            config=way.config,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            folder=arguments.questions.parent.resolve(),
+            actors=arguments.actors,
+        )
+    except ImportError as error:
+        raise UserError(first_line(error)) from None
+
+
+def _pictures(row: dict[str, Any]) -> int:
+    images = row.get("images")
+    return len(images) if isinstance(images, list) else 0
 
 
 def _settings(arguments: argparse.Namespace, way: Way) -> dict[str, Any]:

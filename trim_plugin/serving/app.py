@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from trim_plugin.compat import transformers_server
@@ -49,9 +48,7 @@ def build_app(
         raise ImportError("A server needs fastapi, uvicorn and openai. Install them: pip install 'trim-plugin[serve]'")
     if not getattr(processor, "chat_template", None):
         raise ValueError("This model has no chat format, so it cannot answer chats. Serve an Instruct model.")
-    limits = limits or Limits()
-    most = int(model.config.get_text_config().max_position_embeddings)
-    limits = dataclasses.replace(limits, tokens=min(limits.tokens, most))
+    limits = (limits or Limits()).for_model(model)
     defaults = model.generation_config.to_dict()
     model.generation_config.cache_implementation = NAME
     model.generation_config.cache_config = config

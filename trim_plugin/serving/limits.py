@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 
 class RequestError(Exception):
@@ -44,3 +45,8 @@ class Limits:
     waiting: int = 16
     folder: Path | None = None
     hosts: frozenset[str] = frozenset()
+
+    def for_model(self, model: Any) -> Limits:
+        """The same, with no more tokens than the model reads."""
+        most = int(model.config.get_text_config().max_position_embeddings)
+        return dataclasses.replace(self, tokens=min(self.tokens, most))
