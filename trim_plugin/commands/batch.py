@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> None:
         "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
     )
     add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO))
+    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
     add_length_option(parser)
     parser.set_defaults(run=run)
 

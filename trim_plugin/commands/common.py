@@ -66,9 +66,15 @@ def read_model_word(arguments: argparse.Namespace) -> None:
         arguments.model = arguments.first
 
 
-def add_rule_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the rules, to be read by `ways`, and what goes with every rule. `default` says which rule none of them gives."""
-    again = "may be given again; "
+def add_rule_options(parser: argparse.ArgumentParser, default: str, *, several: bool) -> None:
+    """Add the rules, to be read by `ways`, and what goes with every rule.
+
+    Args:
+        parser: the subcommand's.
+        default: what `--top-k-ratio` is if no rule is given.
+        several: whether the subcommand compares rules, so that each may be given more than once.
+    """
+    again = "may be given again; " if several else ""
     parser.add_argument(
         "--top-k-ratio",
         action="append",

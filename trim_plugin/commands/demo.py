@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt", help="a question about the picture (default: those of the held-out pictures)")
     add_model_options(parser)
-    add_rule_options(parser, default=" and ".join(DEFAULT_RATIOS))
+    add_rule_options(parser, default=" and ".join(DEFAULT_RATIOS), several=True)
     add_length_option(parser)
     parser.add_argument(
         "--out",

@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
         "--questions", type=Path, metavar="FILE", help="another questions file (default: questions.jsonl in --data)"
     )
     add_model_options(parser)
-    add_rule_options(parser, default=", ".join(DEFAULT_RATIOS))
+    add_rule_options(parser, default=", ".join(DEFAULT_RATIOS), several=True)
     parser.add_argument(
         "--no-stock",
         action="store_true",

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt", required=True, help="the question")
     add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO))
+    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
     add_length_option(parser)
     parser.set_defaults(run=run)
 
