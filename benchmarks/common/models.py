@@ -14,18 +14,25 @@ from benchmarks.common.seeds import SEED
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.planning.model_sizes import built_in_config, tile_tokens
 
-SHAPES = ("small", "11b-layers", "11b-eighth", "11b")
+SHAPES = ("small", "11b-layers", "11b-tower", "11b-eighth", "11b")
 #: What a model of that shape computes in.
-DTYPE = {"small": "float32", "11b-layers": "bfloat16", "11b-eighth": "bfloat16", "11b": "bfloat16"}
+DTYPE = {
+    "small": "float32",
+    "11b-layers": "bfloat16",
+    "11b-tower": "bfloat16",
+    "11b-eighth": "bfloat16",
+    "11b": "bfloat16",
+}
 
 
 def shape_config(shape: str) -> MllamaConfig:
-    """The configuration of a random model: "11b-layers", "11b-eighth" or "11b".
+    """The configuration of a random model: "11b-layers", "11b-tower", "11b-eighth" or "11b".
 
     "11b-layers" has the text model's real widths, 2 self- and 2 cross-attention layers, and a vocabulary cut in proportion
-    (a tenth); its vision tower is a stand-in, see `FeatureTable`. "11b-eighth" has the real widths of both, an eighth of the
-    layers of each kind (4 self-attention, 1 cross-attention; 4 local, 1 global in the tower, of which one intermediate layer is
-    handed on instead of five), and an eighth of the vocabulary.
+    (a tenth); its vision tower is a stand-in, see `FeatureTable`. "11b-tower" is the same with a real tower's widths and picture
+    size, and one layer of each of the tower's two kinds instead of 32 and 8: little to compute, much to hold. "11b-eighth" has
+    the real widths of both, an eighth of the layers of each kind (4 self-attention, 1 cross-attention; 4 local, 1 global in the
+    tower, of which one intermediate layer is handed on instead of five), and an eighth of the vocabulary.
     """
     config = built_in_config("11b")
     if shape == "11b-eighth":
@@ -44,7 +51,7 @@ def shape_config(shape: str) -> MllamaConfig:
             "vision_output_dim": 2 * config.vision_config.hidden_size,
         }
         return MllamaConfig(vision_config=vision, text_config=text, image_token_index=16032)
-    if shape == "11b-layers":
+    if shape in ("11b-layers", "11b-tower"):
         text = config.text_config.to_dict() | {
             "num_hidden_layers": 4,
             "cross_attention_layers": [1, 3],
@@ -53,6 +60,10 @@ def shape_config(shape: str) -> MllamaConfig:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+        if shape == "11b-tower":
+            few = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0] * 5}
+            vision = config.vision_config.to_dict() | few
+            return MllamaConfig(vision_config=vision, text_config=text, image_token_index=12800)
         vision = config.vision_config.to_dict() | {
             "hidden_size": 32,
             "attention_heads": 2,
@@ -66,7 +77,7 @@ def shape_config(shape: str) -> MllamaConfig:
     if shape == "tiny":
         return _tiny_config()
     if shape != "11b":
-        raise ValueError(f"shape must be '11b-layers', '11b-eighth' or '11b', got {shape!r}")
+        raise ValueError(f"shape must be '11b-layers', '11b-tower', '11b-eighth' or '11b', got {shape!r}")
     return config
 
 

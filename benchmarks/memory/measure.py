@@ -29,8 +29,11 @@ from trim_plugin import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import model_sizes, planner
+from trim_plugin.planning.job import Job
 
 NEW_TOKENS = 8
+#: Formats of weights, in the planner's words.
+PLANNED_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "nf4": "nf4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,14 +237,22 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     scenario, shape = SCENARIOS[row["scenario"]], row["shape"]
     config = planner_config(shape)
     tower = shape != "11b-layers"
-    job = planner.Job(
-        row["batch"], scenario.images, scenario.tiles, scenario.readable, row["prompt_tokens"], NEW_TOKENS, tower=tower
+    job = Job(
+        batch=row["batch"],
+        images=scenario.images,
+        tiles=scenario.tiles,
+        readable_images=scenario.readable,
+        prompt_tokens=row["prompt_tokens"],
+        new_tokens=NEW_TOKENS,
+        tower=tower,
     )
     readable = scenario.readable * scenario.tiles * model_sizes.tile_tokens(config)
     kept = max(row["kept_tokens"]) if row["kept_tokens"] else readable
     format = next((name for name in KV_FORMATS if f"{name} KV" in row["cache"]), None)
-    ways = planner.plan(config, job, weights=row["weights"], kept_share=min(1.0, kept / readable), kv=format)
-    way = ways[0 if row["cache"].startswith("stock") else 1 if row["cache"].startswith("exact") else 2]
+    share = None if row["cache"].startswith("stock") else min(1.0, kept / readable)
+    way = planner.plan(
+        config, job, planner.Way(row["cache"], share, kv_quantization=format), weights=PLANNED_WEIGHTS[row["weights"]]
+    )
     left_out = () if tower else ("vision tower",)
 
     def total(parts: dict[str, int]) -> int:
@@ -254,7 +265,7 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
             "cross_kv": way.cross_kv,
             "cross_kv_error": way.cross_kv - row["cross_kv"],
             "self_kv": way.self_kv,
-            "generation": way.cross_kv + way.self_kv + way.working,
+            "generation": way.peak - way.weights_total,
             "generation_measured": row["peak"] - row["before"],
         }
     }

@@ -46,12 +46,16 @@ def test_grows_with_the_memory_at_hand_up_to_where_more_gains_nothing(memory):
 
 
 def test_never_more_than_fits_by_the_planner(memory):
-    from trim_plugin.planning.planner import Job, plan
+    from trim_plugin.planning.job import Job
+    from trim_plugin.planning.planner import plan, ways
 
     memory(30 * GIB)
-    job = Job(batch=pictures(), prompt_tokens=256, new_tokens=64)
-    trimmed = plan(Large().config, job)[2]
-    assert trimmed.peak - sum(trimmed.weights.values()) <= 30 * GIB
+    for config in (TrimConfig(), TrimConfig(prefill_pictures=30)):
+        found = pictures(config)
+        way = ways((config.top_k_ratio,), prefill_pictures=config.prefill_pictures)[2]
+        trimmed = plan(Large().config, Job(batch=found, prompt_tokens=256, new_tokens=64), way)
+        assert 1 < found < sizing.MOST_PICTURES["other"]
+        assert trimmed.peak - trimmed.weights_total <= 30 * GIB
 
 
 def test_fewer_without_trimming_more_with_small_formats(memory):

@@ -15,7 +15,7 @@ def test_built_in_shapes_have_the_published_sizes(shape, billions):
 
 
 def test_weights_equal_a_models(model):
-    planned = model_sizes.weight_bytes(model.config, "float32")
+    planned = model_sizes.weight_bytes(model.config, "fp32")
     assert sum(planned.values()) == sum(parameter.nbytes for parameter in model.parameters())
     text = model.model.language_model
     crossing = sum(p.nbytes for index in (1, 3) for p in text.layers[index].parameters())

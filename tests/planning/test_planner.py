@@ -1,52 +1,124 @@
+import dataclasses
+
 import pytest
 
-from trim_plugin.planning import model_sizes, planner
+from trim_plugin.planning import model_sizes, planner, working_set
+from trim_plugin.planning.job import Job
+from trim_plugin.planning.planner import Way
 
 from ..random_models import Sample, generate, random_config, random_inputs, trimmed
+
+CONFIG = model_sizes.built_in_config("11b")
+TRIMMED = Way("trimmed", 0.1)
+
+
+def planned(way, config=CONFIG, weights="bf16", **job):
+    return planner.plan(config, Job(**job), way, weights=weights)
 
 
 @pytest.mark.parametrize(
     ("parts", "images", "tiles", "readable"),
     [((1, (1,), 5), 1, 1, 1), ((1, (6,), 5), 1, 4, 1), (((6, 6), 5), 2, 4, 2), (((6,), 4, (6,), 5), 2, 4, 1)],
 )
-@pytest.mark.parametrize("batch", [1, 3])
-def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, model):
+@pytest.mark.parametrize(("batch", "copies"), [(1, 1), (3, 1), (2, 2)])
+def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, copies, model):
     inputs = random_inputs(model, [Sample(parts)] * batch)
     new = 5
-    job = planner.Job(batch, images, tiles, readable, inputs["input_ids"].shape[1], new)
-    exact = trimmed(model, inputs, {"top_k_ratio": 1.0}, new).past_key_values.report()
-    cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, new).past_key_values
+    job = Job(batch, images, tiles, readable, inputs["input_ids"].shape[1], new, copies=copies)
+    how = {"num_return_sequences": copies, "do_sample": copies > 1}
+    exact = trimmed(model, inputs, {"top_k_ratio": 1.0}, new, **how).past_key_values.report()
+    cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, new, **how).past_key_values
     share = max(map(len, cache.kept_indices)) / (readable * tiles * model_sizes.tile_tokens(model.config))
-    ways = planner.plan(model.config, job, weights="float32", kept_share=share)
-    assert [way.cross_kv for way in ways] == [
+    found = [
+        planner.plan(model.config, job, way, weights="fp32")
+        for way in (Way("stock"), Way("exact", 1.0), Way("trimmed", share))
+    ]
+    assert [plan.cross_kv for plan in found] == [
         exact.stock_cross_kv_bytes,
         exact.cross_kv_bytes,
         cache.report().cross_kv_bytes,
     ]
-    assert {way.self_kv for way in ways} == {exact.self_kv_bytes}
-    stock = generate(model, inputs, new).past_key_values
-    assert ways[0].cross_kv == sum(stock.layers[i].keys.nbytes + stock.layers[i].values.nbytes for i in (1, 3))
+    assert {plan.self_kv for plan in found} == {exact.self_kv_bytes}
+    if copies == 1:
+        stock = generate(model, inputs, new).past_key_values
+        assert found[0].cross_kv == sum(
+            stock.layers[i].keys.nbytes + stock.layers[i].values.nbytes
+            for i in model.model.language_model.cross_attention_layers
+        )
 
 
-def test_what_fits_does_fit_and_one_more_does_not():
-    config, memory = random_config(), 200 * 2**20
-    for way, (name, fit) in enumerate(planner.largest_fit(config, planner.Job(), memory).items()):
-        peaks = [planner.plan(config, planner.Job(batch=fit.batch + more))[way] for more in (0, 1)]
-        assert peaks[0].name == name
-        assert peaks[0].peak <= memory < peaks[1].peak
-    assert planner.largest_fit(config, planner.Job(), 1000)["stock"] == planner.Fit(0, 0)
+def test_stock_reads_every_picture_at_once_and_pieces_do_not():
+    rising = [planned(Way("stock"), batch=batch).prefill_set for batch in (8, 16)]
+    flat = [planned(TRIMMED, batch=batch) for batch in (8, 16)]
+    assert rising[1] > 1.99 * rising[0]
+    assert flat[0].at_a_time == flat[1].at_a_time == (1, 4)
+    assert flat[0].prefill_set == flat[1].prefill_set
+    assert flat[1].prefill_kv == (flat[1].cross_kv + flat[1].prompt_kv) * 12 // 16  # the last piece has none yet
+
+
+def test_smaller_pieces_need_less_and_one_piece_needs_what_stock_needs():
+    sizes = [planned(dataclasses.replace(TRIMMED, prefill_pictures=n), batch=8).prefill_peak for n in (1, 2, 8)]
+    assert sizes == sorted(sizes)
+    assert sizes[2] == planned(Way("stock"), batch=8).prefill_peak
+
+
+def test_the_towers_states_of_every_layer_are_counted():
+    vision = CONFIG.vision_config
+    fewer = model_sizes.built_in_config("11b")
+    fewer.vision_config.num_hidden_layers -= 4
+    padded = 4 * 1608
+    assert working_set.tower(CONFIG, 2, 2) - working_set.tower(fewer, 2, 2) == 2 * 4 * padded * vision.hidden_size * 2
+
+
+def test_no_tower_where_pictures_come_encoded():
+    assert planned(TRIMMED, tower=False).prefill_set < 0.5 * planned(TRIMMED).prefill_set
+
+
+def test_copies_multiply_text_and_not_pictures():
+    one, four = (planned(TRIMMED, batch=8, copies=copies) for copies in (1, 4))
+    assert four.cross_kv == one.cross_kv
+    assert four.self_kv == 4 * one.self_kv
+    stock = planned(Way("stock"), batch=8, copies=4)
+    assert stock.cross_kv == planned(Way("stock"), batch=32).cross_kv
+    assert stock.prefill_set == planned(Way("stock"), batch=32).prefill_set
+
+
+def test_longer_answers_never_need_less():
+    for way in (Way("stock"), TRIMMED):
+        short, long = (planned(way, batch=64, new_tokens=new) for new in (8, 4096))
+        assert long.prefill_set == short.prefill_set
+        assert long.decode_set >= short.decode_set
+        assert long.decode_peak > short.decode_peak
+
+
+def test_pixels_count_where_the_caller_puts_them_on_the_device():
+    job = {"batch": 10, "images": 2}
+    more = planned(TRIMMED, **job, pixels_on_device=True).peak - planned(TRIMMED, **job).peak
+    assert more == 10 * 2 * 4 * 3 * 560 * 560 * 4
+
+
+def test_the_reserve_is_part_of_what_is_needed_and_not_of_the_peak():
+    with_it, without = (planner.plan(CONFIG, Job(), TRIMMED, reserve=size) for size in (2**30, 0))
+    assert with_it.peak == without.peak == without.needed == with_it.needed - 2**30
+
+
+def test_ways_of_several_ratios_are_told_apart():
+    names = [way.name for way in planner.ways((0.25, 0.1), (0.3,))]
+    assert names == ["stock", "exact", "trimmed 0.25", "trimmed 0.1", "trimmed 30 %"]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: planner.Job(batch=0), "batch must be a positive integer, got 0"),
-        (lambda: planner.Job(images=1, readable_images=2), r"readable_images must be at most images \(1\), got 2"),
-        (lambda: planner.plan(random_config(), planner.Job(tiles=5)), "tiles must be at most 4"),
-        (lambda: planner.plan(random_config(), planner.Job(), kept_share=1.5), r"kept_share must be .* got 1.5"),
+        (lambda: Job(batch=0), "batch must be a positive integer, got 0"),
+        (lambda: Job(copies=1.5), "copies must be a positive integer, got 1.5"),
+        (lambda: Job(images=1, readable_images=2), r"readable_images must be at most images \(1\), got 2"),
+        (lambda: planned(TRIMMED, random_config(), tiles=5), "tiles must be at most 4"),
+        (lambda: Way("trimmed", 1.5), r"kept_share must be .* got 1.5"),
         (lambda: model_sizes.weight_bytes(random_config(), "int3"), "weights must be one of .* got 'int3'"),
         (lambda: model_sizes.cross_kv_bytes(random_config(), 1, 1, "int3"), "kv must be one of .* got 'int3'"),
         (lambda: planner.expected_kept_share(1.5), r"top_k_ratio must be a number in \(0, 1\], got 1.5"),
+        (lambda: planner.expected_kept_share(0.0), r"top_k_ratio must be a number in \(0, 1\], got 0.0"),
     ],
 )
 def test_bad_values_are_named(call, message):

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from trim_plugin.config import TrimConfig
-from trim_plugin.planning.planner import Job, largest_fit, plan
+from trim_plugin.planning.fitting import largest_fit
+from trim_plugin.planning.job import Job
+from trim_plugin.planning.model_sizes import weight_bytes
+from trim_plugin.planning.planner import Way, expected_kept_share
 
 #: Larger batches gain nothing: where the vision tower's arithmetic is the bound, which on a CPU is soon.
 MOST_PICTURES = {"cpu": 16, "other": 256}
@@ -33,16 +36,19 @@ def pictures_at_a_time(model: Any, config: TrimConfig, new_tokens: int, prompt_t
     """
     device = model.device.type
     most = MOST_PICTURES["cpu" if device == "cpu" else "other"]
-    job = Job(tiles=int(model.config.vision_config.max_num_tiles), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    settings: dict[str, Any] = {
-        "weights": "float32" if model.dtype == torch.float32 else "bfloat16",
-        "top_k_ratio": config.top_k_ratio or 1.0,
-        "kv": config.kv_quantization,
-    }
+    job = Job(
+        tiles=int(model.config.vision_config.max_num_tiles),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        pixels_on_device=True,
+    )
+    share = 1.0 if config.top_k_ratio is None else expected_kept_share(config.top_k_ratio)
+    way = Way("trimmed", share, kv_quantization=config.kv_quantization, prefill_pictures=config.prefill_pictures)
+    weights = "fp32" if model.dtype == torch.float32 else "bf16"
     # The planner counts the weights, which are in place already.
-    weights = sum(plan(model.config, job, **settings)[0].weights.values())
-    fits = largest_fit(model.config, job, int(SHARE * free_memory(model.device)) + weights, **settings)
-    return max(1, min(most, fits["trimmed"].batch))
+    memory = int(SHARE * free_memory(model.device)) + sum(weight_bytes(model.config, weights).values())
+    fit = largest_fit(model.config, job, way, memory, weights=weights, reserve=0)
+    return max(1, min(most, fit.largest_batch))
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,8 +11,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from trim_plugin.kv_formats import KV_FORMATS
 
-WEIGHT_FORMATS = ("float32", "bfloat16", "float16", "int8", "nf4")
-QUANTIZED_WEIGHTS = ("int8", "nf4")
+#: As `trim-plugin generate --weights` names them: dtypes, and bitsandbytes' formats.
+WEIGHT_FORMATS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
+QUANTIZED_WEIGHTS = ("int8", "nf4", "fp4")
 SHAPES = ("11b", "90b")
 #: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
 UNQUANTIZED = ("multi_modal_projector", "lm_head")
@@ -69,12 +70,12 @@ def tile_tokens(config: MllamaConfig) -> int:
     return int((vision.image_size // vision.patch_size) ** 2 + 1)
 
 
-def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, int]:
+def weight_bytes(config: MllamaConfig, weights: str = "bf16") -> dict[str, int]:
     """Bytes of the weights by part of the model.
 
     Args:
         config: the model's configuration.
-        weights: "float32", "bfloat16", "float16", or "int8" and "nf4" (bitsandbytes: linear layers quantized, except the
+        weights: "bf16", "fp32", "fp16", or "int8", "nf4" and "fp4" (bitsandbytes: linear layers quantized, except the
             projector and `lm_head`, the rest in 16 bits).
 
     Raises:
@@ -86,7 +87,7 @@ def weight_bytes(config: MllamaConfig, weights: str = "bfloat16") -> dict[str, i
     """
     if weights not in WEIGHT_FORMATS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHT_FORMATS))}, got {weights!r}.")
-    element = 4 if weights == "float32" else 2
+    element = element_size(weights)
     crossing = set(config.text_config.cross_attention_layers)
     parts = dict.fromkeys(
         (
@@ -155,10 +156,20 @@ def dequantized_scratch(config: MllamaConfig, weights: str) -> int:
         >>> dequantized_scratch(built_in_config("11b"), "nf4") == 4096 * 14336 * 2
         True
     """
-    if weights != "nf4":
+    if weights not in ("nf4", "fp4"):
         return 0
     sizes = [shape.numel() for name, shape, linear in _parameters(config) if linear and not _left_out(name)]
     return 2 * max(sizes)
+
+
+def element_size(weights: str) -> int:
+    """Bytes of a number in what the model computes in.
+
+    Example:
+        >>> element_size("fp32"), element_size("nf4")
+        (4, 2)
+    """
+    return 4 if weights == "fp32" else 2
 
 
 def kv_values(config: MllamaConfig) -> int:

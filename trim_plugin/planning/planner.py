@@ -1,7 +1,7 @@
 """How much memory a generation will take, from a model's configuration alone: no weights are loaded.
 
-Weights and key-value caches are counted exactly. The prefill's working set is an estimate from the tensors that live at the
-same time; `benchmarks/memory` compares it with measured peaks.
+Weights and key-value caches are counted exactly. Working sets are estimates from the tensors that live at the same time;
+`benchmarks/memory` compares the peaks with measured ones.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import MllamaConfig
 
+from trim_plugin.config import TrimConfig
+from trim_plugin.forward.tower import pictures_at_a_time
+from trim_plugin.generation.pieces import TOWER_CALLS
+from trim_plugin.planning import working_set
+from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import (
     cross_kv_bytes,
     dequantized_scratch,
+    element_size,
     image_tokens,
-    kv_values,
     self_kv_bytes,
     tile_tokens,
     weight_bytes,
 )
 
-#: Scoring never takes more scratch than this, see trim_plugin/attention/scoring.py.
-SCORING_SCRATCH = 64 * 2**20
-#: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model. The union over heads
-#: depends on model and picture; give the share itself where it is known.
+#: Left free by default: a CUDA context takes about half of it, the rest is for blocks that the allocator cannot use again.
+RESERVE = 2**30
+#: (top_k_ratio, kept share of visible tokens): what the paper's rule kept on the small trained model, merged or not. The union
+#: over heads depends on model and picture; give the share itself where it is known.
 MEASURED_KEPT = (
     (0.0, 0.0),
     (0.05, 0.153),
@@ -41,43 +47,35 @@ MEASURED_KEPT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is to be generated.
+class Way:
+    """A way to generate.
 
     Args:
-        batch: samples.
-        images: images a sample.
-        tiles: real tiles of each image; the model pads every image to its most tiles.
-        readable_images: images that the prompt's last row may read; all of them if they are given in a row, 1 in a chat
-            with interleaved images.
-        prompt_tokens: text tokens of a prompt.
-        new_tokens: text tokens generated.
-        tower: whether the vision tower reads the images here; False if their features come ready made.
+        name: what it is called in tables: "stock", "exact", "trimmed", or with what tells it from others.
+        kept_share: share of the readable visual tokens that is held; None is stock, which holds everything and reads the whole
+            batch at once, copies included.
+        top_k_ratio: where the share comes from, if from a ratio.
+        kv_quantization: "int8" or "nf4" for the cross-attention cache; None for the model's dtype.
+        prefill_pictures: as in `TrimConfig`; None is its default.
 
     Raises:
-        ValueError: a number is not positive, or more images can be read than there are.
+        ValueError: a share outside (0, 1].
     """
 
-    batch: int = 1
-    images: int = 1
-    tiles: int = 4
-    readable_images: int | None = None
-    prompt_tokens: int = 128
-    new_tokens: int = 128
-    tower: bool = True
+    name: str
+    kept_share: float | None = None
+    top_k_ratio: float | None = None
+    kv_quantization: str | None = None
+    prefill_pictures: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "tower" and value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}.")
-        if self.readable_images is not None and self.readable_images > self.images:
-            raise ValueError(f"readable_images must be at most images ({self.images}), got {self.readable_images}.")
+        if self.kept_share is not None and not 0.0 < self.kept_share <= 1.0:
+            raise ValueError(f"kept_share must be a number in (0, 1], got {self.kept_share!r}.")
 
     @property
-    def text_tokens(self) -> int:
-        """Text tokens in the self-attention cache when the last token has been chosen."""
-        return self.prompt_tokens + self.new_tokens - 1
+    def stock(self) -> bool:
+        """Whether this is transformers alone."""
+        return self.kept_share is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,29 +83,63 @@ class Plan:
     """Bytes of one way to generate.
 
     Args:
-        name: "stock", "exact" or "trimmed".
+        way: the way.
         weights: bytes by part of the model.
         cross_kv: bytes of cross-attention keys and values while decoding.
-        self_kv: bytes of self-attention keys and values at the end.
-        working: estimated bytes that the prefill needs at its peak beyond weights and the caches above.
+        prompt_kv: bytes of self-attention keys and values when the prompt has been read.
+        self_kv: the same when the last token has been chosen.
+        prefill_kv: bytes of all keys and values that exist at the peak of reading the prompts.
+        prefill_set: estimated bytes that reading the prompts needs at that moment beyond weights and caches.
+        decode_set: estimated bytes that a decoding step needs beyond weights and caches.
+        reserve: bytes left free.
         kept_tokens: visual tokens that a sample's cache holds.
+        at_a_time: images that the tower reads at a time, and samples that the text model reads at a time.
     """
 
-    name: str
+    way: Way
     weights: dict[str, int]
     cross_kv: int
+    prompt_kv: int
     self_kv: int
-    working: int
+    prefill_kv: int
+    prefill_set: int
+    decode_set: int
+    reserve: int
     kept_tokens: int
+    at_a_time: tuple[int, int]
+
+    @property
+    def weights_total(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.weights.values())
+
+    @property
+    def prefill_peak(self) -> int:
+        """Estimated bytes in use at the prefill's peak, without the reserve."""
+        return self.weights_total + self.prefill_kv + self.prefill_set
+
+    @property
+    def decode_peak(self) -> int:
+        """Estimated bytes in use at decoding's peak, the last token's step, without the reserve."""
+        return self.weights_total + self.cross_kv + self.self_kv + self.decode_set
 
     @property
     def peak(self) -> int:
-        """Estimated bytes at the peak."""
-        return sum(self.weights.values()) + self.cross_kv + self.self_kv + self.working
+        """Estimated bytes in use at the peak, without the reserve."""
+        return max(self.prefill_peak, self.decode_peak)
+
+    @property
+    def needed(self) -> int:
+        """The peak and the reserve: what the device must have."""
+        return self.peak + self.reserve
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, sums included."""
-        return dataclasses.asdict(self) | {"weights_total": sum(self.weights.values()), "peak": self.peak}
+        own = dataclasses.asdict(self)
+        sums = {
+            name: getattr(self, name) for name in ("weights_total", "prefill_peak", "decode_peak", "peak", "needed")
+        }
+        return own.pop("way") | own | sums
 
 
 def expected_kept_share(top_k_ratio: float) -> float:
@@ -118,155 +150,123 @@ def expected_kept_share(top_k_ratio: float) -> float:
         (1.0, 0.48)
     """
     for (low, below), (high, above) in itertools.pairwise(MEASURED_KEPT):
-        if low <= top_k_ratio <= high:
+        if low <= top_k_ratio <= high and top_k_ratio > 0:
             return below + (above - below) * (top_k_ratio - low) / (high - low)
     raise ValueError(f"top_k_ratio must be a number in (0, 1], got {top_k_ratio!r}.")
 
 
-def plan(
-    config: MllamaConfig,
-    job: Job,
-    *,
-    weights: str = "bfloat16",
-    top_k_ratio: float = 0.25,
-    kept_share: float | None = None,
-    kv: str | None = None,
-) -> list[Plan]:
-    """Memory of stock, exact and trimmed generation.
+def ways(
+    top_k_ratios: Sequence[float] = (0.25,),
+    kept_shares: Sequence[float] = (),
+    kv_quantization: str | None = None,
+    prefill_pictures: int | None = None,
+) -> list[Way]:
+    """Stock, exact, and trimmed for every ratio and share.
+
+    Example:
+        >>> [way.name for way in ways((0.25,))], [way.name for way in ways((0.25, 0.1))][2:]
+        (['stock', 'exact', 'trimmed'], ['trimmed 0.25', 'trimmed 0.1'])
+    """
+    shares: list[tuple[float, float | None, str]] = [
+        (expected_kept_share(ratio), ratio, f"{ratio:g}") for ratio in top_k_ratios
+    ]
+    shares += [(share, None, f"{100 * share:g} %") for share in kept_shares]
+    found = [Way("stock"), Way("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
+    for share, ratio, word in shares:
+        name = "trimmed" if len(shares) == 1 else f"trimmed {word}"
+        found.append(Way(name, share, ratio, kv_quantization, prefill_pictures))
+    return found
+
+
+def plan(config: MllamaConfig, job: Job, way: Way, *, weights: str = "bf16", reserve: int = RESERVE) -> Plan:
+    """Memory of one way to generate.
 
     Args:
         config: the model's configuration.
         job: what is generated.
+        way: how.
         weights: format of the weights, see `weight_bytes`.
-        top_k_ratio: of the trimmed way.
-        kept_share: share of visible tokens that the trimmed way keeps; `expected_kept_share(top_k_ratio)` if None.
-        kv: cache format of the exact and trimmed way, see `cross_kv_bytes`.
+        reserve: bytes to be left free.
 
     Raises:
         ValueError: a value that is not allowed.
 
     Example:
         >>> from trim_plugin.planning.model_sizes import built_in_config
-        >>> stock, exact, trimmed = plan(built_in_config("11b"), Job(tiles=1))
+        >>> stock, exact, trimmed = (plan(built_in_config("11b"), Job(tiles=1), way) for way in ways())
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
         (4, 979)
     """
     most = int(config.vision_config.max_num_tiles)
     if job.tiles > most:
         raise ValueError(f"tiles must be at most {most}, the model's most, got {job.tiles}.")
-    share = expected_kept_share(top_k_ratio) if kept_share is None else kept_share
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"kept_share must be a number in (0, 1], got {kept_share!r}.")
-    element = 4 if weights == "float32" else 2
-    size = weight_bytes(config, weights)
+    element = element_size(weights)
     readable = (job.readable_images or job.images) * job.tiles * tile_tokens(config)
-    total = job.images * image_tokens(config)
-    ways = []
-    for name, kept in (("stock", total), ("exact", readable), ("trimmed", math.ceil(share * readable))):
-        cross = cross_kv_bytes(config, job.batch, kept, None if name == "stock" else kv, element)
-        ways.append(
-            Plan(
-                name,
-                size,
-                cross,
-                self_kv_bytes(config, job.batch, job.text_tokens, element),
-                _working_set(config, job, name, kept, cross, element) + dequantized_scratch(config, weights),
-                kept,
-            )
-        )
-    return ways
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What fits into a memory.
-
-    Args:
-        batch: largest batch of one `generate`, whose prefill (vision tower included) runs for all samples at once; 0 if not even
-            one sample fits.
-        side_by_side: conversations of one sample, each with a cache of its own, that can be held while they are
-            prefilled one after another.
-    """
-
-    batch: int
-    side_by_side: int
-
-
-def largest_fit(config: MllamaConfig, job: Job, memory: int, **settings: Any) -> dict[str, Fit]:
-    """What fits into `memory` bytes for every way to generate.
-
-    Args:
-        config: the model's configuration.
-        job: what is generated; its batch does not matter.
-        memory: bytes.
-        settings: as for `plan`.
-
-    Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
-        >>> fits = largest_fit(built_in_config("11b"), Job(tiles=1), 40 * 2**30)
-        >>> fits["stock"].side_by_side < fits["exact"].side_by_side < fits["trimmed"].side_by_side
-        True
-    """
-    found = {}
-    for way, one in enumerate(plan(config, dataclasses.replace(job, batch=1), **settings)):
-        held = one.cross_kv + one.self_kv
-        free = memory - sum(one.weights.values()) - one.working
-        found[one.name] = Fit(_largest_batch(config, job, memory, way, settings), max(0, free // held))
-    return found
-
-
-def _largest_batch(config: MllamaConfig, job: Job, memory: int, way: int, settings: dict[str, Any]) -> int:
-    def fits(batch: int) -> bool:
-        return plan(config, dataclasses.replace(job, batch=batch), **settings)[way].peak <= memory
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _working_set(config: MllamaConfig, job: Job, way: str, kept: int, cross: int, element: int) -> int:
-    """Peak of the prefill beyond weights, cross KV and self KV: the larger of the vision tower's and the text model's."""
-    text, total = config.text_config, job.batch * job.images * image_tokens(config)
-    rows = job.batch * job.prompt_tokens
-    caches = cross + self_kv_bytes(config, job.batch, job.text_tokens, element)
-    states = total * text.hidden_size * element
-    layer = cross_kv_bytes(config, job.batch, job.images * image_tokens(config), None, element) // len(
-        text.cross_attention_layers
+    share = way.kept_share
+    kept = job.images * image_tokens(config) if share is None else math.ceil(share * readable)
+    held = job.sequences if way.stock else job.batch
+    cross = cross_kv_bytes(config, held, kept, way.kv_quantization, element)
+    prompt = self_kv_bytes(config, job.sequences, job.prompt_tokens, element)
+    at_a_time = pieces(config, job, way)
+    beside = dequantized_scratch(config, weights)
+    if job.tower and job.pixels_on_device:
+        beside += working_set.pixels(config, held * job.images)
+    prefill_kv, prefill_set = _prefill(config, job, way, kept, cross, at_a_time, element)
+    return Plan(
+        way=way,
+        weights=weight_bytes(config, weights),
+        cross_kv=cross,
+        prompt_kv=prompt,
+        self_kv=self_kv_bytes(config, job.sequences, job.text_tokens, element),
+        prefill_kv=prefill_kv,
+        prefill_set=prefill_set + beside,
+        decode_set=_decode_set(config, job, way, kept, element) + beside,
+        reserve=reserve,
+        kept_tokens=kept,
+        at_a_time=at_a_time,
     )
-    # int64 as it comes, float32 while it is inverted, then the model's dtype.
-    mask = rows * job.images * image_tokens(config) * element
-    # With several rows and a mask, sdpa attention reads keys and values that are repeated for every head.
-    repeated = 2 * states if text.num_key_value_heads < text.num_attention_heads else 0
-    attention = max(3 * rows * text.intermediate_size * element, _projection_scratch(config, total, element), repeated)
-    in_text = states + mask + attention + (layer if way != "stock" else 0)
-    if way == "trimmed":
-        in_text += job.batch * kept * text.hidden_size * element
-        logits = 2 * text.num_attention_heads * job.prompt_tokens * job.images * image_tokens(config) * 4
-        in_text = max(in_text, states + mask + layer + min(SCORING_SCRATCH, logits))
-    making_mask = states + rows * job.images * image_tokens(config) * (8 + 4 + element)
-    # While the tower runs, no cache exists yet.
-    return max(in_text, making_mask - caches, _vision_set(config, job, element) - caches if job.tower else 0)
 
 
-def _projection_scratch(config: MllamaConfig, tokens: int, element: int) -> int:
-    """Keys are normed in float32 (two copies) beside the projected keys of one layer."""
-    return tokens * kv_values(config) * (8 + element)
+def pieces(config: MllamaConfig, job: Job, way: Way) -> tuple[int, int]:
+    """Images that the tower reads at a time, and samples that the text model reads at a time."""
+    if way.stock:
+        return job.sequences * job.images, job.sequences
+    images = pictures_at_a_time(TrimConfig(prefill_pictures=way.prefill_pictures), config.vision_config)
+    for_text = images * TOWER_CALLS if way.prefill_pictures is None else images
+    samples = min(job.batch, max(1, for_text // job.images))
+    return min(images, samples * job.images), samples
 
 
-def _vision_set(config: MllamaConfig, job: Job, element: int) -> int:
-    vision = config.vision_config
-    padded = -(-tile_tokens(config) // 8) * 8 * vision.max_num_tiles
-    images = job.batch * job.images
-    tokens = images * padded
-    pixels = images * vision.max_num_tiles * vision.num_channels * vision.image_size**2 * 4
-    mask = 2 * images * padded**2 * element
-    outputs = (vision.num_hidden_layers + 1) * tokens * vision.hidden_size * element
-    inner = tokens * (2 * vision.intermediate_size + 2 * vision.hidden_size) * element
-    final = 2 * tokens * vision.vision_output_dim * element + tokens * config.text_config.hidden_size * element
-    return int(pixels + mask + outputs + max(inner, final))
+def _prefill(
+    config: MllamaConfig, job: Job, way: Way, kept: int, cross: int, at_a_time: tuple[int, int], element: int
+) -> tuple[int, int]:
+    """Caches, and what is needed beyond them, at the larger moment of three: the tower at work on the last piece, the text model
+    at work on it, all pieces being joined."""
+    images, samples = at_a_time
+    prompts = self_kv_bytes(config, job.sequences, job.prompt_tokens, element)
+    # Stock reads copies as if they were samples, pieces read a sample once and repeat its text in the end.
+    caches = cross + (prompts if way.stock else prompts // job.copies)
+    last = images if way.stock else samples * job.images
+    chosen = kept if way.kept_share is not None and way.kept_share < 1.0 else None
+    moments = [(caches, working_set.text(config, job, samples, chosen, element))]
+    if job.tower:
+        earlier = 0 if way.stock else caches * (job.batch - samples) // job.batch
+        # While the tower reads some images of a piece, the states of all of them are gathered.
+        gathered = 0 if images >= last else working_set.visual_states(config, last, element)
+        moments.append((earlier, gathered + working_set.tower(config, images, element)))
+    if not way.stock and (samples < job.batch or job.copies > 1):
+        one_cross = cross // len(config.text_config.cross_attention_layers)
+        one_self = working_set.layer_kv(config, job.sequences, job.prompt_tokens, element)
+        moments.append((cross + prompts, max(one_cross, one_self)))
+    return max(moments, key=sum)
+
+
+def _decode_set(config: MllamaConfig, job: Job, way: Way, kept: int, element: int) -> int:
+    """The last step: what one layer needs, or the next token's scores."""
+    growing = working_set.layer_kv(config, job.sequences, job.text_tokens, element)
+    reading = 0
+    if way.kv_quantization is not None:
+        reading += working_set.layer_kv(config, job.batch, kept, element)
+    if job.copies > 1 and job.batch > 1 and not way.stock:  # every sequence's own, for one layer at a time
+        reading += working_set.layer_kv(config, job.sequences, kept, element)
+    return max(growing, reading, working_set.logits(config, job.sequences, element))

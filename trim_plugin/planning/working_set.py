@@ -1,0 +1,97 @@
+"""What a forward needs beyond weights and caches: the tensors that live at the same time, by their shapes.
+
+Estimates, in the order of transformers' `MllamaVisionModel.forward` and `MllamaTextCrossAttention.forward`, for sdpa attention.
+What kernels take for themselves is not in it; `benchmarks/memory` compares the sums with measured peaks.
+"""
+
+from __future__ import annotations
+
+from transformers import MllamaConfig
+
+from trim_plugin.planning.job import Job
+from trim_plugin.planning.model_sizes import image_tokens, kv_values, tile_tokens
+
+#: Scoring and merging never take more scratch than this each, see `attention/scoring.py` and `rules/merging.py`.
+SCRATCH = 64 * 2**20
+
+
+def pixels(config: MllamaConfig, images: int) -> int:
+    """Bytes of the processor's `pixel_values`, float32, padding tiles included.
+
+    Example:
+        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> pixels(built_in_config("11b"), 1)
+        15052800
+    """
+    vision = config.vision_config
+    return int(images * vision.max_num_tiles * vision.num_channels * vision.image_size**2 * 4)
+
+
+def tower(config: MllamaConfig, images: int, element: int) -> int:
+    """Bytes that the vision tower needs at its peak for so many images at once, its output included.
+
+    Example:
+        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> round(tower(built_in_config("11b"), 1, 2) / 10**6)
+        939
+    """
+    vision = config.vision_config
+    # Every tile is padded to a multiple of 8 patches.
+    tokens = images * vision.max_num_tiles * (-(-tile_tokens(config) // 8) * 8)
+    states = tokens * vision.hidden_size * element
+    mask = tokens * (tokens // images) * element
+    # The states of every layer stay until the end.
+    kept = (vision.num_hidden_layers + vision.num_global_layers) * states
+    mlp = 3 * states + 2 * tokens * vision.intermediate_size * element
+    # States of some layers are gathered, freed of padding, and joined.
+    joined = 2 * tokens * vision.vision_output_dim * element
+    return max(2 * mask + 3 * states, mask + kept + max(mlp, joined))
+
+
+def visual_states(config: MllamaConfig, images: int, element: int) -> int:
+    """Bytes of what the text model reads of images."""
+    return images * image_tokens(config) * config.text_config.hidden_size * element
+
+
+def text(config: MllamaConfig, job: Job, samples: int, kept: int | None, element: int) -> int:
+    """Bytes that the text model needs at its peak to read the prompts of `samples` samples, their visual states included.
+
+    Args:
+        config: the model's configuration.
+        job: what is generated.
+        samples: read at a time.
+        kept: visual tokens that later layers get of a sample; None if nothing is chosen (stock, exact).
+        element: bytes of a number.
+    """
+    own, visual = config.text_config, samples * job.images * image_tokens(config)
+    rows = samples * job.prompt_tokens
+    states = visual * own.hidden_size * element
+    keys = visual * kv_values(config) * element
+    mask = rows * job.images * image_tokens(config)
+    # int64 as it comes, float32 while it is inverted, then the model's dtype.
+    making_mask = states + mask * (8 + 4 + element)
+    # Keys are normed in float32. With several rows and a mask, keys and values are repeated for every head.
+    norm = visual * kv_values(config) * 8 + keys
+    repeated = 2 * states if own.num_key_value_heads < own.num_attention_heads else 0
+    attention = max(norm, repeated, 3 * rows * own.intermediate_size * element)
+    choosing = 0
+    if kept is not None:
+        scores = 2 * own.num_attention_heads * mask * 4
+        choosing = min(SCRATCH, scores + 4 * keys) + samples * kept * own.hidden_size * element
+    return max(making_mask, states + mask * element + 2 * keys + max(attention, choosing))
+
+
+def logits(config: MllamaConfig, sequences: int, element: int) -> int:
+    """Bytes of the next token's scores: as the model yields them, in float32, and the copy that `generate` works on."""
+    return int(sequences * config.text_config.vocab_size * (element + 4 + 4))
+
+
+def layer_kv(config: MllamaConfig, sequences: int, tokens: int, element: int) -> int:
+    """Bytes of one layer's keys and values.
+
+    Example:
+        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> layer_kv(built_in_config("11b"), 1, 6404, 2)
+        26230784
+    """
+    return 2 * sequences * tokens * kv_values(config) * element
