@@ -13,7 +13,9 @@ from benchmarks.common.results import RESULTS
 from benchmarks.gpu import measure as gpu
 from benchmarks.latency import compiled, first_token, merging
 from benchmarks.latency import measure as latency
+from benchmarks.latency import pieces as latency_pieces
 from benchmarks.memory import measure as memory
+from benchmarks.memory import pieces as memory_pieces
 from benchmarks.quality import measure as quality
 
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         compiled.run(arguments)
         first_token.run(arguments)
         merging.run(arguments)
+        memory_pieces.run(arguments)
+        latency_pieces.run(arguments)
     report.write(arguments.out, arguments.docs)
 
 

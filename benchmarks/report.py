@@ -8,7 +8,9 @@ from typing import Any
 
 from benchmarks.common.results import read_result
 from benchmarks.latency import compiled_report, first_token_report, merging_report
+from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
+from benchmarks.memory import pieces_report
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import report as quality_report
 
@@ -21,6 +23,8 @@ SECTIONS: dict[str, Any] = {
     "compiled": compiled_report,
     "first_token": first_token_report,
     "merging": merging_report,
+    "pieces": pieces_report,
+    "pieces_latency": pieces_latency_report,
 }
 #: The same for pages of their own: what the module's `details` gives of every result of these names.
 PAGES: dict[str, tuple[Any, dict[str, str]]] = {

@@ -27,7 +27,7 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.latency import compiled, first_token, merging
+from benchmarks.latency import compiled, first_token, merging, pieces
 from benchmarks.latency.layers import layers_timed
 from trim_plugin import TrimmedCache
 
@@ -219,6 +219,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return first_token.run(arguments)
     if arguments.merging:
         return merging.run(arguments)
+    if arguments.pieces:
+        return pieces.run(arguments)
     seed_everything()
     rows, scoring, skipped, models = [], [], [], {}
     with Progress() as bar:

@@ -25,6 +25,7 @@ from benchmarks.common.models import DTYPE, finish, load_shape, random_model, sh
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
+from benchmarks.memory import pieces
 from trim_plugin import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import KV_FORMATS
@@ -282,6 +283,8 @@ def planner_config(shape: str) -> Any:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
+    if arguments.pieces:
+        return pieces.run(arguments)
     wanted = cases(arguments)
     rows: list[dict[str, Any]] = []
     result = {
@@ -315,3 +318,4 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
+    pieces.add_arguments(parser)

@@ -192,7 +192,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             row = run_case(case)
             rows.append(row if "error" in row else with_plan(row, shape))
             bar.advance(task)
-            write_result("pieces-memory", result, arguments.out)  # a run that is cut off leaves what it has
+            write_result("pieces", result, arguments.out)  # a run that is cut off leaves what it has
         for way in ("stock", "in pieces") if arguments.limit_gib else ():
             tried: dict[int, bool] = {}
 
@@ -203,12 +203,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
             largest = largest_fit(fits_in, arguments.most)
             fits.append({"way": way, "largest": largest, "tried": sorted(tried.items())})
-            write_result("pieces-memory", result, arguments.out)
+            write_result("pieces", result, arguments.out)
     return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
+    parser.add_argument("--pieces", action="store_true", help="memory, latency: what reading in pieces saves and costs")
     parser.add_argument(
         "--limit-gib", type=float, default=3.0, help="memory --pieces: limit beyond the weights; 0 for none"
     )
