@@ -30,8 +30,8 @@ def test_without_memory_nothing_is_said_about_what_fits(capsys):
 
 
 def test_options_reach_the_plan(capsys):
-    def peak(*options):
-        return printed_json(capsys, *options)["ways"][2]["peak"]
+    def peak(*options, phase=""):
+        return printed_json(capsys, *options)["ways"][2][phase + "peak"]
 
     plain = peak("--batch", "64")
     for options in (["--copies", "2"], ["--images", "2"], ["--max-new-tokens", "999"], ["--prompt-tokens", "999"]):
@@ -41,12 +41,13 @@ def test_options_reach_the_plan(capsys):
         ["--weights", "nf4"],
         ["--kept-share", "0.1"],
         ["--top-k-ratio", "0.1"],
-        ["--prefill-pictures", "1"],
         ["--tiles", "1"],
         ["--images", "1", "--interleaved", "--tiles", "3"],
     ):
         assert peak("--batch", "64", *options) < plain
     assert peak("--batch", "64", "--pixels-on-device") > plain
+    whole, pieces = (peak("--prefill-pictures", n, "--batch", "8", phase="prefill_") for n in ("8", "1"))
+    assert pieces < whole
 
 
 def test_the_command_prints_a_table(capsys):

@@ -123,6 +123,12 @@ def test_field_not_allowed(model, inputs, forwards, field):
     before_work(forwards, ValueError, f"{field} must be one of .*, got 'int9'", trimmed, model, inputs, {field: "int9"})
 
 
+@pytest.mark.parametrize("pictures", [0, -1, 1.5, "2", True])
+def test_prefill_pictures(model, inputs, forwards, pictures):
+    match = "prefill_pictures must be a positive integer, got"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {"prefill_pictures": pictures})
+
+
 def test_static_without_length(model, forwards):
     match = "A static cache needs to know how long the text can get"
     before_work(forwards, ValueError, match, TrimmedCache, model, {"static": True})
