@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--log-level", choices=LOG_LEVELS, default="warning", help="what the server says (default: %(default)s)"
     )
     add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO))
+    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
     parser.set_defaults(run=run)
 
 
