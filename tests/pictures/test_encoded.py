@@ -122,7 +122,8 @@ def test_an_older_layout_is_read(page, tmp_path):
 def test_another_model_is_told(small, page):
     other, _ = load_small_model()
     with torch.no_grad():
-        other.model.multi_modal_projector.weight += 0.001 * torch.randn_like(other.model.multi_modal_projector.weight)
+        weight = other.model.multi_modal_projector.weight
+        weight += 0.001 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="its vision tower or projector was trained since"):
         TrimmedCache(other, pictures=page)
     TrimmedCache(small[0], pictures=page)

@@ -43,7 +43,8 @@ def encode_pictures(
         processor: its `MllamaProcessor`.
         images: pictures or files of pictures, in the order in which prompts name them.
         rule: what is kept of each picture's real tiles; all others join the kept token that they resemble most
-            (`rules.merging`). `KCenter(0.25)` keeps a quarter. A rule that needs attention cannot choose here, since there is no
+            (`rules.merging`). `KCenter(0.25)` keeps a quarter. A rule that asks for states (`needs_states`) is given the keys of
+            the first cross-attention layer in their place. One that needs attention cannot choose here, since there is no
             prompt. None keeps everything, padding tiles included: the same answers as with the pictures themselves.
 
     Returns:
@@ -108,17 +109,20 @@ def _encoded(model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tens
 
 
 def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens of a picture's real tiles, (tokens, width), that a rule keeps, with what the others add to them."""
+    """The tokens of a picture's real tiles, (tokens, width), that a rule keeps, with what the others add to them.
+
+    Tokens are chosen and compared by the first cross-attention layer's keys: those with equal keys are read alike, so that one
+    of them can stand for the others, however their states differ.
+    """
     states = states[None]
     members = torch.ones(1, states.shape[1], dtype=torch.bool, device=states.device)
-    kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, states) != -math.inf).any(dim=1)
+    crossing = next(layer for layer in find_text_model(model).layers if hasattr(layer, "cross_attn"))
+    features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
+    kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, features) != -math.inf).any(dim=1)
     if not bool(kept.any()):
         raise ValueError(
             f"The rule {processor_name(rule)} removed every visual token of a picture. Leave at least one."
         )
     positions, _ = pack(kept)
-    text_model = find_text_model(model)
-    crossing = next(layer for layer in text_model.layers if hasattr(layer, "cross_attn"))
-    features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
     merging = merge_dropped(features, kept, 0 * members.long(), members.long(), positions)
     return merging.mean(states)[0], positions[0], merging.sizes[0]
