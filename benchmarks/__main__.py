@@ -1,4 +1,4 @@
-"""``python -m benchmarks all|memory|latency|quality|gpu|report [--quick]``."""
+"""``python -m benchmarks all|memory|latency|quality|encoded|gpu|report [--quick]``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from benchmarks.latency import measure as latency
 from benchmarks.latency import pieces as latency_pieces
 from benchmarks.memory import measure as memory
 from benchmarks.memory import pieces as memory_pieces
+from benchmarks.quality import encoded
 from benchmarks.quality import measure as quality
 
-BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality}
+BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded}
 
 
 def main(argv: list[str] | None = None) -> None:

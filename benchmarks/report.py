@@ -12,12 +12,14 @@ from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
 from benchmarks.memory import pieces_report
 from benchmarks.memory import report as memory_report
+from benchmarks.quality import encoded_report
 from benchmarks.quality import report as quality_report
 
 #: Marker in docs/benchmarks.md and name of the result → the module with its `tables` and `plots`.
 SECTIONS: dict[str, Any] = {
     "quality": quality_report,
     "quality-fine": quality_report,
+    "encoded": encoded_report,
     "memory": memory_report,
     "latency": latency_report,
     "compiled": compiled_report,

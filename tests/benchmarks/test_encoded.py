@@ -1,0 +1,36 @@
+"""The benchmark of pictures that are encoded before any question."""
+
+import argparse
+
+from benchmarks import report
+from benchmarks.common.results import write_result
+from benchmarks.quality import encoded
+from benchmarks.quality.rules import Rule
+from trim_plugin import KCenter
+
+
+def test_encoded_pictures_are_measured_beside_stock(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "SHARES", (None, 0.25))
+    monkeypatch.setattr(encoded, "KNOWING", [Rule("k-center, merged", 0.25, {"processors": [KCenter(0.25)]})])
+    result = encoded.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path))
+    stock, whole, quarter, known = [row for row in result["rows"] if row["where"] == "fresh"]
+    for turn in (whole, whole["follow_up"]):
+        assert turn["agreement"] == 1.0
+        assert turn["change"] == 0.0
+    assert whole["accuracy"] == stock["accuracy"]
+    assert whole["kept_share"] == whole["bytes_of_whole"] == 1.0
+    assert 0.25 <= quarter["kept_share"] < 0.27
+    assert quarter["bytes_of_whole"] < 0.26
+    assert known["kept_share"] == quarter["kept_share"]
+    assert {row["where"] for row in result["rows"]} == {"evaluation", "fresh"}
+    page = report.write(tmp_path, tmp_path / "docs")[0].read_text(encoding="utf-8")
+    assert "| encoded 0.25 |" in page
+
+
+def test_what_the_quality_benchmark_measured_is_not_measured_again(tmp_path, monkeypatch):
+    known = {"where": "fresh", "rule": "k-center, merged", "parameter": 0.25, "kept_share": 0.123}
+    write_result("quality", {"scenes": 2, "rows": [known]}, tmp_path)
+    monkeypatch.setattr(encoded, "SCENE_SETS", {"fresh": 700_000_000})
+    monkeypatch.setattr(encoded, "SHARES", ())
+    monkeypatch.setattr(encoded, "KNOWING", encoded.KNOWING[:1])
+    assert encoded.run(argparse.Namespace(scenes=2, quick=False, out=tmp_path))["rows"][1:] == [known]
