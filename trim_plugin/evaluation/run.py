@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from trim_plugin.config import TrimConfig
+from trim_plugin.evaluation.known import KnownPictures
 from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
 from trim_plugin.evaluation.questions import Question
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.pictures.recent import DEFAULT_BYTES
 from trim_plugin.rules.k_center import KCenter
 
 
@@ -72,11 +76,13 @@ def evaluate(
     max_new_tokens: int = 64,
     process: int = 0,
     processes: int = 1,
+    encoded_bytes: int = DEFAULT_BYTES,
     on_answer: Callable[[Answer], None] | None = None,
 ) -> None:
     """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
 
-    A picture that cannot be read is logged as its question's error; the others are answered.
+    A picture that cannot be read is logged as its question's error; the others are answered. Pictures that several questions ask
+    about are encoded once, whole, for all trimmed ways, which changes no answer; each question is charged its part of the time.
 
     Args:
         model: an Mllama model, on its device.
@@ -87,8 +93,11 @@ def evaluate(
         max_new_tokens: longest answer.
         process: which process this is, 0 … processes − 1.
         processes: how many share the questions.
+        encoded_bytes: most main memory for encoded pictures; 0 reads pictures anew for every answer.
         on_answer: called after every answer, for progress.
     """
+    share = questions[process::processes]
+    known = KnownPictures(model, processor, share, encoded_bytes)
     done = {(answer.question, answer.way) for answer in log.answers() if not answer.error}
     device = next(model.parameters()).device
     warm: set[str] = set()
@@ -98,7 +107,7 @@ def evaluate(
         if on_answer is not None:
             on_answer(answer)
 
-    for question in questions[process::processes]:
+    for question in share:
         missing = [way for way in ways if (question.name, way.name) not in done]
         if not missing:
             continue
@@ -110,10 +119,22 @@ def evaluate(
             continue
         inputs = build_inputs(processor, question.text, pictures, device)
         for way in missing:
+            asked = _Asked(question, way, inputs, known.of(question, pictures) if way.config is not None else None)
             if way.name not in warm:  # the first generation pays for allocations and kernels: not timed
-                _generate(model, processor, inputs, question, way, max_new_tokens)
+                _generate(model, processor, asked, max_new_tokens)
                 warm.add(way.name)
-            record(_generate(model, processor, inputs, question, way, max_new_tokens))
+            answer = _generate(model, processor, asked, max_new_tokens)
+            record(answer if asked.encoded is None else known.charged(question, answer))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A question in one way: the processor's inputs, and its pictures if they are encoded."""
+
+    question: Question
+    way: Way
+    inputs: dict[str, torch.Tensor]
+    encoded: Pictures | None
 
 
 def _blank(question: Question, way: Way, error: str = "") -> Answer:
@@ -131,15 +152,20 @@ def _blank(question: Question, way: Way, error: str = "") -> Answer:
     )
 
 
-def _generate(
-    model: Any, processor: Any, inputs: dict[str, torch.Tensor], question: Question, way: Way, max_new_tokens: int
-) -> Answer:
-    settings = {} if way.config is None else {"cache_implementation": "trimmed", "cache_config": way.config}
+def _generate(model: Any, processor: Any, asked: _Asked, max_new_tokens: int) -> Answer:
+    question, way, inputs = asked.question, asked.way, asked.inputs
+    settings: dict[str, Any] = {}
+    if asked.encoded is not None:
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
+    elif way.config is not None:
+        settings = {"cache_implementation": "trimmed", "cache_config": way.config}
     on_gpu = inputs["input_ids"].is_cuda
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
+    if asked.encoded is not None:
+        settings = {"past_key_values": TrimmedCache(model, way.config, pictures=asked.encoded)}
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
     )

@@ -74,6 +74,10 @@ class RecentPictures:
         """Bytes of the pictures held now."""
         return sum(picture.nbytes for picture in self._held.values())
 
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self._held.clear()
+
     def _one(self, picture: Image.Image) -> Pictures:
         key = (picture.size, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
         if key not in self._held:
