@@ -41,7 +41,7 @@ TESTED_IN = {
     "batching.questions": "batching/test_results.py",
     "batching.rows": "batching/test_worker.py",
     "cache.joining": "exactness/test_pieces.py",
-    "commands.plan_table": "commands/test_plan.py",
+    "planning.table": "commands/test_plan.py",
     "planning.job": "planning/test_planner.py",
     "planning.working_set": "planning/test_planner.py",
     "commands.generate": "integrations/test_generate_command.py",

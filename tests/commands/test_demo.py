@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,12 @@ def test_demo_needs_no_argument(tmp_path):
     with Image.open(tmp_path / "trim-demo.png") as picture:
         assert picture.size[0] > 500
     assert "Warning" not in result.stderr
+    first = examples()[0].picture.name
+    said = re.search(
+        rf"A second question about {first}: (\d+) ms .* tower, (\d+) ms without it", unwrapped(result.stdout)
+    )
+    assert said is not None
+    assert int(said[1]) > 0 < int(said[2])
 
 
 def test_demo_with_a_picture_of_ones_own(tmp_path, capsys):
@@ -43,6 +50,10 @@ def test_demo_with_a_picture_of_ones_own(tmp_path, capsys):
     assert "ratio 0.3" in shown
     assert "ratio 0.25" not in shown
     assert out.exists()
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
 def answers_of(table: str) -> dict[str, str]:

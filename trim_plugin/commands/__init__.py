@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": "answer a prompt about pictures, then report what the cache held",
     "batch": "answer a file of many pictures and questions, however often it is interrupted",
     "serve": "an OpenAI-compatible server for one user or a small team",
+    "encode": "run pictures through the vision tower once, for `generate --pictures` to ask about",
     "eval": "compare stock and trimmed answers on your own pictures and questions",
     "plan": "memory that a generation will take, stock beside trimmed",
 }

@@ -156,13 +156,13 @@ def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock:
     )
 
 
-def one_way(arguments: argparse.Namespace) -> Way:
-    """The one trimmed cache that the rule options ask for, `DEFAULT_TOP_K_RATIO` if they don't say.
+def one_way(arguments: argparse.Namespace, default_ratio: float = DEFAULT_TOP_K_RATIO) -> Way:
+    """The one trimmed cache that the rule options ask for, a `top_k_ratio` if they don't say.
 
     Raises:
         UserError: several rules are given, a value is not allowed, or a package is missing.
     """
-    chosen = ways(arguments, [str(DEFAULT_TOP_K_RATIO)], stock=False)
+    chosen = ways(arguments, [str(default_ratio)], stock=False)
     if len(chosen) > 1:
         raise UserError(
             f"several rules are given: {', '.join(way.name for way in chosen)}. Choose one; eval and demo compare them"

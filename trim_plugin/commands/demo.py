@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from trim_plugin.commands.common import (
 from trim_plugin.commands.loading import load_model
 from trim_plugin.embedded import examples
 from trim_plugin.evaluation import Way, ways_for
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.visualize import visualize
 
@@ -98,10 +101,37 @@ def run(arguments: argparse.Namespace) -> None:
         style="dim",
         highlight=False,
     )
+    console.print(_asked_again(model, processor, questions[0]), style="dim", highlight=False, markup=False)
     if _save_picture(arguments.out, model, questions[0], *first, chosen):
         console.print(f"kept visual tokens of the first picture: {arguments.out}", highlight=False)
     else:
         console.print("no picture of kept tokens: exact mode chooses nothing", highlight=False)
+
+
+def _asked_again(model: Any, processor: Any, question: Question) -> str:
+    """What a second question about a picture costs, with the vision tower and on what it yielded for the first."""
+    inputs = build_inputs(processor, question.text, [question.picture], model.device)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
+    exact = {"top_k_ratio": 1.0}
+    start = time.perf_counter()
+    encoded = encode_pictures(model, processor, [question.picture])
+    once = time.perf_counter() - start
+
+    def first_token(**own: Any) -> float:
+        start = time.perf_counter()
+        model.generate(**own, max_new_tokens=1, do_sample=False)
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(3):
+        times["with"].append(first_token(**inputs, cache_implementation="trimmed", cache_config=exact))
+        known = TrimmedCache(model, exact, pictures=encoded)
+        times["without"].append(first_token(**text, past_key_values=known))
+    with_tower, without = (1000 * statistics.median(own) for own in times.values())
+    return (
+        f"A second question about {question.name}: {with_tower:.0f} ms to the first token with the vision tower, "
+        f"{without:.0f} ms without it, on the picture encoded once in {1000 * once:.0f} ms (trim-plugin encode). Medians of 3."
+    )
 
 
 def _with_exact(chosen: list[Way]) -> list[Way]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.commands import COMMANDS
+from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import (
     add_length_option,
     add_model_options,
     add_model_word,
     add_rule_options,
     check_counts,
+    first_line,
     one_way,
     picture_or_error,
     read_model_word,
 )
 from trim_plugin.commands.loading import load_model
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.prompting import build_inputs
 
 
@@ -34,9 +39,18 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="a picture; may be given again (default: text only)",
     )
+    parser.add_argument(
+        "--pictures",
+        action="extend",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="instead of --image: files that `trim-plugin encode` wrote, in a row; no vision tower runs (default: none)",
+    )
     parser.add_argument("--prompt", required=True, help="the question")
     add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
+    add_rule_options(parser, default=f"{DEFAULT_TOP_K_RATIO}, with --pictures 1", several=False)
     add_length_option(parser)
     parser.set_defaults(run=run)
 
@@ -48,22 +62,44 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong, or the model cannot be loaded.
     """
     read_model_word(arguments)
-    config = one_way(arguments).config
+    config = one_way(arguments, 1.0 if arguments.pictures else DEFAULT_TOP_K_RATIO).config
     check_counts(arguments, "max_new_tokens")
+    if arguments.image and arguments.pictures:
+        raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")
     pictures = [picture_or_error(path) for path in arguments.image]
+    encoded = _encoded(arguments.pictures)
     model, processor = load_model(arguments)
-    _answer(model, processor, _inputs(processor, arguments.prompt, pictures, model), config, arguments)
+    if encoded is None:
+        inputs = _inputs(processor, arguments.prompt, pictures, model)
+        _answer(model, processor, inputs | {"cache_implementation": "trimmed", "cache_config": config}, arguments)
+    else:
+        _answer(model, processor, _known(model, processor, encoded, config, arguments.prompt), arguments)
 
 
-def _answer(
-    model: Any, processor: Any, inputs: dict[str, Any], config: TrimConfig | None, arguments: argparse.Namespace
-) -> None:
+def _encoded(files: list[Path]) -> Pictures | None:
+    """The pictures of these files in a row; None without any."""
+    if not files:
+        return None
+    try:
+        return functools.reduce(operator.add, [Pictures.load(file) for file in files])
+    except (OSError, ValueError) as error:
+        raise UserError(first_line(error)) from None
+
+
+def _known(model: Any, processor: Any, pictures: Pictures, config: TrimConfig | None, prompt: str) -> dict[str, Any]:
+    """What `generate` is given to answer a prompt about encoded pictures."""
+    try:
+        inputs: dict[str, Any] = dict(pictures.inputs(processor, prompt, model.device))
+        return inputs | {"past_key_values": TrimmedCache(model, config, pictures=pictures)}
+    except ValueError as error:
+        raise UserError(first_line(error)) from None
+
+
+def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     output = model.generate(
         **inputs,
-        cache_implementation="trimmed",
-        cache_config=config,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.commands import COMMANDS, UserError, plan_table
+from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.commands.common import WEIGHTS, add_length_option, check_counts, check_ratio
 from trim_plugin.commands.loading import check_is_mllama, model_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.planning import fitting, model_sizes, planner
+from trim_plugin.planning import fitting, model_sizes, planner, table
 from trim_plugin.planning.job import Job
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(_result(arguments.model, job, plans, memory, fits, changes), indent=2))
         return
-    plan_table.show(Console(), arguments.model, job, plans, memory, fits, changes)
+    table.show(Console(), arguments.model, job, plans, memory, fits, changes)
 
 
 def _result(

@@ -1,0 +1,114 @@
+"""`trim-plugin encode`: run pictures through the vision tower once and write what it yields, whole or compacted."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import operator
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trim_plugin.cache.report import format_bytes
+from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands.common import (
+    add_model_options,
+    add_model_word,
+    check_ratio,
+    first_line,
+    picture_or_error,
+    read_model_word,
+)
+from trim_plugin.commands.loading import load_model
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.encoding import encode_pictures
+from trim_plugin.rules.k_center import KCenter
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("encode", help=COMMANDS["encode"], description=COMMANDS["encode"])
+    add_model_word(parser)
+    parser.add_argument(
+        "--image",
+        action="extend",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="pictures, for instance a document's pages, in the order in which prompts are to read them",
+    )
+    parser.add_argument(
+        "--kept-share",
+        metavar="SHARE",
+        help="KCenter: keep this share of every picture's tokens and merge the rest into it (default: keep everything, "
+        "with the same answers as without encoding)",
+    )
+    parser.add_argument(
+        "--radius",
+        metavar="DISTANCE",
+        help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
+        "(default: not used)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where the encoded pictures go (.safetensors)"
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the options, load, encode picture by picture, write the file.
+
+    Raises:
+        UserError: an option is wrong, the model cannot be loaded, or the file cannot be written.
+    """
+    read_model_word(arguments)
+    rule = _rule(arguments)
+    folder = arguments.out.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"--out: no such folder: {folder}")
+    images = [picture_or_error(path) for path in arguments.image]
+    model, processor = load_model(arguments)
+    console, pages, start = Console(), [], time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("encoding", total=len(images))
+        for path, image in zip(arguments.image, images, strict=True):
+            began = time.perf_counter()
+            page = encode_pictures(model, processor, [image], rule)
+            console.print(_line(path.name, page, time.perf_counter() - began), highlight=False, markup=False)
+            pages.append(page)
+            progress.advance(task)
+    pictures = functools.reduce(operator.add, pages)
+    seconds = time.perf_counter() - start
+    try:
+        pictures.save(arguments.out)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {first_line(error)}") from None
+    size = format_bytes(arguments.out.stat().st_size)
+    console.print(
+        f"{arguments.out}: {size}, {_line(_count(len(pages)), pictures, seconds)}", highlight=False, markup=False
+    )
+
+
+def _rule(arguments: argparse.Namespace) -> KCenter | None:
+    if arguments.kept_share is not None and arguments.radius is not None:
+        raise UserError("--kept-share and --radius are both given. Choose one")
+    if arguments.kept_share is not None:
+        return KCenter(check_ratio(arguments.kept_share, "--kept-share"))
+    return None if arguments.radius is None else KCenter(radius=check_ratio(arguments.radius, "--radius"))
+
+
+def _line(name: str, pictures: Pictures, seconds: float) -> str:
+    """Tiles, tokens and time of what was encoded."""
+    tiles, kept, real = sum(pictures.tiles), len(pictures.index), sum(pictures.tiles) * pictures.tile_tokens
+    of_all = f"all {kept} visual tokens" if pictures.rule == "whole" else f"{kept} of {real} visual tokens"
+    return f"{name}: {tiles} {'tile' if tiles == 1 else 'tiles'}, {of_all}, {seconds:.3g} s"
+
+
+def _count(pictures: int) -> str:
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"
