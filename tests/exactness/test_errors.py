@@ -18,6 +18,7 @@ from trim_plugin.compat import require_supported_transformers, slices_mask_rows
 from trim_plugin.forward import prefill
 
 from ..random_models import Sample, generate, random_inputs, random_model, trimmed
+from . import test_errors_of_pictures
 from .conversations import Conversation
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -63,7 +64,8 @@ def rows_of_the_page():
 
 
 def test_every_row_has_its_test():
-    names = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
+    tests = [*globals(), *vars(test_errors_of_pictures)]
+    names = {name.removeprefix("test_").replace("_", "-") for name in tests if name.startswith("test_")}
     rows = set(rows_of_the_page())
     assert rows
     assert rows <= names, f"rows of docs/errors.md without a test: {sorted(rows - names)}"

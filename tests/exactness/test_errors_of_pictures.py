@@ -1,0 +1,146 @@
+"""The rows of docs/errors.md about encoded pictures; `test_errors.py` counts them among its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trim_plugin import KCenter, Pictures, TopKPerHead, TrimmedCache, VisualTokenProcessor, encode_pictures
+from trim_plugin.embedded import ask, examples, load_small_model
+from trim_plugin.pictures import encoded, stored
+
+PICTURE = examples()[0].picture
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_small_model()
+
+
+@pytest.fixture(scope="module")
+def page(loaded):
+    return encode_pictures(*loaded, [PICTURE])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ran(loaded, page, request):
+    """Every error comes before any work, and the model answers as before."""
+    ran: list[int] = []
+    model, processor = loaded
+    towers = (model.model.vision_model, model.model.language_model)
+    handles = [tower.register_forward_pre_hook(lambda *_: ran.append(1)) for tower in towers]
+    yield
+    for handle in handles:
+        handle.remove()
+    assert ran == [] or request.node.name == "test_rule_empties_a_picture", "nothing ran"
+    cache = TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=page)
+    ours = model.generate(**page.inputs(processor, "Read all digits."), past_key_values=cache, max_new_tokens=3)
+    assert ours.equal(model.generate(**ask(processor, "Read all digits.", PICTURE), max_new_tokens=3))
+
+
+def test_pictures_file_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of encoded pictures"):
+        Pictures.load(tmp_path / "none")
+
+
+def test_pictures_file_damaged(page, tmp_path):
+    page.save(tmp_path / "page")
+    (tmp_path / "cut").write_bytes((tmp_path / "page").read_bytes()[:-100])
+    (tmp_path / "text").write_text("not a file of tensors")
+    for name in ("cut", "text"):
+        with pytest.raises(ValueError, match="is cut off or damaged"):
+            Pictures.load(tmp_path / name)
+    dataclasses.replace(page, index=page.index + page.total).save(tmp_path / "odd")
+    with pytest.raises(ValueError, match="its tensors don't fit together"):
+        Pictures.load(tmp_path / "odd")
+
+
+def test_pictures_file_foreign(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="not one of encoded pictures"):
+        Pictures.load(tmp_path / "weights")
+
+
+def test_pictures_file_of_a_later_version(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "VERSION", stored.VERSION + 1)
+    page.save(tmp_path / "page")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was written by a later version of trim_plugin"):
+        Pictures.load(tmp_path / "page")
+
+
+def test_pictures_of_another_model(loaded, page):
+    with pytest.raises(ValueError, match="encoded by another model, or its vision tower or projector was trained"):
+        TrimmedCache(loaded[0], pictures=dataclasses.replace(page, mark=1.1 * page.mark))
+    with pytest.raises(ValueError, match="encoded by another model: 4 tiles of 65 tokens of width 64"):
+        TrimmedCache(loaded[0], pictures=dataclasses.replace(page, states=page.states[:, :64]))
+
+
+def test_pictures_of_an_unknown_model(loaded, page, monkeypatch):
+    monkeypatch.setattr(encoded, "_warned_unknown", False)
+    unknown = dataclasses.replace(page, mark=torch.full_like(page.mark, torch.nan))
+    with pytest.warns(UserWarning, match="Whether this model encoded these pictures cannot be told"):
+        TrimmedCache(loaded[0], pictures=unknown)
+
+
+def test_pictures_of_two_models(page):
+    with pytest.raises(ValueError, match="encoded by two different models"):
+        page + dataclasses.replace(page, mark=1.1 * page.mark)
+
+
+def test_pictures_and_pixels(loaded, page):
+    model, processor = loaded
+    with pytest.raises(ValueError, match="was given encoded pictures, and the call brings pixel_values as well"):
+        model.generate(**ask(processor, "?", PICTURE), past_key_values=TrimmedCache(model, pictures=page))
+
+
+def test_pictures_of_another_batch(loaded, page):
+    model, processor = loaded
+    cache = TrimmedCache(model, pictures=[page, page])
+    with pytest.raises(ValueError, match="was given encoded pictures of 2 samples, but input_ids has 1"):
+        model.generate(**page.inputs(processor, "?"), past_key_values=cache)
+
+
+def test_pictures_not_encoded(loaded):
+    for wrong in (PICTURE, [PICTURE], "page.safetensors"):
+        with pytest.raises(TypeError, match="pictures must be what encode_pictures returns"):
+            TrimmedCache(loaded[0], pictures=wrong)
+    with pytest.raises(ValueError, match="pictures is an empty list"):
+        TrimmedCache(loaded[0], pictures=[])
+
+
+def test_pictures_without_a_tower(loaded):
+    with pytest.raises(ValueError, match="need an Mllama model with a vision tower"):
+        encode_pictures(loaded[0].model.language_model, loaded[1], [PICTURE])
+
+
+def test_images_not_a_list(loaded):
+    with pytest.raises(ValueError, match="images must be a list of pictures"):
+        encode_pictures(*loaded, PICTURE)
+    with pytest.raises(ValueError, match="No image was given"):
+        encode_pictures(*loaded, [])
+
+
+def test_rule_needs_a_prompt(loaded):
+    with pytest.raises(ValueError, match="chooses by the attention of a prompt, and there is none yet"):
+        encode_pictures(*loaded, [PICTURE], rule=TopKPerHead(0.25))
+
+
+class Nothing(VisualTokenProcessor):
+    def __call__(self, scores, visible):
+        return torch.full_like(scores, -torch.inf)
+
+
+def test_rule_empties_a_picture(loaded):
+    with pytest.raises(ValueError, match="removed every visual token of a picture"):
+        encode_pictures(*loaded, [PICTURE], rule=Nothing())
+
+
+def test_prompt_about_other_pictures(loaded, page):
+    quarter = dataclasses.replace(page, rule=repr(KCenter(0.25)))
+    for text in ("<|image|><|image|>What?", [{"role": "user", "content": "What?"}]):
+        with pytest.raises(ValueError, match=r"The prompt of sample 0 has \d pictures .* but 1 are encoded"):
+            quarter.inputs(loaded[1], text)
