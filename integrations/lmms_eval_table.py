@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
+
 STOCK = "stock"
-DEFAULT_RATIO = 0.25
 #: Model arguments that name a rule, and how the table calls it.
 RULES = {"kept_share": "k-center", "radius": "radius"}
 
@@ -99,7 +100,7 @@ def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
     if rule is not None:
         name = f"{RULES[rule]} {float(given[rule]):g}"
     else:
-        ratio = float(given.get("top_k_ratio", DEFAULT_RATIO))
+        ratio = float(given.get("top_k_ratio", DEFAULT_TOP_K_RATIO))
         name = "exact" if ratio == 1.0 else f"{ratio:g}"
     bits = given.get("kv_quantization")
     return f"{name}, {bits}" if bits else name

@@ -8,9 +8,9 @@ from trim_plugin import TopKPerHead, TopPPerHead, TrimConfig
 
 def test_defaults():
     config = TrimConfig()
-    assert config.top_k_ratio == 0.25
+    assert config.top_k_ratio == 0.15
     assert not config.exact
-    assert [processor.ratio for processor in config.processor_list] == [0.25]
+    assert [processor.ratio for processor in config.processor_list] == [0.15]
 
 
 def test_ratio_one_is_exact_and_has_no_processors():

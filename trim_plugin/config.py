@@ -9,7 +9,9 @@ from typing import Any
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
 
-DEFAULT_TOP_K_RATIO = 0.25
+#: The smallest that lost nothing measurable on the small model, whatever the number format, second questions included
+#: (benchmarks/quality): at 0.1 one second question in 45 is answered otherwise than by stock.
+DEFAULT_TOP_K_RATIO = 0.15
 DEFAULT_STATIC_BUCKET = 256
 SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 
@@ -21,7 +23,7 @@ class TrimConfig:
     `generate(cache_implementation="trimmed", cache_config=...)` takes the fields as a dict, or a `TrimConfig`.
 
     Args:
-        top_k_ratio: share of a visibility group's visual tokens that each head keeps, in (0, 1]; 0.25 unless
+        top_k_ratio: share of a visibility group's visual tokens that each head keeps, in (0, 1]; 0.15 unless
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
@@ -47,7 +49,7 @@ class TrimConfig:
 
     Example:
         >>> TrimConfig().top_k_ratio
-        0.25
+        0.15
         >>> TrimConfig(top_k_ratio=1.0).exact
         True
         >>> TrimConfig(top_k_ratio=2)

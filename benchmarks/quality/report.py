@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ stock's first answer.
 #: Scene sets, the one that the overview and the plot show first.
 SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
 #: Kept shares of the overview.
-SHARES = (0.25, 0.1, 0.05)
+SHARES = (0.25, 0.15, 0.1, 0.05)
 MISSING = "–"
+Row = dict[str, Any]
 
 
 def points(row: dict[str, Any]) -> str:
@@ -41,8 +41,8 @@ def tables(result: dict[str, Any]) -> str:
     stock = next(row for row in result["rows"] if row["where"] == _shown(result) and row["rule"] == "stock")
     parts = [
         f"{result['questions']} questions about {result['scenes']} held-out scenes, of which stock answers "
-        f"{percent(stock['accuracy'])} rightly, and as many follow-up questions in the same conversation. Read off between the "
-        "two nearest settings:\n",
+        f"{percent(stock['accuracy'])} rightly, and as many follow-up questions in the same conversation, on "
+        f"{SETS[_shown(result)]}.\n",
         _overview(result),
         _conditions(result),
         "[Every setting, both sets of scenes, with intervals](quality-tables.md)\n",
@@ -90,23 +90,15 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def value_at(rows: list[dict[str, Any]], share: float, name: str, turn: str = "first") -> float | None:
-    """A figure at a kept share, linear between the two nearest settings; None outside what was measured.
+def nearest(rows: list[Row], share: float) -> Row | None:
+    """The setting that kept about this share, within a fifth of it; None if there is none.
 
     Example:
-        >>> value_at([{"kept_share": 0.2, "change": -0.1}, {"kept_share": 0.4, "change": 0.0}], 0.25, "change")
-        -0.075
+        >>> nearest([{"kept_share": 0.2}, {"kept_share": 0.24}], 0.25), nearest([{"kept_share": 0.5}], 0.25)
+        ({'kept_share': 0.24}, None)
     """
-    # A setting that is meant for a share keeps a little more of small pictures: what is near enough counts as it.
-    near = [row for row in rows if abs(row["kept_share"] - share) <= 0.03 * share]
-    ranked = sorted(near[:1] or rows, key=lambda row: row["kept_share"])
-    values = [(row["kept_share"], (row if turn == "first" else row[turn])[name]) for row in ranked]
-    if near:
-        return float(values[0][1])
-    for (low, first), (high, second) in itertools.pairwise(values):
-        if low <= share <= high:
-            return round(first + (share - low) / (high - low) * (second - first), 10)
-    return None
+    best = min(rows, key=lambda row: abs(row["kept_share"] - share), default=None)
+    return best if best is not None and abs(best["kept_share"] - share) <= 0.2 * share else None
 
 
 def _families(result: dict[str, Any]) -> list[str]:
@@ -117,17 +109,13 @@ def _overview(result: dict[str, Any]) -> str:
     where = _shown(result)
     lines = []
     for family in _families(result):
-        rows = [row for row in result["rows"] if row["where"] == where and row["rule"] == family]
         cells = [family]
         for share in SHARES:
-            change = value_at(rows, share, "change")
-            same, second = (value_at(rows, share, "agreement", turn) for turn in ("first", "follow_up"))
-            if change is None or same is None or second is None:
-                cells.append(MISSING)
-            else:
-                cells.append(f"{100 * change:+.1f}; {percent(same)}, {percent(second)}")
+            row = nearest([row for row in result["rows"] if row["where"] == where and row["rule"] == family], share)
+            figures = (row["agreement"], row["follow_up"]["agreement"]) if row else ()
+            cells.append(f"{100 * row['change']:+.1f}; {', '.join(map(percent, figures))}" if row else MISSING)
         lines.append(cells)
-    header = ["rule", *(f"at {percent(share, 0)}: points; same as stock, follow-up same" for share in SHARES)]
+    header = ["rule", *(f"about {percent(share, 0)} kept: points; same as stock, follow-up same" for share in SHARES)]
     return table(header, lines)
 
 
@@ -167,9 +155,8 @@ def _condition_names(result: dict[str, Any]) -> list[str]:
 
 
 def _shown(result: dict[str, Any]) -> str:
-    """The scene set of the overview and the plot."""
-    measured = {row["where"] for row in result["rows"]}
-    return next(name for name in SETS if name in measured)
+    """The scene set of the overview and the plot: the one with most rows."""
+    return max(SETS, key=lambda name: sum(row["where"] == name for row in result["rows"]))
 
 
 def plots(result: dict[str, Any], assets: Path) -> list[Path]:

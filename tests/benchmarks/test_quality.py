@@ -29,15 +29,11 @@ def few(monkeypatch):
     monkeypatch.setattr(Condition, "rules", lambda self: [Rule("paper, merged", 0.1, {"top_k_ratio": 0.1})])
 
 
-def test_a_figure_at_a_share_lies_between_the_nearest_settings():
-    rows = [
-        {"kept_share": 0.4, "change": 0.0, "follow_up": {"change": 0.2}},
-        {"kept_share": 0.2, "change": -0.1, "follow_up": {"change": 0.0}},
-    ]
-    assert quality_report.value_at(rows, 0.3, "change") == -0.05
-    assert quality_report.value_at(rows, 0.3, "change", "follow_up") == 0.1
-    assert quality_report.value_at(rows, 0.199, "change") == -0.1
-    assert quality_report.value_at(rows, 0.5, "change") is None
+def test_the_overview_takes_the_setting_that_kept_about_a_share():
+    rows = [{"kept_share": share} for share in (0.4, 0.28, 0.23)]
+    assert quality_report.nearest(rows, 0.25) == {"kept_share": 0.23}
+    assert quality_report.nearest(rows, 0.1) is None
+    assert quality_report.nearest([], 0.1) is None
 
 
 def test_quality_writes_what_the_report_reads(tmp_path, few):

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import MllamaConfig
 
-from trim_plugin.config import TrimConfig
+from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
 from trim_plugin.forward.tower import pictures_at_a_time
 from trim_plugin.generation.pieces import TOWER_CALLS
 from trim_plugin.planning import working_set
@@ -156,7 +156,7 @@ def expected_kept_share(top_k_ratio: float) -> float:
 
 
 def ways(
-    top_k_ratios: Sequence[float] = (0.25,),
+    top_k_ratios: Sequence[float] = (DEFAULT_TOP_K_RATIO,),
     kept_shares: Sequence[float] = (),
     kv_quantization: str | None = None,
     prefill_pictures: int | None = None,
