@@ -146,6 +146,22 @@ def test_merged_pictures_are_read_as_their_tokens_and_sizes_say(small):
     assert one.past_key_values.report().visible_tokens == [real]
 
 
+def test_dropping_leaves_what_encoded_pictures_stand_for(small):
+    """A prompt's rule that forgets what it drops forgets nothing of what the kept ones stood for before."""
+    model, processor = small
+    pictures = encode_pictures(model, processor, [examples()[4].picture], rule=KCenter(0.5))
+    inputs = pictures.inputs(processor, QUESTION)
+    whole, dropped = (
+        answer(model, inputs, TrimmedCache(model, config, pictures=pictures)).past_key_values
+        for config in ({"top_k_ratio": 1.0}, {"top_k_ratio": 0.1, "merge": False})
+    )
+    sizes = dict(zip(whole.kept_indices[0].tolist(), whole.kept_sizes[0].tolist(), strict=True))
+    kept = dropped.kept_indices[0].tolist()
+    assert 0 < len(kept) < len(sizes)
+    assert dropped.kept_sizes[0].tolist() == [sizes[token] for token in kept]
+    assert max(dropped.kept_sizes[0].tolist()) > 1
+
+
 def test_the_prompt_trims_further_and_sizes_multiply_through(small):
     model, processor = small
     pictures = encode_pictures(model, processor, [examples()[4].picture], rule=KCenter(0.5))

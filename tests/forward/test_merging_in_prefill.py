@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopPPerHead, TrimmedCache
+from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward import prefill
 
 from ..exactness.conversations import Conversation
@@ -136,3 +137,21 @@ def test_votes_on_a_later_picture_reckon_with_what_earlier_tokens_stand_for(monk
     assert int(sizes.max()) > 1
     expected = torch.cat([sizes.float().log(), torch.zeros(4 * 17)])
     torch.testing.assert_close(given_sizes[1], expected[None])
+
+
+def test_text_without_a_mask_reads_the_sizes_as_text_with_an_open_mask_does():
+    model = random_model(seed=3, image_size=16)
+    inputs, logits = random_inputs(model, [Sample((1, (6,), 4)), Sample((1, (2,), 4))]), []
+    text = torch.arange(8).view(2, 4) + 3
+    everything = inputs["cross_attention_mask"][:, -1:].expand(-1, 4, -1, -1)
+    for mask in (None, everything):
+        cache = TrimmedCache(model, {"top_k_ratio": 0.1})
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+            ones = torch.ones(2, inputs["input_ids"].shape[1] + 4, dtype=torch.long)
+            if mask is not None and not slices_mask_rows():  # there the model takes the new rows out itself
+                mask = torch.cat([inputs["cross_attention_mask"], mask], dim=1)
+            given = {"input_ids": text, "attention_mask": ones, "cross_attention_mask": mask}
+            logits.append(model(**given, past_key_values=cache, use_cache=True).logits)
+        assert int(cache.kept_sizes[0].max()) > 1
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)

@@ -96,7 +96,7 @@ def test_it_chooses_among_what_earlier_processors_left():
     first = TopKPerHead(0.3)(scores, visible) > -math.inf
     both = VisualTokenProcessorList([TopKPerHead(0.3), KCenter(0.2)])(scores, visible, states) > -math.inf
     assert bool((both <= first).all())
-    assert 0 < int(both.any(1).sum()) == math.ceil(0.2 * int(first.any(1).sum()))
+    assert torch.equal(both.any(1), KCenter(0.2).choose(states, first.any(1)))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"kept_share": 0.1, "radius": 0.1}])
@@ -122,3 +122,21 @@ def test_a_share_of_equal_tokens_is_that_many_all_the_same():
     members = torch.tensor([[True] * 50, [True] * 30 + [False] * 20])
     chosen = KCenter(0.3).choose(torch.ones(2, 50, 4), members)
     assert chosen.sum(dim=1).tolist() == [15, 9]
+
+
+@pytest.mark.parametrize(
+    ("kept_share", "tokens", "kept"), [(0.07, 100, 7), (0.1, 260, 26), (0.29, 100, 29), (0.101, 100, 11)]
+)
+def test_a_share_that_is_a_whole_number_of_tokens_is_not_rounded_up(kept_share, tokens, kept):
+    chosen = KCenter(kept_share).choose(torch.randn(1, tokens, 4), torch.ones(1, tokens, dtype=torch.bool))
+    assert int(chosen.sum()) == kept
+
+
+def test_wide_states_are_projected_alike_whatever_the_seed():
+    states, members = torch.randn(1, 200, 2 * k_center.FEATURES), torch.ones(1, 200, dtype=torch.bool)
+    chosen = []
+    for seed in (1, 2):
+        k_center._projection.cache_clear()
+        torch.manual_seed(seed)
+        chosen.append(KCenter(0.2).choose(states, members))
+    assert torch.equal(*chosen)

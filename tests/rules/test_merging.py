@@ -178,3 +178,9 @@ def test_of_equal_kept_tokens_the_first_is_joined(monkeypatch):
     ones, zeros = torch.ones(1, 128).long(), torch.zeros(1, 128).long()
     merged = merge_dropped(torch.ones(1, 128, 4), kept, zeros, ones, pack(kept)[0])
     assert merged.sizes.tolist() == [[65] + [1] * 63]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sizes_that_the_dtype_cannot_hold(dtype):
+    mask = add_log_sizes(torch.zeros(1, 1, 1, 2, dtype=dtype), torch.tensor([[100_000, 3]]))
+    assert mask.flatten().tolist() == pytest.approx([math.log(100_000), math.log(3)], rel=4e-3)
