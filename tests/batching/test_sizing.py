@@ -36,7 +36,7 @@ def pictures(config=None, model=None):
 
 def test_grows_with_the_memory_at_hand_up_to_where_more_gains_nothing(memory):
     found = []
-    for free in (1 * GIB, 10 * GIB, 40 * GIB, 4000 * GIB):
+    for free in (1 * GIB, 5 * GIB, 20 * GIB, 4000 * GIB):
         memory(free)
         found.append(pictures())
     assert found[0] == 1

@@ -164,7 +164,7 @@ def test_what_the_user_can_mend(tmp_path, capsys, options, said):
 def test_results_of_another_rule_are_refused(tmp_path, capsys):
     write(tmp_path, scene_rows(tmp_path, 1))
     words, out = command(tmp_path)
-    assert main(words) == 0
+    assert main([*words, "--top-k-ratio", "0.25"]) == 0
     before = out.read_bytes()
     assert main([*words, "--kept-share", "0.1"]) == 2
     assert "holds the results of another run (rule was '0.25', now" in capsys.readouterr().err
@@ -181,3 +181,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     words, _ = command(tmp_path)
     assert main(words) == 130
     assert "the same command goes on where it stopped" in capsys.readouterr().err
+
+
+def test_pictures_are_kept_where_it_is_said(tmp_path):
+    rows = scene_rows(tmp_path, 2)
+    write(tmp_path, [*rows, {**rows[0], "id": "again", "question": "Read all digits."}])
+    words, out = command(tmp_path, "--pictures-cache", str(tmp_path / "encoded"))
+    assert main(words) == 0
+    assert len(list((tmp_path / "encoded").glob("*.safetensors"))) == 2
+    expected = one_by_one(rows, tmp_path)
+    assert {name: read(out)[name]["answer"] for name in expected} == expected

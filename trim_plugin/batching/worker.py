@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from trim_plugin.batching.rows import Prompt, RowError, decoded, read_row
 from trim_plugin.batching.sizing import pictures_at_a_time
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.layout import prompt_inputs
 
 #: A row's place among those that the worker was called with, and its prompt.
 Placed = tuple[int, Prompt]
@@ -33,9 +37,12 @@ class Worker:
             fits into the memory at hand.
         max_new_tokens: longest answer, in text tokens, of rows that don't say.
         folder: what relative names of pictures start from.
+        encode: what encodes a row's pictures, where they are to be remembered: a `batching.remembered.PictureFolder` or a
+            `pictures.recent.RecentPictures`. None reads them anew for every row.
 
     Raises:
-        ValueError: a number is not positive, or the configuration has a value that is not allowed.
+        ValueError: a number is not positive, the configuration has a value that is not allowed, or `encode` is given with a
+            static cache.
 
     Example:
         >>> from trim_plugin.embedded import examples, load_small_model
@@ -58,6 +65,7 @@ class Worker:
         batch_size: int | None = None,
         max_new_tokens: int = 128,
         folder: Path | str = ".",
+        encode: Callable[[Sequence[Image.Image]], Pictures] | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -67,6 +75,11 @@ class Worker:
         self.config = TrimConfig.of(config)
         self.max_new_tokens = max_new_tokens
         self.folder = Path(folder)
+        self.encode = encode
+        if encode is not None and self.config.static:
+            raise ValueError(
+                "encode and static=True are both given, but a static cache is made by generate. Choose one."
+            )
         self.batch_size = batch_size or pictures_at_a_time(model, self.config, max_new_tokens)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,6 +147,8 @@ class Worker:
                 failed[place] = str(error)
         if not texts:
             return {}, failed
+        if self.encode is not None and pictures[0]:
+            return {"pictures": pictures, "texts": texts}, failed
         # A chat format writes the special tokens itself.
         settings = {
             "padding": True,
@@ -184,15 +199,10 @@ class Worker:
 
     def _generate(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> list[dict[str, Any]]:
         start = time.perf_counter()
-        device = self.model.device
-        placed = {name: tensor.to(device) for name, tensor in inputs.items()}
-        if "pixel_values" in placed:
-            placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
+        placed = self._encoded(**inputs) if "texts" in inputs else self._placed(inputs)
         most = [prompt.max_new_tokens or self.max_new_tokens for prompt in prompts]
         output = self.model.generate(
             **placed,
-            cache_implementation="trimmed",
-            cache_config=self.config,
             max_new_tokens=max(most),
             do_sample=False,
             num_beams=1,
@@ -216,6 +226,22 @@ class Worker:
                 }
             )
         return results
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` gets of rows whose pictures it reads itself."""
+        placed = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if "pixel_values" in placed:
+            placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
+        return {**placed, "cache_implementation": "trimmed", "cache_config": self.config}
+
+    def _encoded(self, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> dict[str, Any]:
+        """What `generate` gets of rows whose pictures are encoded, now or earlier."""
+        if self.encode is None:
+            raise ValueError("There is nothing to encode pictures with.")
+        encoded = [self.encode(own) for own in pictures]
+        tiles, most = [own.tiles for own in encoded], encoded[0].most_tiles
+        inputs = prompt_inputs(self.processor, tiles, texts, most, self.model.device)
+        return {**inputs, "past_key_values": TrimmedCache(self.model, self.config, pictures=encoded)}
 
     def _check_length(self, prompt: Prompt) -> None:
         most = int(self.model.config.get_text_config().max_position_embeddings)

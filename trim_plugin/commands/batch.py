@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trim_plugin.batching.questions import read_rows
+from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.batching.results import Results
 from trim_plugin.batching.worker import Worker
 from trim_plugin.commands import COMMANDS, UserError
@@ -69,6 +70,12 @@ def add_parser(subparsers: Any) -> None:
         help="answer rows whose result is an error again (default: an error is a result)",
     )
     parser.add_argument(
+        "--pictures-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep pictures there as the vision tower made them: once a picture, not once a row (default: keep none)",
+    )
+    parser.add_argument(
         "--engine",
         choices=ENGINES,
         default="local",
@@ -95,6 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "max_new_tokens", "batch_size", "actors")
     process, processes = process_of(os.environ)
     rows = _user_errors(lambda: read_rows(arguments.questions))[process::processes]
+    if arguments.engine == "ray" and arguments.pictures_cache is not None:
+        raise UserError("--pictures-cache goes with --engine local")
     if arguments.engine == "local":  # a cluster's devices are not this machine's
         check_device(device_of(arguments.device, os.environ))
     results = _user_errors(lambda: Results(arguments.out, _settings(arguments, way)))
@@ -123,6 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
     model, processor = load_model(arguments)
+    cache = arguments.pictures_cache
     worker = Worker(
         model,
         processor,
@@ -130,6 +140,7 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         folder=arguments.questions.parent,
+        encode=None if cache is None else _user_errors(lambda: PictureFolder(cache, model, processor)),
     )
     step = WINDOW * worker.batch_size
     for start in range(0, len(rows), step):
