@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 from rich.progress import track
 
 from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.seeds import seed_everything
-from benchmarks.quality.measure import SCENE_SETS, Answers, Row, figures, run_rule, run_stock
+from benchmarks.quality.measure import SCENE_SETS, Answers, Known, Row, figures, run_rule, run_stock
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.questions import TRAINED_TYPES
@@ -53,8 +53,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
-    earlier = read_result("quality", arguments.out)
-    known = [] if earlier is None or earlier["scenes"] != count else earlier["rows"]
+    known: Known = {}
+    for name in ("quality", "encoded") if arguments.resume else ("quality",):
+        earlier = read_result(name, arguments.out) or {"scenes": None}
+        if earlier["scenes"] == count:
+            known |= {(row["where"], row["rule"], row["parameter"]): row for row in earlier["rows"]}
     result: dict[str, Any] = {
         "environment": environment(),
         "quick": arguments.quick,
@@ -62,44 +65,51 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "questions": count * len(TRAINED_TYPES),
         "rows": [],
     }
-    for row in _rows(count, arguments.quick, known):
-        result["rows"].append(row)
+    sets = {where: _Asked(seed, count) for where, seed in SCENE_SETS.items()}
+    for rule, (where, asked) in track([*itertools.product(_wanted(arguments.quick), sets.items())], "encoded"):
+        key = {"where": where, "rule": rule.family, "parameter": rule.parameter}
+        result["rows"].append(known.get(tuple(key.values())) or key | asked.row(rule))
         write_result("encoded", result, arguments.out)
     return result
 
 
-@dataclasses.dataclass
+def _wanted(quick: bool) -> list[Rule]:
+    """Stock, encoded pictures of every share, then the rules that know the question."""
+    encoded = [Rule("encoded", share, {}) for share in SHARES]
+    return [Rule("stock", None, {}), *encoded[: 2 if quick else None], *KNOWING[: 1 if quick else None]]
+
+
 class _Asked:
-    """A set of scenes with the questions about them, stock's answers, and the bytes of the whole encodings."""
+    """A set of scenes with the questions about them and stock's answers, made when the first rule is measured."""
 
-    scenes: list[Scene]
-    batches: list[Batch]
-    stock: list[Answers]
-    whole_bytes: int
+    def __init__(self, seed: int, count: int) -> None:
+        self._seed, self._count = seed, count
 
+    @functools.cached_property
+    def _ready(self) -> tuple[Any, Any, list[Scene], list[Batch], list[Answers]]:
+        model, processor = load_small_model()
+        scenes = scenes_from(self._seed, self._count, model)
+        batches = question_batches(model, scenes, self._seed)
+        return model, processor, scenes, batches, run_stock(model, batches)
 
-def _rows(count: int, quick: bool, known: list[Row]) -> Iterator[Row]:
-    """Encoded pictures of both sets first, then the rules that know the question."""
-    model, processor = load_small_model()
-    sets = {}
-    for where, seed in SCENE_SETS.items():
-        scenes = scenes_from(seed, count, model)
-        batches = question_batches(model, scenes, seed)
-        stock = run_stock(model, batches)
-        whole = sum(encode_pictures(model, processor, [scene.image]).nbytes for scene in scenes)
-        sets[where] = _Asked(scenes, batches, stock, whole)
-        yield {"where": where, "rule": "stock", "parameter": None} | figures(batches, stock, stock)
-    for share, (where, asked) in track([*itertools.product(SHARES[: 2 if quick else None], sets.items())], "encoded"):
-        rule = None if share is None else KCenter(share)
-        pictures = [encode_pictures(model, processor, [scene.image], rule) for scene in asked.scenes]
-        size = round(sum(picture.nbytes for picture in pictures) / asked.whole_bytes, 5)
-        found = figures(asked.batches, asked.stock, run_encoded(model, asked.batches, pictures, asked.stock))
-        yield {"where": where, "rule": "encoded", "parameter": share, "bytes_of_whole": size} | found
-    for one, (where, asked) in track([*itertools.product(KNOWING[: 1 if quick else None], sets.items())], "known"):
-        key = {"where": where, "rule": one.family, "parameter": one.parameter}
-        row = next((row for row in known if row.items() >= key.items()), None)
-        yield row or key | figures(asked.batches, asked.stock, run_rule(model, asked.batches, one, asked.stock))
+    @functools.cached_property
+    def _whole_bytes(self) -> int:
+        model, processor, scenes, *_ = self._ready
+        return sum(encode_pictures(model, processor, [scene.image]).nbytes for scene in scenes)
+
+    def row(self, rule: Rule) -> Row:
+        """What a rule's answers are worth."""
+        model, processor, scenes, batches, stock = self._ready
+        if rule.family == "stock":
+            return figures(batches, stock, stock)
+        if rule.family != "encoded":
+            return figures(batches, stock, run_rule(model, batches, rule, stock))
+        chosen = None if rule.parameter is None else KCenter(rule.parameter)
+        pictures = [encode_pictures(model, processor, [scene.image], chosen) for scene in scenes]
+        size = sum(picture.nbytes for picture in pictures) / self._whole_bytes
+        found = figures(batches, stock, run_encoded(model, batches, pictures, stock))
+        return {"bytes_of_whole": round(size, 5)} | found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own: `--scenes` is the quality benchmark's."""
+    """None of its own: `--scenes` and `--resume` are the quality benchmark's."""

@@ -2,6 +2,8 @@
 
 import argparse
 
+import pytest
+
 from benchmarks import report
 from benchmarks.common.results import write_result
 from benchmarks.quality import encoded
@@ -12,7 +14,7 @@ from trim_plugin import KCenter
 def test_encoded_pictures_are_measured_beside_stock(tmp_path, monkeypatch):
     monkeypatch.setattr(encoded, "SHARES", (None, 0.25))
     monkeypatch.setattr(encoded, "KNOWING", [Rule("k-center, merged", 0.25, {"processors": [KCenter(0.25)]})])
-    result = encoded.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path))
+    result = encoded.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path, resume=False))
     stock, whole, quarter, known = [row for row in result["rows"] if row["where"] == "fresh"]
     for turn in (whole, whole["follow_up"]):
         assert turn["agreement"] == 1.0
@@ -27,10 +29,13 @@ def test_encoded_pictures_are_measured_beside_stock(tmp_path, monkeypatch):
     assert "| encoded 0.25 |" in page
 
 
-def test_what_the_quality_benchmark_measured_is_not_measured_again(tmp_path, monkeypatch):
-    known = {"where": "fresh", "rule": "k-center, merged", "parameter": 0.25, "kept_share": 0.123}
-    write_result("quality", {"scenes": 2, "rows": [known]}, tmp_path)
+@pytest.mark.parametrize("name", ["quality", "encoded"])
+def test_what_was_measured_earlier_is_not_measured_again(tmp_path, monkeypatch, name):
+    keys = [("stock", None), ("encoded", 0.25), ("k-center, merged", 0.25)]
+    rows = [{"where": "fresh", "rule": rule, "parameter": share, "kept_share": 0.123} for rule, share in keys]
+    write_result(name, {"scenes": 2, "rows": rows[::-1]}, tmp_path)
     monkeypatch.setattr(encoded, "SCENE_SETS", {"fresh": 700_000_000})
-    monkeypatch.setattr(encoded, "SHARES", ())
+    monkeypatch.setattr(encoded, "SHARES", (0.25,))
     monkeypatch.setattr(encoded, "KNOWING", encoded.KNOWING[:1])
-    assert encoded.run(argparse.Namespace(scenes=2, quick=False, out=tmp_path))["rows"][1:] == [known]
+    monkeypatch.setattr(encoded, "load_small_model", None)
+    assert encoded.run(argparse.Namespace(scenes=2, quick=False, out=tmp_path, resume=True))["rows"] == rows
