@@ -20,7 +20,8 @@ class Answer:
         question: name of the question.
         way: name of the way.
         text: the answer.
-        seconds: wall-clock time of `generate`, vision tower and prefill included.
+        seconds: wall-clock time of `generate`, vision tower and prefill included; of pictures that were encoded once for several
+            questions, this question's part.
         new_tokens: generated text tokens.
         visible_tokens: visual tokens that the text may read; 0 for stock, which does not count them.
         kept_tokens: visual tokens that decoding could read; 0 for stock.
