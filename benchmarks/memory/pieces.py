@@ -21,8 +21,8 @@ from rich.progress import Progress
 
 from benchmarks.common.device import peak, start_peak, synchronize
 from benchmarks.common.given_share import EvenlySpaced
-from benchmarks.common.models import DTYPE, load_shape, shape_config
-from benchmarks.common.results import environment, write_result
+from benchmarks.common.models import DTYPE, load_shape
+from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from trim_plugin.planning import planner
@@ -31,6 +31,8 @@ from trim_plugin.planning.model_sizes import image_tokens
 
 NEW_TOKENS = 4
 KEPT = 0.1
+#: Seconds after which a case is given up: libraries may hang where a limit leaves them nothing.
+PATIENCE = 3600
 #: Way → `TrimConfig` fields, None for stock.
 WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -126,14 +128,15 @@ def largest_fit(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def with_plan(row: dict[str, Any], shape: str) -> dict[str, Any]:
+def with_plan(row: dict[str, Any], model: Any) -> dict[str, Any]:
     """Add what the planner says about the same case."""
-    config = shape_config(shape)
+    config = model.config
     job = Job(batch=row["batch"], prompt_tokens=row["prompt_tokens"], new_tokens=NEW_TOKENS)
     share = None if row["kept_tokens"] is None else row["kept_tokens"] / image_tokens(config)
     pictures = (WAYS[row["way"]] or {}).get("prefill_pictures")
-    way = planner.plan(config, job, planner.Way(row["way"], share, prefill_pictures=pictures))
-    return row | {"planned": way.peak - way.weights_total}
+    way = planner.Way(row["way"], share, prefill_pictures=pictures)
+    planned = planner.plan(config, job, way, weights="fp32" if model.dtype == torch.float32 else "bf16")
+    return row | {"planned": planned.peak - planned.weights_total}
 
 
 def _child(model: Any, case: Case, device: str, pipe: Any) -> None:
@@ -156,6 +159,8 @@ def _run_case(model: Any, device: str, case: Case) -> dict[str, Any]:
     process.start()
     send.close()
     try:
+        if not receive.poll(PATIENCE):
+            process.kill()
         row = receive.recv()
     except EOFError:
         row = dataclasses.asdict(case) | {"error": "the process was ended from outside"}
@@ -165,8 +170,18 @@ def _run_case(model: Any, device: str, case: Case) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
+    # In a new process: one whose thread pool has started cannot be forked.
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(arguments,))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the process that measures ended with status {process.exitcode}")
+    return read_result("pieces", arguments.out) or {}
+
+
+def _run(arguments: argparse.Namespace) -> None:
     shape = "11b" if "11b" in arguments.shapes else "11b-tower"
-    torch.set_num_threads(1)  # a thread pool would not survive the forks
+    torch.set_num_threads(1)  # no thread pool, which would not survive the forks
     model = load_shape(shape, getattr(torch, DTYPE[shape]), arguments.device)
     run_case = functools.partial(_run_case, model, arguments.device)
     batches = {way: arguments.batches or (own[::2] if arguments.quick else own) for way, own in BATCHES.items()}
@@ -190,7 +205,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for case in [Case(way, batch) for way in ways for batch in batches[way]]:
             bar.update(task, description=f"pieces: {case.way}, batch {case.batch}")
             row = run_case(case)
-            rows.append(row if "error" in row else with_plan(row, shape))
+            rows.append(row if "error" in row else with_plan(row, model))
             bar.advance(task)
             write_result("pieces", result, arguments.out)  # a run that is cut off leaves what it has
         for way in ("stock", "in pieces") if arguments.limit_gib else ():
@@ -204,7 +219,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             largest = largest_fit(fits_in, arguments.most)
             fits.append({"way": way, "largest": largest, "tried": sorted(tried.items())})
             write_result("pieces", result, arguments.out)
-    return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
