@@ -31,7 +31,7 @@ ARGUMENTS = (
     *LIMITS,
 )
 #: Fields that a batch cannot share, and what they may be.
-GREEDY: dict[str, tuple[Any, ...]] = {"temperature": (None, 0), "frequency_penalty": (None, 0)}
+GREEDY: dict[str, tuple[Any, ...]] = {"temperature": (None, 0)}
 
 
 @serve.deployment

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,19 @@ NEW_TOKENS = 1024
 #: What of the trimmed cache a request may set; the rest takes memory or code, and is the operator's.
 OPEN_FIELDS = ("top_k_ratio", "kv_quantization", "merge")
 #: What of a `generation_config` (a field that transformers' server adds to OpenAI's) a request may set.
-OPEN_GENERATION = ("cache_implementation", "cache_config", "do_sample", "top_k", "min_p", "repetition_penalty")
+OPEN_GENERATION = ("cache_implementation", "cache_config", "do_sample", "top_k", "min_p")
 #: Numbers of a request, their least and their most.
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
-    "frequency_penalty": (
-        -0.9,
-        2.0,
-    ),  # transformers' server makes it a repetition penalty of 1 more, which must be positive
     "seed": (0, 2**63 - 1),
     "top_k": (0, 10**6),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.1, 10.0),
 }
 WHOLE = ("seed", "top_k")
-#: What would change the answer, and cannot be had: transformers' server looks for stop strings with the processor, which has no
-#: vocabulary, and would answer with an error of its own.
-REFUSED = ("stop", "logit_bias", "tools", "functions", "logprobs", "response_format")
+#: What would change the answer, and cannot be had. transformers' server looks for stop strings with the processor, which has no
+#: vocabulary. A penalty looks for the image token's logit; Mllama has none, and transformers 5.17 reads past the end there.
+REFUSED = ("frequency_penalty", "stop", "logit_bias", "tools", "functions", "logprobs", "response_format")
 #: OpenAI's fields and what transformers' server adds; those that nothing here reads have no effect there either.
 KNOWN = {
     *NUMBERS,
@@ -47,7 +41,7 @@ KNOWN = {
     *("stream", "max_tokens", "max_completion_tokens", "cache_config", "generation_config"),
     *("model", "n", "user", "metadata", "stream_options", "presence_penalty", "top_logprobs", "store", "service_tier"),
     *("reasoning_effort", "parallel_tool_calls", "tool_choice", "function_call", "modalities"),
-} - {"top_k", "min_p", "repetition_penalty"}
+} - {"top_k", "min_p"}
 #: Logits divided by less are no numbers any more.
 LEAST_TEMPERATURE = 0.01
 
@@ -176,7 +170,7 @@ def _check_numbers(fields: Mapping[str, Any]) -> None:
         if value is None:
             continue
         kinds = int if name in WHOLE else (int, float)
-        number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
         if not number or not least <= value <= most:
             raise RequestError(400, f"{name!r} must be a number from {least:g} to {most:g}")
     if 0 < (fields.get("temperature") or 0) < LEAST_TEMPERATURE:
