@@ -87,6 +87,7 @@ RECIPES = {
             Stage("questions", 130, 1e-3, decay=1, warmup=50, texts=True),
             Stage("crowded", 230, 1e-3, decay=1, warmup=50, texts=True, bfloat16=True, crowded=True, patch_weight=1.0),
             Stage("last", 330, 1e-3, decay=310, warmup=20, texts=True, bfloat16=True, crowded=True, patch_weight=0.5),
+            Stage("again", 340, 7e-4, decay=320, warmup=20, texts=True, bfloat16=True, crowded=True, patch_weight=0.5),
         ),
         batch=8,
         warm=True,
