@@ -41,8 +41,8 @@ def test_a_new_format_is_one_entry(model, monkeypatch, capsys):
         assert output.sequences.shape == generate(model, inputs, 3).sequences.shape
         planned = cross_kv_bytes(model.config, 1, 20, "fp4")
         assert output.past_key_values.report().cross_kv_bytes == planned
-    assert main(["plan", "--kv", "fp4", "--json"]) == 0
-    assert '"kv": "fp4"' in capsys.readouterr().out
+    assert main(["plan", "--kv-quantization", "fp4", "--json"]) == 0
+    assert '"kv_quantization": "fp4"' in capsys.readouterr().out
     for command in ("eval", "generate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

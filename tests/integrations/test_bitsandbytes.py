@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from transformers import MllamaForConditionalGeneration
@@ -111,6 +113,7 @@ def test_reading_the_state_dict_need_not_change_a_repacked_model(checkpoint):
 def test_casting_is_logged_once_not_at_every_call(checkpoint, caplog, monkeypatch):
     """bitsandbytes' own logging is a line for each 8-bit layer and call, where inputs are not float16."""
     monkeypatch.setattr("trim_plugin.integrations.bitsandbytes._logged", set())
+    caplog.set_level(logging.INFO, logger="bitsandbytes")  # a command that another test ran may have hushed it
     model, _ = load(checkpoint, "int8", device_map=None, dtype=torch.bfloat16)
     ids = torch.tensor([[1, 5, 6]])
     for _ in range(2):
