@@ -486,6 +486,7 @@ def test_reset_after_use_is_as_new(model, inputs):
 
 
 def test_qlora_on_a_model_not_quantized(model, forwards):
+    pytest.importorskip("trim_plugin.integrations")
     from trim_plugin.integrations.peft import lora_config, prepare_qlora
 
     config = lora_config("text_linear")
@@ -503,6 +504,7 @@ def test_qlora_on_a_model_not_quantized(model, forwards):
     ],
 )
 def test_example_without_answer(change, message):
+    pytest.importorskip("trim_plugin.integrations")
     from trim_plugin.integrations.training import AnswerCollator
 
     good = {"pictures": ["a picture"], "question": "What?", "answer": "This."}
