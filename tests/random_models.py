@@ -183,3 +183,8 @@ def prefilled(
 def largest_difference(first: Any, second: Any) -> float:
     """Largest absolute difference of the logits of two generations."""
     return max(float((a - b).abs().max()) for a, b in zip(first.logits, second.logits, strict=True))
+
+
+def largest_logit(output: Any) -> float:
+    """Largest absolute logit of a generation, at least 1: what rounding is measured by."""
+    return max(1.0, *(float(step[step.isfinite()].abs().max()) for step in output.logits))
