@@ -100,7 +100,8 @@ def check_layers_get_caches(text_model: Any) -> None:
 
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
-    if isinstance(kwargs.get("past_key_values"), HeldCache) and not torch.compiler.is_compiling():
+    # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
+    if model.training and isinstance(kwargs.get("past_key_values"), HeldCache) and not torch.compiler.is_compiling():
         check_layers_get_caches(find_text_model(model))
 
 
