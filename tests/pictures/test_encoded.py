@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from trim_plugin import KCenter, Pictures, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.pictures import stored
+from trim_plugin.pictures import encoded, stored
 from trim_plugin.pictures.fingerprint import difference, fingerprint
 from trim_plugin.pictures.layout import prompt_inputs
 
@@ -217,3 +217,10 @@ def test_a_batch_is_padded_as_the_processor_pads(small):
 def test_a_prompt_about_other_pictures_is_said(page, small):
     with pytest.raises(ValueError, match="has 2 pictures"):
         page.inputs(small[1], "<|image|><|image|>Hi")
+
+
+def test_a_batch_looks_at_the_model_once(small, page, monkeypatch):
+    looks = []
+    monkeypatch.setattr(encoded, "fingerprint", lambda model: looks.append(model) or fingerprint(model))
+    TrimmedCache(small[0], pictures=[page, page, page])
+    assert len(looks) == 1

@@ -25,8 +25,13 @@ class EncodedSample:
     sizes: torch.Tensor
     total: int
 
-    def check_fits(self, model: torch.nn.Module) -> None:
-        """Raise `ValueError` if the pictures were encoded by another model than this one. Nothing to compare here."""
+    def check_fits(self, model: torch.nn.Module, known: dict[str, Any] | None = None) -> None:
+        """Raise `ValueError` if the pictures were encoded by another model than this one. Nothing to compare here.
+
+        Args:
+            model: the model that shall read them.
+            known: what samples of one batch share: what one has worked out about the model, the next need not.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

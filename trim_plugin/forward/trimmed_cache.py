@@ -75,7 +75,8 @@ class TrimmedCache(HeldCache):
         """
         samples = check_samples(pictures)
         model = self._model()
+        known: dict[str, Any] = {}
         if model is not None:
             for sample in samples:
-                sample.check_fits(model)
+                sample.check_fits(model, known)
         self.encoded = samples
