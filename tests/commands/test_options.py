@@ -45,11 +45,21 @@ def test_an_option_means_the_same_everywhere(options):
             assert len({(repr(action.default), action.dest, action.metavar) for action in among_models}) <= 1, option
 
 
+def options_of(add):
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
 def test_every_rule_is_an_option_of_every_command_that_generates(options):
-    rules = ("--top-k-ratio", "--kept-share", "--radius", "--no-merge", "--kv-quantization")
+    shared = options_of(common.add_generation_options)
+    assert {"--top-k-ratio", "--kept-share", "--radius", "--no-merge", "--kv-quantization"} <= shared
+    assert {"--model", "--weights", "--adapter", "--device", "--max-new-tokens"} <= shared
     for name in WITH_MODEL:
-        for option in (*rules, "--model", "--weights", "--adapter", "--device", "--max-new-tokens"):
-            assert option in options[name], (name, option)
+        assert shared <= set(options[name]), name
+    assert shared - {"--max-new-tokens"} <= set(options["serve"])
+    of_pictures = options_of(lambda parser: common.add_picture_options(parser, share_help=""))
+    assert {"--kept-share", "--radius"} <= of_pictures <= set(options["encode"])
     assert {"--weights", "--kv-quantization", "--max-new-tokens", "--top-k-ratio"} <= set(options["plan"])
 
 

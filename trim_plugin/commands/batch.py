@@ -5,31 +5,35 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from trim_plugin.batching.questions import read_rows
 from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.batching.results import Results
 from trim_plugin.batching.worker import Worker
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    SMALL,
-    add_length_option,
-    add_model_options,
-    add_model_word,
-    add_rule_options,
+    add_command,
+    add_generation_options,
     check_counts,
-    first_line,
     one_way,
-    read_model_word,
+    progress,
+    user_errors,
 )
-from trim_plugin.commands.loading import check_device, device_of, load_model, model_of, process_of, weights_of
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.commands.loading import (
+    check_device,
+    device_of,
+    load_model,
+    model_of,
+    process_of,
+    settings_of,
+    weights_of,
+)
 from trim_plugin.evaluation import Way
 
 Rows = list[dict[str, Any]]
@@ -42,8 +46,7 @@ SHOWN_ERRORS = 3
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("batch", help=COMMANDS["batch"], description=COMMANDS["batch"])
-    add_model_word(parser)
+    parser = add_command(subparsers, "batch", run, model_word=True)
     parser.add_argument(
         "--questions",
         type=Path,
@@ -84,10 +87,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
     )
-    add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
-    add_length_option(parser)
-    parser.set_defaults(run=run)
+    add_generation_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -97,16 +97,17 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
     """
     console = Console(stderr=True)
-    read_model_word(arguments)
     way = one_way(arguments)
     check_counts(arguments, "max_new_tokens", "batch_size", "actors")
     process, processes = process_of(os.environ)
-    rows = _user_errors(lambda: read_rows(arguments.questions))[process::processes]
+    with user_errors(OSError, ValueError):
+        rows = read_rows(arguments.questions)[process::processes]
     if arguments.engine == "ray" and arguments.pictures_cache is not None:
         raise UserError("--pictures-cache goes with --engine local")
     if arguments.engine == "local":  # a cluster's devices are not this machine's
         check_device(device_of(arguments.device, os.environ))
-    results = _user_errors(lambda: Results(arguments.out, _settings(arguments, way)))
+    with user_errors(OSError, ValueError):
+        results = Results(arguments.out, settings_of(arguments) | {"rule": way.name})
     if arguments.retry_errors:
         results.forget_errors({row["id"] for row in rows})
     done = sum(row["id"] in results.ids for row in rows)
@@ -116,23 +117,26 @@ def run(arguments: argparse.Namespace) -> None:
     errors: Rows = []
     if missing:
         answered = _answered_by_ray if arguments.engine == "ray" else _answered_here
-        with _progress(console, process) as progress:
-            task = progress.add_task("rows", total=len(rows), completed=len(rows) - len(missing), speed="")
+        with progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
+            task = bar.add_task("rows", total=len(rows), completed=len(rows) - len(missing), speed="")
             pictures = {row["id"]: _pictures(row) for row in missing}
             seen = 0
             for batch in answered(arguments, way, missing):
                 results.add(batch)
                 seen += sum(pictures[result["id"]] for result in batch)
                 errors += [result for result in batch if "error" in result]
-                elapsed = progress.tasks[task].elapsed or 0.0
+                elapsed = bar.tasks[task].elapsed or 0.0
                 speed = f"{seen / elapsed:.3g} pictures/s" if elapsed else ""
-                progress.update(task, advance=len(batch), speed=speed)
+                bar.update(task, advance=len(batch), speed=speed)
     _sum_up(console, arguments.out, rows, results, done, errors)
 
 
 def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
     model, processor = load_model(arguments)
-    cache = arguments.pictures_cache
+    encode = None
+    if arguments.pictures_cache is not None:
+        with user_errors(OSError, ValueError):
+            encode = PictureFolder(arguments.pictures_cache, model, processor)
     worker = Worker(
         model,
         processor,
@@ -140,7 +144,7 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         folder=arguments.questions.parent,
-        encode=None if cache is None else _user_errors(lambda: PictureFolder(cache, model, processor)),
+        encode=encode,
     )
     step = WINDOW * worker.batch_size
     for start in range(0, len(rows), step):
@@ -151,11 +155,10 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
 def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
     found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
-    try:
+    with user_errors(ImportError):
         if not found:
             raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
-        engine = next(iter(found)).load()
-        return engine(
+        return next(iter(found)).load()(
             rows,
             model_of(arguments.model),
             weights=weights_of(arguments),
@@ -167,35 +170,11 @@ def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: Rows) -> Ite
             folder=arguments.questions.parent.resolve(),
             actors=arguments.actors,
         )
-    except ImportError as error:
-        raise UserError(first_line(error)) from None
 
 
 def _pictures(row: dict[str, Any]) -> int:
     images = row.get("images")
     return len(images) if isinstance(images, list) else 0
-
-
-def _settings(arguments: argparse.Namespace, way: Way) -> dict[str, Any]:
-    """What the results depend on."""
-    return {
-        "model": SMALL if arguments.model in (None, SMALL) else arguments.model,
-        "weights": weights_of(arguments),
-        "adapter": None if arguments.adapter is None else str(arguments.adapter),
-        "rule": way.name,
-        "max_new_tokens": arguments.max_new_tokens,
-    }
-
-
-def _progress(console: Console, process: int) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=process > 0)
 
 
 def _sum_up(
@@ -208,10 +187,3 @@ def _sum_up(
         console.print(f"{result['id']}: {result['error']}", style="red", highlight=False, markup=False)
     if len(errors) > SHOWN_ERRORS:
         console.print(f"and {len(errors) - SHOWN_ERRORS} more", style="red", highlight=False)
-
-
-def _user_errors(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from trim_plugin.cache.quantized import require_bitsandbytes
-from trim_plugin.commands import UserError
+from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.evaluation import Way, ways_for
 from trim_plugin.kv_formats import KV_FORMATS
@@ -23,6 +27,58 @@ WEIGHTS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 #: `--device` values that spread a model over all devices there are.
 SPREAD = ("auto", "balanced", "sequential")
 MAX_NEW_TOKENS = 128
+
+
+def add_command(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], None], *, model_word: bool = False
+) -> argparse.ArgumentParser:
+    """Add a subcommand.
+
+    Args:
+        subparsers: those of the program.
+        name: one of `COMMANDS`, which says what it does.
+        run: its work; raises `UserError` for what the user can mend.
+        model_word: whether the first word may be the model, as `--model` is.
+
+    Returns:
+        Its parser, for options.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name])
+    parser.set_defaults(run=run)
+    if model_word:
+        parser.add_argument("first", metavar="MODEL", nargs="?", help="the same as --model")
+        parser.set_defaults(run=lambda arguments: run(_with_model_word(arguments)))
+    return parser
+
+
+def _with_model_word(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Put the model that is given as a word where `--model` is, or raise `UserError` if both are given."""
+    if arguments.first is not None:
+        if arguments.model is not None:
+            raise UserError(f"the model is given twice: {arguments.first} and --model {arguments.model}")
+        arguments.model = arguments.first
+    return arguments
+
+
+def add_generation_options(
+    parser: argparse.ArgumentParser,
+    default: str = str(DEFAULT_TOP_K_RATIO),
+    *,
+    several: bool = False,
+    length: bool = True,
+) -> None:
+    """Add what every subcommand that generates takes: the model, the rules and the length of answers.
+
+    Args:
+        parser: the subcommand's.
+        default: what `--top-k-ratio` is if no rule is given.
+        several: whether the subcommand compares rules, so that each may be given more than once.
+        length: whether it says how long answers may be; a server's requests do.
+    """
+    add_model_options(parser)
+    _add_rule_options(parser, default, "may be given again; " if several else "")
+    if length:
+        add_length_option(parser)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -53,28 +109,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_word(parser: argparse.ArgumentParser) -> None:
-    """Let the model be the first word too; `read_model_word` makes it `--model`."""
-    parser.add_argument("first", metavar="MODEL", nargs="?", help="the same as --model")
-
-
-def read_model_word(arguments: argparse.Namespace) -> None:
-    """Put the model that is given as a word where `--model` is, or raise `UserError` if both are given."""
-    if arguments.first is not None:
-        if arguments.model is not None:
-            raise UserError(f"the model is given twice: {arguments.first} and --model {arguments.model}")
-        arguments.model = arguments.first
-
-
-def add_rule_options(parser: argparse.ArgumentParser, default: str, *, several: bool) -> None:
-    """Add the rules, to be read by `ways`, and what goes with every rule.
-
-    Args:
-        parser: the subcommand's.
-        default: what `--top-k-ratio` is if no rule is given.
-        several: whether the subcommand compares rules, so that each may be given more than once.
-    """
-    again = "may be given again; " if several else ""
+def _add_rule_options(parser: argparse.ArgumentParser, default: str, again: str) -> None:
+    """Add the rules and what goes with every rule, to be read by `ways` and `one_way`."""
     parser.add_argument(
         "--top-k-ratio",
         action="append",
@@ -82,18 +118,11 @@ def add_rule_options(parser: argparse.ArgumentParser, default: str, *, several: 
         help="the paper's rule: share of the visual tokens that each head keeps; 1 is exact mode, which keeps all that "
         f"can be read ({again}default: {default})",
     )
-    parser.add_argument(
-        "--kept-share",
+    add_picture_options(
+        parser,
         action="append",
-        metavar="SHARE",
-        help=f"KCenter: keep this share, chosen to cover the picture ({again}default: not used)",
-    )
-    parser.add_argument(
-        "--radius",
-        action="append",
-        metavar="DISTANCE",
-        help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
-        f"({again}default: not used)",
+        share_help=f"keep this share, chosen to cover the picture ({again}default: not used)",
+        again=again,
     )
     parser.add_argument(
         "--no-merge",
@@ -104,6 +133,20 @@ def add_rule_options(parser: argparse.ArgumentParser, default: str, *, several: 
         "--kv-quantization",
         choices=tuple(KV_FORMATS),
         help="hold the kept tokens in 8 or 4 bits (default: in the model's dtype)",
+    )
+
+
+def add_picture_options(
+    parser: argparse.ArgumentParser, *, share_help: str, action: str = "store", again: str = ""
+) -> None:
+    """Add what can be done with a picture before any prompt is known: `encode` has it too."""
+    parser.add_argument("--kept-share", action=action, metavar="SHARE", help=f"KCenter: {share_help}")
+    parser.add_argument(
+        "--radius",
+        action=action,
+        metavar="DISTANCE",
+        help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
+        f"({again}default: not used)",
     )
 
 
@@ -121,17 +164,15 @@ def add_length_option(parser: argparse.ArgumentParser) -> None:
 def _check_kv_quantization(arguments: argparse.Namespace) -> None:
     """Raise `UserError` if `--kv-quantization` needs a package that is not installed."""
     if arguments.kv_quantization is not None:
-        try:
+        with user_errors(ImportError):
             require_bitsandbytes(f"--kv-quantization {arguments.kv_quantization}")
-        except ImportError as error:
-            raise UserError(str(error)) from None
 
 
 def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock: bool) -> list[Way]:
     """The ways to generate that the rule options ask for.
 
     Args:
-        arguments: parsed, of a parser that has the options of `add_rule_options`.
+        arguments: parsed, of a parser that has the options of `add_generation_options`.
         default_ratios: what `--top-k-ratio` is if no rule is given.
         stock: whether transformers' own cache comes first.
 
@@ -172,10 +213,8 @@ def one_way(arguments: argparse.Namespace, default_ratio: float = DEFAULT_TOP_K_
 
 def picture_or_error(path: Path) -> Image.Image:
     """Open a picture as RGB, or raise `UserError`."""
-    try:
+    with user_errors(FileNotFoundError, ValueError):
         return open_picture(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def check_ratio(text: str, option: str = "--top-k-ratio") -> float:
@@ -194,6 +233,13 @@ def check_counts(arguments: argparse.Namespace, *names: str) -> None:
             raise UserError(f"{option_of(name)} must be at least 1, got {value}")
 
 
+def check_folder_of(out: Path) -> None:
+    """Raise `UserError` unless the folder that `--out` is to be written in exists."""
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"--out: no such folder: {folder}")
+
+
 def option_of(name: str) -> str:
     """An argument's name as the user writes it.
 
@@ -208,3 +254,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Show errors of these kinds as the user's, by their first line."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(first_line(error)) from None
+
+
+def progress(console: Console, process: int, *columns: ProgressColumn) -> Progress:
+    """A bar over many answers, with columns of one's own before the time that is left; the first process alone shows it."""
+    before = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*before, *columns, TimeRemainingColumn(), console=console, disable=process > 0)

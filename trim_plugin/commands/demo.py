@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from trim_plugin.cache.report import TrimReport, format_bytes
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    add_length_option,
-    add_model_options,
-    add_rule_options,
+    add_command,
+    add_generation_options,
     check_counts,
+    check_folder_of,
     picture_or_error,
     ways,
 )
@@ -58,14 +58,12 @@ class Answer:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("demo", help=COMMANDS["demo"], description=COMMANDS["demo"])
+    parser = add_command(subparsers, "demo", run)
     parser.add_argument(
         "--image", type=Path, metavar="FILE", help="a picture (default: the held-out ones of the package)"
     )
     parser.add_argument("--prompt", help="a question about the picture (default: those of the held-out pictures)")
-    add_model_options(parser)
-    add_rule_options(parser, default=" and ".join(DEFAULT_RATIOS), several=True)
-    add_length_option(parser)
+    add_generation_options(parser, " and ".join(DEFAULT_RATIOS), several=True)
     parser.add_argument(
         "--out",
         type=Path,
@@ -73,7 +71,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="where the picture of kept tokens goes: .png, .svg, .pdf or .jpg (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -199,8 +196,7 @@ def _figures(report: TrimReport) -> list[str]:
 
 
 def _check_out(path: Path) -> None:
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--out: no such folder: {path.resolve().parent}")
+    check_folder_of(path)
     if path.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
         raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {path.name}")
 

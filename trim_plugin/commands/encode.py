@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trim_plugin.cache.report import format_bytes
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
+    add_command,
     add_model_options,
-    add_model_word,
+    add_picture_options,
+    check_folder_of,
     check_ratio,
     first_line,
     picture_or_error,
-    read_model_word,
 )
 from trim_plugin.commands.loading import load_model
 from trim_plugin.pictures.encoded import Pictures
@@ -30,8 +31,7 @@ from trim_plugin.rules.k_center import KCenter
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("encode", help=COMMANDS["encode"], description=COMMANDS["encode"])
-    add_model_word(parser)
+    parser = add_command(subparsers, "encode", run, model_word=True)
     parser.add_argument(
         "--image",
         action="extend",
@@ -41,23 +41,15 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="pictures, for instance a document's pages, in the order in which prompts are to read them",
     )
-    parser.add_argument(
-        "--kept-share",
-        metavar="SHARE",
-        help="KCenter: keep this share of every picture's tokens and merge the rest into it (default: keep everything, "
+    add_picture_options(
+        parser,
+        share_help="keep this share of every picture's tokens and merge the rest into it (default: keep everything, "
         "with the same answers as without encoding)",
-    )
-    parser.add_argument(
-        "--radius",
-        metavar="DISTANCE",
-        help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
-        "(default: not used)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where the encoded pictures go (.safetensors)"
     )
     add_model_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -66,11 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, the model cannot be loaded, or the file cannot be written.
     """
-    read_model_word(arguments)
     rule = _rule(arguments)
-    folder = arguments.out.resolve().parent
-    if not folder.is_dir():
-        raise UserError(f"--out: no such folder: {folder}")
+    check_folder_of(arguments.out)
     images = [picture_or_error(path) for path in arguments.image]
     model, processor = load_model(arguments)
     console, pages, start = Console(), [], time.perf_counter()

@@ -16,17 +16,15 @@ import numpy as np
 from PIL import Image
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    SMALL,
-    add_length_option,
-    add_model_options,
-    add_rule_options,
+    add_command,
+    add_generation_options,
     check_counts,
-    first_line,
+    progress,
+    user_errors,
     ways,
 )
 from trim_plugin.commands.loading import (
@@ -36,7 +34,7 @@ from trim_plugin.commands.loading import (
     load_model,
     model_of,
     process_of,
-    weights_of,
+    settings_of,
 )
 from trim_plugin.evaluation import (
     MATCHES,
@@ -61,21 +59,19 @@ DEFAULT_RATIOS = ("1.0", "0.5", "0.25", "0.1")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("eval", help=COMMANDS["eval"], description=COMMANDS["eval"])
+    parser = add_command(subparsers, "eval", run)
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER", help="folder with pictures and questions.jsonl"
     )
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="another questions file (default: questions.jsonl in --data)"
     )
-    add_model_options(parser)
-    add_rule_options(parser, default=", ".join(DEFAULT_RATIOS), several=True)
+    add_generation_options(parser, ", ".join(DEFAULT_RATIOS), several=True)
     parser.add_argument(
         "--no-stock",
         action="store_true",
         help="leave stock out; agreement is with the first rule (default: agreement is with stock)",
     )
-    add_length_option(parser)
     parser.add_argument(
         "--match",
         choices=MATCHES,
@@ -90,7 +86,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="FOLDER",
         help="answers, summary and report; the same command goes on there (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -109,10 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
     log = _log(arguments, questions, process)
     model, processor = load_model(arguments)
     share = questions[process::processes]
-    with _progress(console, process) as progress:
-        task = progress.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
+    with progress(console, process) as bar:
+        task = bar.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
         mine, names = {question.name for question in share}, {way.name for way in chosen}
-        progress.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
+        bar.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
         evaluate(
             model,
             processor,
@@ -122,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             process=process,
             processes=processes,
-            on_answer=lambda answer: progress.advance(task),
+            on_answer=lambda answer: bar.advance(task),
         )
     answers = log.answers()
     complete = whole_ways(questions, chosen, answers)
@@ -143,31 +138,15 @@ def run(arguments: argparse.Namespace) -> None:
 def _questions(arguments: argparse.Namespace) -> list[Question]:
     if not arguments.data.is_dir():
         raise UserError(f"--data: no such folder: {arguments.data}")
-    return _user_errors(lambda: read_questions(arguments.data, arguments.questions))[: arguments.limit]
+    with user_errors(FileNotFoundError, ValueError):
+        return read_questions(arguments.data, arguments.questions)[: arguments.limit]
 
 
 def _log(arguments: argparse.Namespace, questions: list[Question], process: int) -> AnswerLog:
     asked = json.dumps([(q.name, [p.name for p in q.pictures], q.text) for q in questions]).encode()
-    settings = {
-        "model": model_of(arguments.model) if arguments.model not in (None, SMALL) else SMALL,
-        "weights": weights_of(arguments),
-        "adapter": None if arguments.adapter is None else str(arguments.adapter),
-        "max_new_tokens": arguments.max_new_tokens,
-        "questions": hashlib.sha256(asked).hexdigest()[:16],
-    }
-    return _user_errors(lambda: AnswerLog(arguments.out, settings, process))
-
-
-def _user_errors(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(first_line(error)) from None
-
-
-def _progress(console: Console, process: int) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=process > 0)
+    settings = settings_of(arguments) | {"questions": hashlib.sha256(asked).hexdigest()[:16]}
+    with user_errors(FileNotFoundError, ValueError):
+        return AnswerLog(arguments.out, settings, process)
 
 
 def _shown(model: Any, processor: Any, question: Question) -> list[Shown]:

@@ -8,17 +8,14 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    add_length_option,
-    add_model_options,
-    add_model_word,
-    add_rule_options,
+    add_command,
+    add_generation_options,
     check_counts,
-    first_line,
     one_way,
     picture_or_error,
-    read_model_word,
+    user_errors,
 )
 from trim_plugin.commands.loading import load_model
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
@@ -29,8 +26,7 @@ from trim_plugin.pictures.prompting import build_inputs
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("generate", help=COMMANDS["generate"], description=COMMANDS["generate"])
-    add_model_word(parser)
+    parser = add_command(subparsers, "generate", run, model_word=True)
     parser.add_argument(
         "--image",
         action="append",
@@ -49,10 +45,7 @@ def add_parser(subparsers: Any) -> None:
         help="instead of --image: files that `trim-plugin encode` wrote, in a row; no vision tower runs (default: none)",
     )
     parser.add_argument("--prompt", required=True, help="the question")
-    add_model_options(parser)
-    add_rule_options(parser, default=f"{DEFAULT_TOP_K_RATIO}, with --pictures 1", several=False)
-    add_length_option(parser)
-    parser.set_defaults(run=run)
+    add_generation_options(parser, f"{DEFAULT_TOP_K_RATIO}, with --pictures 1")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,7 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
     """
-    read_model_word(arguments)
     config = one_way(arguments, 1.0 if arguments.pictures else DEFAULT_TOP_K_RATIO).config
     check_counts(arguments, "max_new_tokens")
     if arguments.image and arguments.pictures:
@@ -80,19 +72,15 @@ def _encoded(files: list[Path]) -> Pictures | None:
     """The pictures of these files in a row; None without any."""
     if not files:
         return None
-    try:
+    with user_errors(OSError, ValueError):
         return functools.reduce(operator.add, [Pictures.load(file) for file in files])
-    except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from None
 
 
 def _known(model: Any, processor: Any, pictures: Pictures, config: TrimConfig | None, prompt: str) -> dict[str, Any]:
     """What `generate` is given to answer a prompt about encoded pictures."""
-    try:
+    with user_errors(ValueError):
         inputs: dict[str, Any] = dict(pictures.inputs(processor, prompt, model.device))
         return inputs | {"past_key_values": TrimmedCache(model, config, pictures=pictures)}
-    except ValueError as error:
-        raise UserError(first_line(error)) from None
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argparse.Namespace) -> None:

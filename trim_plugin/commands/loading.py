@@ -57,7 +57,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         # Whatever is wrong with an adapter names its folder.
         blamed = arguments.adapter is not None and str(arguments.adapter) in str(error)
-        what = f"--adapter {arguments.adapter}" if blamed else f"cannot load {arguments.model or SMALL}"
+        what = f"--adapter {arguments.adapter}" if blamed else f"cannot load {name_of(arguments)}"
         raise UserError(f"{what}: {first_line(error)}") from None
 
 
@@ -69,6 +69,21 @@ def model_of(name: str | None) -> str:
         ('small_model', 'org/name')
     """
     return str(SMALL_MODEL) if name in (None, SMALL) else str(name)
+
+
+def name_of(arguments: argparse.Namespace) -> str:
+    """What the model is called towards users: as they named it, and the small one by its name if they did not."""
+    return SMALL if arguments.model is None else str(arguments.model)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on, whatever is asked: kept beside them, so that another run's are not mixed in."""
+    return {
+        "model": name_of(arguments),
+        "weights": weights_of(arguments),
+        "adapter": None if arguments.adapter is None else str(arguments.adapter),
+        "max_new_tokens": arguments.max_new_tokens,
+    }
 
 
 def weights_of(arguments: argparse.Namespace) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.commands import COMMANDS, UserError
-from trim_plugin.commands.common import WEIGHTS, add_length_option, check_counts, check_ratio
+from trim_plugin.commands import UserError
+from trim_plugin.commands.common import WEIGHTS, add_command, add_length_option, check_counts, check_ratio
 from trim_plugin.commands.loading import check_is_mllama, model_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.kv_formats import KV_FORMATS
@@ -22,9 +22,9 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("plan", help=COMMANDS["plan"], description=COMMANDS["plan"])
+    parser = add_command(subparsers, "plan", run)
     _add_job(parser)
-    several = {"action": "extend", "nargs": "+"}
+    several: dict[str, Any] = {"action": "extend", "nargs": "+"}
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
@@ -63,7 +63,6 @@ def add_parser(subparsers: Any) -> None:
         help="left free for the CUDA context (about half a GiB) and fragmentation (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
-    parser.set_defaults(run=run)
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:

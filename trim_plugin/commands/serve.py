@@ -8,19 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    SMALL,
-    add_model_options,
-    add_model_word,
-    add_rule_options,
+    add_command,
+    add_generation_options,
     check_counts,
     first_line,
     one_way,
-    read_model_word,
+    user_errors,
 )
-from trim_plugin.commands.loading import load_model
-from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
+from trim_plugin.commands.loading import load_model, name_of
+from trim_plugin.config import TrimConfig
 from trim_plugin.serving.gate import LOCAL_NAMES
 from trim_plugin.serving.limits import Limits
 
@@ -30,8 +28,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("serve", help=COMMANDS["serve"], description=COMMANDS["serve"])
-    add_model_word(parser)
+    parser = add_command(subparsers, "serve", run, model_word=True)
     parser.add_argument(
         "--host",
         default="localhost",
@@ -45,9 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="warning", help="what the server says (default: %(default)s)"
     )
-    add_model_options(parser)
-    add_rule_options(parser, default=str(DEFAULT_TOP_K_RATIO), several=False)
-    parser.set_defaults(run=run)
+    add_generation_options(parser, length=False)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, the model cannot be loaded, or a package is missing.
     """
-    read_model_word(arguments)
     config = one_way(arguments).config or TrimConfig()
     check_counts(arguments, "port", "max_pictures", "max_pixels", "max_tokens", "max_bytes", "max_waiting")
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
@@ -93,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"{first_line(error)}. Install what a server needs: pip install 'trim-plugin[serve]'") from None
     model, processor = load_model(arguments)
-    name = SMALL if arguments.model is None else arguments.model
+    name = name_of(arguments)
     app: Any = _app(arguments, model, processor, name, config)
     if arguments.enable_cors:
         app = CORSMiddleware(app, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
@@ -120,10 +114,8 @@ def _app(arguments: argparse.Namespace, model: Any, processor: Any, name: str, c
         folder=arguments.allow_folder,
         hosts=frozenset(arguments.allow_host or ()),
     )
-    try:
+    with user_errors(ImportError, ValueError):
         return build_app(model, processor, name, config, limits, local=arguments.host in LOCAL_NAMES)
-    except (ImportError, ValueError) as error:
-        raise UserError(first_line(error)) from None
 
 
 def _set_log_level(level: str) -> None:
