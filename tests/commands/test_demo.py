@@ -17,7 +17,7 @@ def test_demo_needs_no_argument(tmp_path):
     assert result.returncode == 0, result.stderr
     for example in examples():
         assert example.picture.name in result.stdout
-    for way in ("stock", "exact", "ratio 0.25", "ratio 0.1"):
+    for way in ("stock", "exact", "ratio 0.15", "ratio 0.1"):
         assert result.stdout.count(way) >= len(examples())
     with Image.open(tmp_path / "trim-demo.png") as picture:
         assert picture.size[0] > 500
@@ -48,7 +48,7 @@ def test_demo_with_a_picture_of_ones_own(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "mine.png" in shown
     assert "ratio 0.3" in shown
-    assert "ratio 0.25" not in shown
+    assert "ratio 0.15" not in shown
     assert out.exists()
 
 

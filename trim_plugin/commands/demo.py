@@ -26,6 +26,7 @@ from trim_plugin.commands.common import (
     ways,
 )
 from trim_plugin.commands.loading import load_model
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.embedded import examples
 from trim_plugin.evaluation import Way, ways_for
 from trim_plugin.forward.trimmed_cache import TrimmedCache
@@ -33,7 +34,8 @@ from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.visualize import visualize
 
-DEFAULT_RATIOS = ("0.25", "0.1")
+#: The package's default first: its kept tokens are drawn.
+DEFAULT_RATIOS = (f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ from trim_plugin.commands.loading import (
     process_of,
     settings_of,
 )
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.evaluation import (
     MATCHES,
     Answer,
@@ -54,7 +55,8 @@ from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
 
-DEFAULT_RATIOS = ("1.0", "0.5", "0.25", "0.1")
+#: Exact mode, and the package's default between a larger and a smaller one.
+DEFAULT_RATIOS = ("1.0", "0.25", f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
 
 
 def add_parser(subparsers: Any) -> None:
