@@ -124,13 +124,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
     folder = arguments.model or SMALL_MODEL
-    name = "quality" if folder == SMALL_MODEL else f"quality-{folder.name}"
+    model = model_name(folder)
+    name = "quality" if folder == SMALL_MODEL else f"quality-{model}"
     training = folder / "training.json"
     earlier = read_result(name, arguments.out) if arguments.resume else None
     result: dict[str, Any] = {
         "environment": environment(),
         "quick": arguments.quick,
-        "model": "shipped" if folder == SMALL_MODEL else folder.name,
+        "model": model,
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else None,
         "scenes": count,
         "questions": count * len(TRAINED_TYPES),
@@ -144,6 +145,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         # After every rule: a long run that is cut off leaves what it has, and goes on with --resume.
         write_result(name, result | {"rows": result["rows"] + _rest(known, result["rows"])}, arguments.out)
     return result
+
+
+def model_name(folder: Path) -> str:
+    """What a trained model is called: its folder's name, or that of the folder around one that is called "model".
+
+    Example:
+        >>> model_name(Path("runs/fine/model")), model_name(Path("runs/third"))
+        ('fine', 'third')
+    """
+    if folder == SMALL_MODEL:
+        return "shipped"
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _rest(known: Known, rows: list[Row]) -> list[Row]:
