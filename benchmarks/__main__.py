@@ -14,6 +14,7 @@ from benchmarks.gpu import measure as gpu
 from benchmarks.latency import compiled, first_token, merging
 from benchmarks.latency import measure as latency
 from benchmarks.latency import pieces as latency_pieces
+from benchmarks.memory import combined
 from benchmarks.memory import measure as memory
 from benchmarks.memory import pieces as memory_pieces
 from benchmarks.quality import encoded
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, help="folder of the JSON files (default: benchmarks/results; with --quick, .../quick)"
     )
     parser.add_argument(
-        "--docs", type=Path, help="folder of benchmarks.md and assets/ (default: docs; with --quick, --out)"
+        "--docs", type=Path, help="folder of the pages, their tables/ and assets/ (default: docs; with --quick, --out)"
     )
     parser.add_argument("--threads", type=int, default=2)
     for benchmark in (*BENCHMARKS.values(), gpu):
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         compiled.run(arguments)
         first_token.run(arguments)
         merging.run(arguments)
+        combined.run(arguments)
         memory_pieces.run(arguments)
         latency_pieces.run(arguments)
     report.write(arguments.out, arguments.docs)

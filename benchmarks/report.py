@@ -1,88 +1,116 @@
-"""Tables and plots from the results' JSON: docs/benchmarks.md between its markers, and docs/assets/*.png."""
+"""Pages, plots and CSV files from the results' JSON: ``python -m benchmarks report``.
+
+A page has markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. What lies between them is made here, so that no figure is
+typed by hand; the text around them is left alone.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import read_result
+from benchmarks.common.results import RESULTS, read_result
+from benchmarks.common.sheets import sheets, write_sheet
 from benchmarks.latency import compiled_report, first_token_report, merging_report
 from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
-from benchmarks.memory import pieces_report
+from benchmarks.memory import combined_report, pieces_report
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report
 from benchmarks.quality import report as quality_report
 
-#: Marker in docs/benchmarks.md and name of the result → the module with its `tables` and `plots`.
-SECTIONS: dict[str, Any] = {
+#: Name of a result, and of the marker of all its figures → the module with its `tables`.
+TABLES: dict[str, Any] = {
     "quality": quality_report,
     "quality-fine": quality_report,
     "encoded": encoded_report,
+    "combined": combined_report,
     "memory": memory_report,
-    "latency": latency_report,
-    "compiled": compiled_report,
-    "first_token": first_token_report,
-    "merging": merging_report,
     "pieces": pieces_report,
+    "latency": latency_report,
+    "merging": merging_report,
+    "compiled": compiled_report,
     "pieces_latency": pieces_latency_report,
+    "first_token": first_token_report,
 }
-#: The same for pages of their own: what the module's `details` gives of every result of these names.
-PAGES: dict[str, tuple[Any, dict[str, str]]] = {
-    "quality-tables.md": (
-        quality_report,
-        {"quality": "The model that ships with the package", "quality-fine": "The finer model"},
-    )
+Results = dict[str, dict[str, Any]]
+#: Marker of what a reader decides by → its parts: the result that a part needs, and what makes it from all results at hand.
+KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
+    "answers": [("quality", quality_report.answers), ("quality", quality_report.conditions)],
+    "answers-short": [("quality", quality_report.answers_short)],
+    "encoded-answers": [("encoded", encoded_report.answers)],
+    "fits": [("combined", combined_report.fits)],
+    "peaks": [("pieces", pieces_report.peaks)],
+    "decoding": [("latency", latency_report.decoding)],
+    "speed": [
+        ("latency", latency_report.verdict),
+        ("compiled", compiled_report.faster),
+        ("merging", merging_report.cost),
+        ("pieces_latency", pieces_latency_report.cost),
+    ],
+    "first-token": [("first_token", first_token_report.sooner)],
 }
+PLOTTED = (combined_report, pieces_report, latency_report, first_token_report)
 
 
 def write(results: Path, docs: Path) -> list[Path]:
     """Make everything that the results at hand allow; returns the files written."""
-    assets = docs / "assets"
-    assets.mkdir(parents=True, exist_ok=True)
-    page = docs / "benchmarks.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "".join(f"{_marker(n)}\n" for n in SECTIONS)
+    found = at_hand(results)
     written = []
-    for name, section in SECTIONS.items():
-        result = read_result(name, results)
-        if result is None:
-            continue
-        text = _replaced(text, name, section.tables(result) + "\n" + _footer(result))
-        written += section.plots(result, assets)
-    page.write_text(text, encoding="utf-8")
-    return [page, *written, *_pages(results, docs)]
+    for path, text in pages(found, docs).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    for name, result in found.items():
+        written += [write_sheet(docs / "tables" / file, lines) for file, lines in sheets(name, result).items()]
+        if TABLES[name] in PLOTTED:
+            written += TABLES[name].plots(result, docs / "assets")
+    return [*written, *quality_report.plot(found, docs / "assets")]
 
 
-def _pages(results: Path, docs: Path) -> list[Path]:
-    written = []
-    for file, (section, titles) in PAGES.items():
-        found = {title: read_result(name, results) for name, title in titles.items()}
-        parts = [
-            f"## {title}\n\n{section.details(result)}\n{_footer(result)}" for title, result in found.items() if result
-        ]
-        if parts:
-            (docs / file).write_text("\n".join([section.TITLE, *parts]), encoding="utf-8")
-            written.append(docs / file)
-    return written
+def at_hand(results: Path = RESULTS) -> Results:
+    """The results that were measured."""
+    found = {name: read_result(name, results) for name in TABLES}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def pages(results: Results, docs: Path) -> dict[Path, str]:
+    """Pages with markers → their text. Where a folder has no page of a benchmark's figures, they get one of their own."""
+    files = [*docs.rglob("*.md"), *(docs.parent.glob("README.md") if docs.name == "docs" else ())]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    made = {name: TABLES[name].tables(result) + "\n" + _footer(name, result) for name, result in results.items()}
+    for name in made:
+        if not any(_marker(name) in text for text in texts.values()):
+            texts[docs / "tables" / f"{name}.md"] = f"# {name}\n\n{_marker(name)}\n<!-- end {name} -->\n"
+    for name, parts in KEY.items():
+        if any(_marker(name) in text for text in texts.values()) and any(needed in results for needed, _ in parts):
+            made[name] = "".join(make(results) for needed, make in parts if needed in results)
+    changed = {}
+    for path, text in texts.items():
+        new = text
+        for name, content in made.items():
+            pattern = rf"({_marker(name)}\n).*?(<!-- end {name} -->)"
+            new = re.sub(pattern, lambda match, own=content: f"{match[1]}\n{own}\n{match[2]}", new, flags=re.S)
+        if any(_marker(name) in text for name in made):
+            changed[path] = new
+    return changed
 
 
 def _marker(name: str) -> str:
-    return f"<!-- begin {name} -->\n<!-- end {name} -->"
+    return f"<!-- begin {name} -->"
 
 
-def _replaced(text: str, name: str, content: str) -> str:
-    pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-    if not re.search(pattern, text, re.S):
-        text += f"\n{_marker(name)}\n"
-    return re.sub(pattern, lambda match: f"{match[1]}{content}{match[2]}", text, flags=re.S)
-
-
-def _footer(result: dict[str, Any]) -> str:
+def _footer(name: str, result: dict[str, Any]) -> str:
+    files = "As CSV: " + ", ".join(f"[{file}]({file})" for file in sheets(name, result)) + ".\n"
+    if "environment" not in result:
+        return files
     where = result["environment"]
     quick = " `--quick`: few cases, rough figures." if result["quick"] else ""
     gpu = f", {where['gpu']}" if where["gpu"] else ""
     return (
-        f"Measured {where['date']}: {where['cpu']}{gpu}, {where['threads']} threads, torch {where['torch']}, transformers "
-        f"{where['transformers']}, bitsandbytes {where['bitsandbytes']}, peft {where['peft']}, seed {where['seed']}.{quick}\n"
+        f"{files}\nMeasured {where['date']}: {where['cpu']}{gpu}, {where['threads']} threads, torch {where['torch']}, "
+        f"transformers {where['transformers']}, bitsandbytes {where['bitsandbytes']}, peft {where['peft']}, seed "
+        f"{where['seed']}.{quick}\n"
     )

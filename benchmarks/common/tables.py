@@ -19,8 +19,3 @@ def percent(value: float, digits: int = 1) -> str:
 def milliseconds(value: float) -> str:
     """Seconds as milliseconds, three digits."""
     return f"{1000 * value:.3g}" if value < 1 else f"{1000 * value:.0f}"
-
-
-def folded(title: str, content: str) -> str:
-    """Content that a reader opens by a click."""
-    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{content}\n</details>\n'

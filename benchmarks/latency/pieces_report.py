@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import milliseconds, table
@@ -28,6 +27,15 @@ def tables(result: dict[str, Any]) -> str:
     return "Time of the prefill, read in pieces and whole:\n\n" + table(header, lines)
 
 
-def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """None."""
-    return []
+def cost(results: dict[str, dict[str, Any]]) -> str:
+    """Reading in pieces over reading whole, a range a model."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for case in results["pieces_latency"]["rows"]:
+        ratio = next(row["ratio"]["median"] for row in case["rows"] if row["way"] == "in pieces")
+        found.setdefault(case["shape"], []).append((case["batch"], ratio))
+    words = [
+        f"{min(ratio for _, ratio in own):.2f} … {max(ratio for _, ratio in own):.2f} ({shape}, "
+        f"{min(own)[0]} to {max(own)[0]} pages)"
+        for shape, own in found.items()
+    ]
+    return f"- A prefill in pieces takes, of its time whole: {'; '.join(words)}.\n"

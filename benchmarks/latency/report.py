@@ -1,73 +1,45 @@
-"""Tables and plots of `benchmarks.latency.measure`."""
+"""Tables and plot of `benchmarks.latency.measure`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from benchmarks.common.figures import save
+from benchmarks.common.figures import bars, panels, save
 from benchmarks.common.scenarios import SCENARIOS
-from benchmarks.common.tables import folded, milliseconds, percent, table
+from benchmarks.common.tables import milliseconds, percent, table
 from trim_plugin.cache.report import format_bytes
 
-RATIOS = ("stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1")
+#: Shown on the page to decide by: scenario and batch of layers of the 11B model's widths.
+SHOWN = {
+    ("page", 1): "one page",
+    ("pages", 1): "8 pages in a row",
+    ("page", 16): "16 pages, a sample each",
+    ("video", 1): "32 video frames",
+}
+WAYS = {"exact": "exact", "kept 0.25": "a quarter of the tokens"}
 
 
 def tables(result: dict[str, Any]) -> str:
     """Decoding and prefill by shape, and what scoring costs."""
-    parts = []
+    parts = [verdict({"latency": result})]
     for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
         cases = [case for case in result["rows"] if case["shape"] == shape]
-        parts += [
-            f"### {shape} ({result['dtype'][shape]})\n",
-            "A decoding step's time over stock's, median; in brackets the 95 % interval of stock against itself:\n",
-            _ratios(cases),
-            folded(f"Every figure of {shape}", _figures(cases)),
+        parts += [f"### {shape} ({result['dtype'][shape]})\n", _figures(cases)]
+    header = ["shape", "scoring, ms", "a self-attention layer, ms", "a cross-attention layer, ms"]
+    lines = [
+        [
+            row["shape"],
+            milliseconds(row["seconds"]["median"]),
+            milliseconds(row["layer_seconds"]["self"]),
+            milliseconds(row["layer_seconds"]["cross"]),
+            percent(row["share_of_40_layers"], 2) if "share_of_40_layers" in row else "–",
+            format_bytes(row["scratch_bytes"]),
         ]
-    parts.append(_verdict(result))
-    parts.append("### What scoring costs (one page, one sample)\n")
-    parts.append(
-        table(
-            [
-                "shape",
-                "scoring, ms",
-                "a self-attention layer, ms",
-                "a cross-attention layer, ms",
-                "share of 40 layers' prefill",
-                "scratch",
-            ],
-            [
-                [
-                    row["shape"],
-                    milliseconds(row["seconds"]["median"]),
-                    milliseconds(row["layer_seconds"]["self"]),
-                    milliseconds(row["layer_seconds"]["cross"]),
-                    percent(row["share_of_40_layers"], 2) if "share_of_40_layers" in row else "–",
-                    format_bytes(row["scratch_bytes"]),
-                ]
-                for row in result["scoring"]
-            ],
-        )
-    )
-    return "\n".join(parts)
-
-
-def _ratios(cases: list[dict[str, Any]]) -> str:
-    lines = []
-    for case in cases:
-        rows = {row["way"]: row for row in case["rows"]}
-        low, high = rows["stock again"]["step_ratio_interval"]
-        ratios = [
-            f"{rows[way]['step_ratio']['median']:.3f}" + (f" [{low:.3f} … {high:.3f}]" if way == "stock again" else "")
-            if way in rows
-            else "–"
-            for way in RATIOS
-        ]
-        stock = rows["stock"]["step_seconds"]["median"]
-        lines.append([SCENARIOS[case["scenario"]].title, str(case["batch"]), milliseconds(stock), *ratios])
-    return table(["scenario", "batch", "stock, ms", *RATIOS], lines)
+        for row in result["scoring"]
+    ]
+    scoring = table([*header, "share of 40 layers' prefill", "scratch"], lines)
+    return "\n".join([*parts, "### What scoring costs (one page, one sample)\n", scoring])
 
 
 def _figures(cases: list[dict[str, Any]]) -> str:
@@ -78,10 +50,6 @@ def _figures(cases: list[dict[str, Any]]) -> str:
         "step, ms",
         "tokens/s",
         "step / stock (95 % interval of the median; quartiles)",
-        "roofline",
-        "roofline reached",
-        "prefill, ms",
-        "prefill / stock",
     ]
     lines = []
     for case in cases:
@@ -101,7 +69,7 @@ def _figures(cases: list[dict[str, Any]]) -> str:
                     f"{row['prefill_ratio']['median']:.3f}",
                 ]
             )
-    return table(header, lines)
+    return table([*header, "roofline", "roofline reached", "prefill, ms", "prefill / stock"], lines)
 
 
 def slower_than_stock(case: dict[str, Any], way: str = "exact") -> bool:
@@ -110,56 +78,45 @@ def slower_than_stock(case: dict[str, Any], way: str = "exact") -> bool:
     return way in intervals and intervals[way][0] > max(1.0, intervals["stock again"][1])
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    cases = result["rows"]
+def verdict(results: dict[str, dict[str, Any]]) -> str:
+    """Where exact mode is slower than stock, and how near trimmed ways come to what reading memory allows."""
+    cases = results["latency"]["rows"]
     slower = [
         f"{case['shape']}, {case['scenario']}, batch {case['batch']}" for case in cases if slower_than_stock(case)
     ]
-    exact = f"Exact mode decodes slower than stock beyond the noise in {len(slower)} of {len(cases)} cases"
-    text = exact + (f": {'; '.join(slower)}.\n" if slower else ".\n")
-    trimmed = [
-        row["roofline_share"]
-        for case in cases
-        if case["shape"] != "small"
-        for row in case["rows"]
-        if row["way"].startswith("kept")
-    ]
-    if trimmed:
-        reached = sum(share >= 0.9 for share in trimmed)
-        text += (
-            f"\nAt random shapes trimmed ways reach 0.9 of the roofline's ratio in {reached} of {len(trimmed)} cases.\n"
-        )
-    return text
+    exact = f"- Exact mode decodes slower than stock beyond the noise in {len(slower)} of {len(cases)} cases"
+    return exact + (f": {'; '.join(slower)}.\n" if slower else ".\n")
+
+
+def _shown(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Title → way → row, of what the page shows."""
+    cases = {(case["scenario"], case["batch"]): case for case in result["rows"] if case["shape"] == "11b-layers"}
+    return {
+        title: {row["way"]: row for row in cases[place]["rows"]} for place, title in SHOWN.items() if place in cases
+    }
+
+
+def decoding(results: dict[str, dict[str, Any]]) -> str:
+    """A decoding step's time over stock's and the noise, for the first page: a line a scenario."""
+    lines = []
+    for title, rows in _shown(results["latency"]).items():
+        exact, quarter = (f"{rows[way]['step_ratio']['median']:.2f}" for way in WAYS)
+        low, high = rows["stock again"]["step_ratio_interval"]
+        lines.append(f"- {title}: {exact} exact, {quarter} with a quarter kept (stock again {low:.2f} … {high:.2f})\n")
+    return "".join(lines)
 
 
 def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """Step time over stock's beside the roofline."""
-    written = []
-    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        own = [case for case in result["rows"] if case["shape"] == shape]
-        ways = ["stock again", "exact", "kept 0.5", "kept 0.25", "kept 0.1"]
-        figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-        width = 0.8 / len(ways)
-        for number, way in enumerate(ways):
-            places, heights, errors, roofs = [], [], [[], []], []
-            for place, case in enumerate(own):
-                row = next((row for row in case["rows"] if row["way"] == way), None)
-                if row is None:
-                    continue
-                middle = row["step_ratio"]["median"]
-                places.append(place + number * width - 0.4 + width / 2)
-                heights.append(middle)
-                errors[0].append(max(0.0, middle - row["step_ratio_interval"][0]))
-                errors[1].append(max(0.0, row["step_ratio_interval"][1] - middle))
-                roofs.append(row["roofline_ratio"])
-            axes.bar(places, heights, width, yerr=errors, error_kw={"lw": 0.6}, label=way)
-            axes.scatter(
-                places, roofs, marker="_", color="black", s=25, zorder=3, label="roofline" if number == 0 else None
-            )
-        axes.axhline(1.0, color="grey", lw=0.6)
-        axes.set_xticks(range(len(own)), [f"{case['scenario']}\n{case['batch']}" for case in own], fontsize=7)
-        axes.set_ylabel("step time / stock's")
-        axes.set_title(f"{shape}: a decoding step, by scenario and batch size", fontsize=10)
-        axes.legend(fontsize=7, ncols=3)
-        written.append(save(figure, assets / f"latency-{shape}.png"))
-    return written
+    """Step time over stock's, at the 11B model's widths."""
+    shown = _shown(result)
+    if not shown:
+        return []
+    figure, axes = panels(4.2)
+    ways = {
+        title: [rows[way]["step_ratio"]["median"] for rows in shown.values()]
+        for way, title in (("stock again", "stock again (noise)"), *WAYS.items())
+    }
+    bars(axes, [title.replace(", ", ",\n") for title in shown], ways, ".2f")
+    axes.axvline(1.0, color="0.3", lw=0.8, zorder=1)
+    axes.set_xlabel("time of a decoding step / stock's; shorter is faster")
+    return [save(figure, assets / "latency.png", legend=3)]

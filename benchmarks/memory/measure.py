@@ -25,7 +25,7 @@ from benchmarks.common.models import DTYPE, finish, load_shape, random_model, sh
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.memory import pieces
+from benchmarks.memory import combined, pieces
 from trim_plugin import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import KV_FORMATS
@@ -285,6 +285,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     if arguments.pieces:
         return pieces.run(arguments)
+    if arguments.combined:
+        return combined.run(arguments)
     wanted = cases(arguments)
     rows: list[dict[str, Any]] = []
     result = {
@@ -319,3 +321,4 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     pieces.add_arguments(parser)
+    parser.add_argument("--combined", action="store_true", help="memory: weights, adapter and cache at 11B, calculated")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from benchmarks.common.figures import save
+from benchmarks.common.figures import colour, panels, save
 from benchmarks.common.tables import table
 from trim_plugin.cache.report import format_bytes
 
@@ -31,10 +29,6 @@ def tables(result: dict[str, Any]) -> str:
             cells.append("–" if row is None else f"{format_bytes(_peak(row))} ({format_bytes(row['planned'])})")
         lines.append([str(batch), *cells])
     parts.append(table(["batch", *ways], lines))
-    ratios = sorted(row["planned"] / _peak(row) for row in good)
-    if ratios:
-        middle = ratios[len(ratios) // 2]
-        parts.append(f"Planned / measured: {ratios[0]:.2f} … {middle:.2f} … {ratios[-1]:.2f} in {len(ratios)} cases.\n")
     parts += [f"- {line}\n" for line in _ratios(found)]
     if result["fits"]:
         parts.append(f"\nThe largest batch within {format_bytes(result['limit'])} over the weights, found by trying:\n")
@@ -72,15 +66,32 @@ def _ratios(found: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     return lines
 
 
+def peaks(results: dict[str, dict[str, Any]]) -> str:
+    """Measured peaks of one batch, and how far the planner is from them."""
+    rows = [row for row in results["pieces"]["rows"] if "error" not in row]
+    found = {(row["way"], row["batch"]): _peak(row) for row in rows}
+    both = [batch for way, batch in found if way == "stock" and ("in pieces", batch) in found]
+    if not both:
+        return ""
+    stock, pieces = (found[way, max(both)] for way in ("stock", "in pieces"))
+    ratios = sorted(row["planned"] / _peak(row) for row in rows)
+    return (
+        f"Measured over the weights, {max(both)} pages in one call: {format_bytes(stock)} stock, {format_bytes(pieces)} in "
+        f"pieces ({pieces / stock:.2f} of it). The planner's figure was {ratios[0]:.2f} … {ratios[-1]:.2f} of the measured one "
+        f"in {len(ratios)} cases.\n"
+    )
+
+
 def plots(result: dict[str, Any], assets: Path) -> list[Path]:
     """Peak against the batch."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, axes = panels(3.1)
     good = [row for row in result["rows"] if "error" not in row]
-    for way in dict.fromkeys(row["way"] for row in good):
+    for way in [way for way in ("stock", "in pieces") if any(row["way"] == way for row in good)]:
         own = sorted((row["batch"], _peak(row) / 2**30) for row in good if row["way"] == way)
-        axes.plot([batch for batch, _ in own], [size for _, size in own], marker="o", label=way)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("batch (one picture of four tiles each)")
+        axes.plot(*zip(*own, strict=True), marker="o", color=colour(way), label=way)
+        axes.annotate(f"{way}, {own[-1][1]:.1f}", own[-1], (0, 8), textcoords="offset points", ha="right")
+    axes.set_xlabel("pages in one call")
     axes.set_ylabel("peak over the weights, GiB")
-    axes.legend(fontsize=7)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
     return [save(figure, assets / "pieces.png")]

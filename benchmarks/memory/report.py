@@ -1,19 +1,12 @@
-"""Tables and plots of `benchmarks.memory.measure`."""
+"""Tables of `benchmarks.memory.measure`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from benchmarks.common.figures import save
 from benchmarks.common.scenarios import SCENARIOS
-from benchmarks.common.tables import folded, percent, table
+from benchmarks.common.tables import percent, table
 from trim_plugin.cache.report import format_bytes
-
-#: Caches that every kind of weights was measured with.
-COMBINED = ("stock dynamic", "exact", "ratio 0.25", "kept 0.25", "ratio 0.25, nf4 KV", "kept 0.25, nf4 KV")
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -23,9 +16,7 @@ def tables(result: dict[str, Any]) -> str:
     for shape in dict.fromkeys(row["shape"] for row in good):
         own = [row for row in good if row["shape"] == shape]
         parts += [f"### {shape}\n", "Cross KV held while decoding, one sample:\n", _cross_kv(own)]
-        combined = [row for row in own if (row["scenario"], row["batch"]) == ("page", 1) and row["cache"] in COMBINED]
-        parts += ["One document page, by weights and adapter:\n", _cases(combined)]
-        parts.append(folded(f"Every case of {shape}", _cases(own)))
+        parts += ["Every case:\n", _cases(own)]
     planned = [row for row in good if "planned" in row]
     if planned:
         parts.append("### The planner against these measurements\n")
@@ -110,35 +101,3 @@ def _planner_table(rows: list[dict[str, Any]]) -> str:
         "peak of generation, planned / measured (lowest … median … highest)",
     ]
     return table(header, lines)
-
-
-def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """Cross KV by scenario and cache."""
-    written = []
-    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        own = [
-            row
-            for row in result["rows"]
-            if row["shape"] == shape
-            and "error" not in row
-            and row["batch"] == 1
-            and not row["lora"]
-            and row["weights"] in ("float32", "bfloat16")
-        ]
-        wanted = [name for name in dict.fromkeys(row["cache"] for row in own) if name != "stock static"]
-        names = [name for name in SCENARIOS if any(row["scenario"] == name for row in own)]
-        if not names:
-            continue
-        figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-        width = 0.8 / len(wanted)
-        for number, cache in enumerate(wanted):
-            found = {row["scenario"]: row["cross_kv"] / 2**20 for row in own if row["cache"] == cache}
-            places = [n + number * width - 0.4 + width / 2 for n, name in enumerate(names) if name in found]
-            axes.bar(places, [found[name] for name in names if name in found], width, label=cache)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_yscale("log")
-        axes.set_ylabel("cross KV, MiB")
-        axes.set_title(f"{shape}: cross-attention KV held while decoding, one sample", fontsize=10)
-        axes.legend(fontsize=7, ncols=2)
-        written.append(save(figure, assets / f"memory-{shape}.png"))
-    return written

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import percent, table
 from benchmarks.quality.report import MISSING, agreement, points
 
 RULES = ("stock", "encoded", "k-center, merged", "paper, merged")
-HEADER = (
-    "",
-    "kept of visible",
-    "bytes of the whole",
-    "right",
-    "change, points (95 %)",
-    "same as stock (95 %)",
-    "follow-up: change",
-    "follow-up: same",
-)
+HEADER = ("", "kept of visible", "bytes of the whole", "right", "change, points (95 %)", "same as stock (95 %)")
 
 
 def tables(result: dict[str, Any]) -> str:
     """A table for every set of scenes."""
     parts = [
-        f"{result['questions']} questions about {result['scenes']} held-out scenes of each set, as many follow-ups. *Encoded* "
-        "pictures were compacted by k-center and merging before any question; the rules below them choose when the question is "
-        "known, and their first cross-attention layer reads the whole picture once.\n"
+        f"{result['questions']} questions about {result['scenes']} held-out scenes of each set, as many follow-ups.\n"
     ]
     for where in dict.fromkeys(row["where"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["where"] == where]
         rows.sort(key=lambda row: (RULES.index(row["rule"]), -row["kept_share"]))
-        parts += [f"#### {where} scenes\n", table(HEADER, map(_cells, rows))]
+        header = [*HEADER, "follow-up: change", "follow-up: same"]
+        parts += [f"#### {where} scenes\n", table(header, map(_cells, rows))]
     return "\n".join(parts)
 
 
@@ -50,6 +39,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """None: the tables say it."""
-    return []
+def answers(results: dict[str, dict[str, Any]]) -> str:
+    """What compacting before any question costs, in one line a share."""
+    lines = []
+    for share in (0.25, 0.1):
+        rows = [row for row in results["encoded"]["rows"] if (row["rule"], row["parameter"]) == ("encoded", share)]
+        same = sorted(row["agreement"] for row in rows)
+        if rows:
+            changes = " and ".join(f"{100 * row['change']:+.1f}" for row in rows)
+            lines.append(
+                f"- Compacted to {percent(share, 0)}: {100 * same[0]:.1f} … {percent(same[-1])} of the small model's answers are "
+                f"stock's, {changes} points on {len(rows)} sets of questions."
+            )
+    return "\n".join(lines) + "\n"

@@ -1,86 +1,73 @@
-"""Tables and plots of `benchmarks.quality.measure`: an overview, and every figure for a page of its own."""
+"""Tables and plot of `benchmarks.quality.measure`: every setting of one model, and both models side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from benchmarks.common.figures import save
+from benchmarks.common.figures import colour, panels, save
 from benchmarks.common.tables import percent, table
 
-TITLE = """# Quality: every figure
-
-Made by `python -m benchmarks quality`; what it means is in [Benchmarks](benchmarks.md#quality). *kept of visible* is measured:
-the paper's rule keeps a union over heads, more than its ratio. *follow-up* is a second question in the same conversation, after
-stock's first answer.
-"""
-#: Scene sets, the one that the overview and the plot show first.
+#: Name of the result → what the pages call the model.
+MODELS = {"quality": "small", "quality-fine": "fine"}
+#: Scene sets, the one that the pages show first.
 SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
-#: Kept shares of the overview.
-SHARES = (0.25, 0.15, 0.1, 0.05)
+#: What both models are compared on: rule and parameter → how a user writes it.
+SETTINGS = {
+    ("paper, merged", 0.15): "`top_k_ratio=0.15`, the default",
+    ("paper, merged", 0.1): "`top_k_ratio=0.1`",
+    ("k-center, merged", 0.25): "`KCenter(0.25)`",
+    ("k-center, merged", 0.1): "`KCenter(0.1)`",
+    ("k-center, merged", 0.05): "`KCenter(0.05)`",
+    ("random, merged", 0.1): "random tokens, merged",
+    ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
+}
+SHORT = (("paper, merged", 0.15), ("k-center, merged", 0.1), ("paper, dropped", 0.1))
+PLOTTED = {
+    "paper, merged": "default rule (merged)",
+    "k-center, merged": "KCenter (merged)",
+    "random, merged": "random tokens, merged",
+    "paper, dropped": "the paper's rule (dropped)",
+}
 MISSING = "–"
 Row = dict[str, Any]
+Results = dict[str, dict[str, Any]]
 
 
-def points(row: dict[str, Any]) -> str:
+def points(row: Row) -> str:
     """The change to stock in percentage points, with its interval."""
     low, high = row["change_interval"]
     return f"{100 * row['change']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
-def agreement(row: dict[str, Any]) -> str:
+def agreement(row: Row) -> str:
     """The share of answers that are stock's, with its interval."""
     low, high = row["agreement_interval"]
     return f"{percent(row['agreement'])} ({100 * low:.1f} … {100 * high:.1f})"
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What matters: every rule at a few kept shares, and the conditions."""
-    stock = next(row for row in result["rows"] if row["where"] == _shown(result) and row["rule"] == "stock")
-    parts = [
-        f"{result['questions']} questions about {result['scenes']} held-out scenes, of which stock answers "
-        f"{percent(stock['accuracy'])} rightly, and as many follow-up questions in the same conversation, on "
-        f"{SETS[_shown(result)]}.\n",
-        _overview(result),
-        _conditions(result),
-        "[Every setting, both sets of scenes, with intervals](quality-tables.md)\n",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def details(result: dict[str, Any]) -> str:
-    """Every row that was measured."""
-    header = [
-        "rule",
-        "parameter",
-        "kept of visible",
-        "accuracy",
-        "change, points (95 %)",
-        "same as stock (95 %)",
-        "follow-up: accuracy",
-        "follow-up: change, points",
-        "follow-up: same as stock",
-    ]
+    """Every row that was measured, by scenes and conditions."""
+    header = ["rule", "parameter", "kept of visible", "cross KV of stock's", "accuracy", "change, points (95 %)"]
+    header += ["same as stock (95 %)", "follow-up: accuracy", "follow-up: change, points", "follow-up: same as stock"]
     parts = []
-    for where in [*SETS, *_condition_names(result)]:
+    for where in dict.fromkeys([*SETS, *(row["where"] for row in result["rows"])]):
         rows = [row for row in result["rows"] if row["where"] == where]
+        rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
         if rows:
-            rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
-            lines = [_line(row) for row in rows]
-            parts.append(
-                f"### {where[0].upper()}{where[1:]}\n\n{rows[0]['questions']} questions.\n\n{table(header, lines)}"
-            )
+            about = f", {SETS[where]}" if where in SETS else ""
+            title = f"### {where[0].upper()}{where[1:]}{about}\n\n{rows[0]['questions']} questions.\n\n"
+            parts.append(title + table(header, map(_line, rows)))
     return "\n".join(parts)
 
 
-def _line(row: dict[str, Any]) -> list[str]:
+def _line(row: Row) -> list[str]:
     stock, second = row["rule"] == "stock", row["follow_up"]
     return [
         row["rule"],
         MISSING if row["parameter"] is None else f"{row['parameter']:g}",
         percent(row["kept_share"]),
+        percent(row["cross_kv_ratio"]),
         percent(row["accuracy"]),
         MISSING if stock else points(row),
         MISSING if stock else agreement(row),
@@ -90,102 +77,75 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def nearest(rows: list[Row], share: float) -> Row | None:
-    """The setting that kept about this share, within a fifth of it; None if there is none.
-
-    Example:
-        >>> nearest([{"kept_share": 0.2}, {"kept_share": 0.24}], 0.25), nearest([{"kept_share": 0.5}], 0.25)
-        ({'kept_share': 0.24}, None)
-    """
-    best = min(rows, key=lambda row: abs(row["kept_share"] - share), default=None)
-    return best if best is not None and abs(best["kept_share"] - share) <= 0.2 * share else None
-
-
-def _families(result: dict[str, Any]) -> list[str]:
-    return [name for name in dict.fromkeys(row["rule"] for row in result["rows"]) if name not in ("stock", "exact")]
-
-
-def _overview(result: dict[str, Any]) -> str:
-    where = _shown(result)
+def answers(results: Results, settings: tuple[tuple[str, float], ...] = tuple(SETTINGS)) -> str:
+    """Both models side by side: every setting, a line a model."""
+    models = {name: _rows(results[result]) for result, name in MODELS.items() if result in results}
     lines = []
-    for family in _families(result):
-        cells = [family]
-        for share in SHARES:
-            row = nearest([row for row in result["rows"] if row["where"] == where and row["rule"] == family], share)
-            figures = (row["agreement"], row["follow_up"]["agreement"]) if row else ()
-            cells.append(f"{100 * row['change']:+.1f}; {', '.join(map(percent, figures))}" if row else MISSING)
-        lines.append(cells)
-    header = ["rule", *(f"about {percent(share, 0)} kept: points; same as stock, follow-up same" for share in SHARES)]
-    return table(header, lines)
-
-
-def _conditions(result: dict[str, Any]) -> str:
-    """The merged rules under every condition; changes are to the same model with stock's cache."""
-    lines = []
-    for name in _condition_names(result):
-        for row in result["rows"]:
-            if row["where"] == name and row["rule"].endswith("merged"):
-                lines.append(
-                    [
-                        name,
-                        f"{row['rule']} {row['parameter']:g}",
-                        percent(row["kept_share"]),
-                        percent(row["cross_kv_ratio"]),
-                        points(row),
-                        percent(row["agreement"]),
-                        percent(row["follow_up"]["agreement"]),
-                    ]
-                )
-    if not lines:
-        return ""
-    header = [
-        "condition",
-        "rule",
-        "kept of visible",
-        "cross KV of stock's",
-        "points (95 %)",
-        "same as stock",
-        "follow-up same",
+    for setting in settings:
+        for name, rows in models.items():
+            if row := rows.get(setting):
+                title = SETTINGS[setting] if name == next(iter(models)) else ""
+                same = (_share(turn["agreement"]) for turn in (row, row["follow_up"]))
+                lines.append([title, name, percent(row["kept_share"], 0), points(row), *same])
+    header = ["setting", "model", "kept", "accuracy, points (95 %)", "same answer", "same second answer"]
+    asked = [
+        f"{rows['stock', None]['questions']:,} ({name}, right on {percent(rows['stock', None]['accuracy'], 0)} with stock)"
+        for name, rows in models.items()
+        if ("stock", None) in rows
     ]
-    return "Against the same model with stock's cache:\n\n" + table(header, lines)
+    return f"Questions: {'; '.join(asked)}.\n\n" + table(header, lines)
 
 
-def _condition_names(result: dict[str, Any]) -> list[str]:
-    return [name for name in dict.fromkeys(row["where"] for row in result["rows"]) if name not in SETS]
+def _share(value: float) -> str:
+    """A share of answers; what is not all of them is not called 100 %."""
+    return "> 99.9 %" if 0.9995 <= value < 1 else percent(value)
 
 
-def _shown(result: dict[str, Any]) -> str:
-    """The scene set of the overview and the plot: the one with most rows."""
-    return max(SETS, key=lambda name: sum(row["where"] == name for row in result["rows"]))
+def answers_short(results: Results) -> str:
+    """The same for the first page."""
+    return answers(results, SHORT)
 
 
-def plots(result: dict[str, Any], assets: Path) -> list[Path]:
-    """Agreement with stock against the kept share: the question, and the follow-up."""
-    where = _shown(result)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True)
-    for number, family in enumerate(_families(result)):
-        rows = sorted(
-            (row for row in result["rows"] if row["where"] == where and row["rule"] == family),
-            key=lambda row: row["kept_share"],
-        )
-        style = {"marker": "os^vD<>P"[number % 8], "ms": 3, "lw": 1, "elinewidth": 0.6, "label": family}
-        style["ls"] = "-" if family.endswith(", merged") else ":"
-        for panel, turn in zip(axes, ("first", "follow_up"), strict=True):
-            own = [row if turn == "first" else row[turn] for row in rows]
-            middle = [part["agreement"] for part in own]
-            errors = [
-                [max(0.0, part["agreement"] - part["agreement_interval"][0]) for part in own],
-                [max(0.0, part["agreement_interval"][1] - part["agreement"]) for part in own],
-            ]
-            panel.errorbar([row["kept_share"] for row in rows], middle, yerr=errors, color=f"C{number}", **style)
-    for panel, title in zip(axes, ("the question", "another question in the same conversation"), strict=True):
-        panel.set_title(title, fontsize=10)
-        panel.set_xscale("log")
-        ticks = (0.025, 0.05, 0.1, 0.25, 0.5)
-        panel.set_xticks(ticks, [percent(tick, 1 if tick < 0.05 else 0) for tick in ticks])
-        panel.minorticks_off()
-        panel.set_xlabel("kept share of visible tokens (measured)")
-        panel.set_ylabel("answers that are stock's")
-    axes[0].legend(fontsize=7)
-    name = "quality" if result["model"] == "shipped" else f"quality-{result['model']}"
-    return [save(figure, assets / f"{name}.png")]
+def conditions(results: Results) -> str:
+    """What quantized weights and caches and an adapter change in what the merged rules lose: the worst case of each model."""
+    kinds: dict[str, None] = {}
+    worst = []
+    for result, name in MODELS.items():
+        rows = [row for row in results.get(result, {"rows": []})["rows"] if row["where"] not in SETS]
+        rows = [row for row in rows if row["rule"].endswith("merged")]
+        kinds |= dict.fromkeys(row["where"] for row in rows)
+        if rows:
+            worst.append(f"{points(min(rows, key=lambda row: row['change']))} points of {len(rows)} cases ({name})")
+    return f"\nMerged under other conditions ({'; '.join(kinds)}), at worst: {'; '.join(worst)}.\n" if worst else ""
+
+
+def _rows(result: dict[str, Any]) -> dict[tuple[str, float | None], Row]:
+    """Rule and parameter → row, of the scene set that the pages show: the one with most rows."""
+    shown = max(SETS, key=lambda name: sum(row["where"] == name for row in result["rows"]))
+    return {(row["rule"], row["parameter"]): row for row in result["rows"] if row["where"] == shown}
+
+
+def plot(results: Results, assets: Path) -> list[Path]:
+    """Agreement with stock against the kept share: the question and the follow-up, a column a model."""
+    models = {name: _rows(results[result]) for result, name in MODELS.items() if result in results}
+    if not models:
+        return []
+    figure, axes = panels(5.6, 2, len(models), sharex=True, sharey=True, squeeze=False)
+    for column, (name, rows) in enumerate(models.items()):
+        for line, (turn, title) in enumerate((("first", "first"), ("follow_up", "second"))):
+            panel = axes[line, column]
+            panel.set_title(f"{name} model, {title} question")
+            panel.set_xscale("log")
+            panel.set_xticks([0.02, 0.05, 0.1, 0.25, 0.6], ["2", "5", "10", "25", "60"])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            for rule, label in PLOTTED.items():
+                own = sorted((row for row in rows.values() if row["rule"] == rule), key=lambda row: row["kept_share"])
+                shares = [100 * (row if turn == "first" else row[turn])["agreement"] for row in own]
+                style = {"marker": "o", "ms": 4, "ls": ":" if rule == "paper, dropped" else "-"}
+                panel.plot([row["kept_share"] for row in own], shares, color=colour(rule), label=label, **style)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("same answer as stock, %")
+    for panel in axes[-1]:
+        panel.set_xlabel("visual tokens kept, %")
+    return [save(figure, assets / "quality.png", legend=2)]

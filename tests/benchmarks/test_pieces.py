@@ -86,7 +86,8 @@ def test_the_report_says_ratios_and_what_fits(tmp_path):
     text = pieces_report.tables(json.loads(json.dumps(result)))
     assert "batch 16, in pieces over stock: 0.11" in text
     assert "in pieces, batch 32 over batch 8: 1.20" in text
-    assert "0.50 … 0.50 … 0.50" in text
+    assert "16 pages in one call: 1000 B stock, 110 B in pieces (0.11 of it)" in pieces_report.peaks({"pieces": result})
+    assert "0.50 … 0.50 of the measured one in 4 cases" in pieces_report.peaks({"pieces": result})
     assert "at least 64" in text
     assert "RuntimeError: no memory" in text
     assert pieces_report.plots(result, tmp_path)[0].is_file()
@@ -103,3 +104,4 @@ def test_time_is_measured_in_turns(small):
     assert case["rows"][0]["ratio"]["median"] == 1
     text = latency_report.tables({"rows": [case], "environment": environment()})
     assert "small, batch 2" in text
+    assert "(small, 2 to 2 pages)" in latency_report.cost({"pieces_latency": {"rows": [case]}})

@@ -7,7 +7,6 @@ from benchmarks import report
 from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.quality import measure as quality
 from benchmarks.quality import questions
-from benchmarks.quality import report as quality_report
 from benchmarks.quality.conditions import Condition
 from benchmarks.quality.rules import Rule
 from trim_plugin import TrimConfig, TrimmedCache
@@ -29,13 +28,6 @@ def few(monkeypatch):
     monkeypatch.setattr(Condition, "rules", lambda self: [Rule("paper, merged", 0.1, {"top_k_ratio": 0.1})])
 
 
-def test_the_overview_takes_the_setting_that_kept_about_a_share():
-    rows = [{"kept_share": share} for share in (0.4, 0.28, 0.23)]
-    assert quality_report.nearest(rows, 0.25) == {"kept_share": 0.23}
-    assert quality_report.nearest(rows, 0.1) is None
-    assert quality_report.nearest([], 0.1) is None
-
-
 def test_quality_writes_what_the_report_reads(tmp_path, few):
     result = quality.run(arguments(tmp_path))
     evaluation = {row["rule"]: row for row in result["rows"] if row["where"] == "evaluation"}
@@ -46,10 +38,11 @@ def test_quality_writes_what_the_report_reads(tmp_path, few):
     assert 0 < paper["kept_share"] < 1
     assert result["questions"] == 20
     assert [row["where"] for row in result["rows"]] == ["evaluation"] * 3 + ["fresh"] * 3 + ["bf16 weights"] * 2
-    page, plot, tables = report.write(tmp_path, tmp_path / "docs")
+    page, sheet, plot = report.write(tmp_path, tmp_path / "docs")
     text = page.read_text(encoding="utf-8")
-    assert "| bf16 weights | paper, merged 0.1 |" in text
-    assert "| paper, dropped | 0.1 |" in tables.read_text(encoding="utf-8")
+    assert "### Bf16 weights" in text
+    assert "| paper, dropped | 0.1 |" in text
+    assert len(sheet.read_text(encoding="utf-8").splitlines()) == 1 + len(result["rows"])
     assert plot.stat().st_size < 200_000
     report.write(tmp_path, tmp_path / "docs")
     assert page.read_text(encoding="utf-8") == text

@@ -150,7 +150,7 @@ def self_kv_bytes(config: MllamaConfig, batch: int, tokens: int, element: int = 
 def dequantized_scratch(config: MllamaConfig, weights: str) -> int:
     """Bytes of the largest 4-bit weight in 16 bits, which bitsandbytes makes while several rows are multiplied with it; else 0.
 
-    On a CPU its kernels take several times that, which `docs/benchmarks.md` shows.
+    On a CPU its kernels take several times that, which `docs/tables/memory.md` shows.
 
     Example:
         >>> dequantized_scratch(built_in_config("11b"), "nf4") == 4096 * 14336 * 2
