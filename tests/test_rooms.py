@@ -29,6 +29,7 @@ ORDER = (
     "kv_formats",
     "rules",
     "attention",
+    "durable",
     "deferred",
     "compat",
 )

@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
+
+from trim_plugin.durable import append_lines, check_settings, draft_of, whole_lines, write_whole
 
 
 class Results:
@@ -66,14 +68,11 @@ class Results:
             for result in results:
                 if result["id"] not in self.ids:
                     self._note(result)
-                    new.append(json.dumps(result, ensure_ascii=False) + "\n")
+                    new.append(result)
             if new:
-                with self.file.open("ab") as file:
-                    _drop_partial_line(file, self._seen)
-                    file.write("".join(new).encode("utf-8", errors="replace"))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self._seen, self._inode = file.tell(), os.fstat(file.fileno()).st_ino
+                append_lines(self.file, new)
+                status = self.file.stat()
+                self._seen, self._inode = status.st_size, status.st_ino
             return len(new)
 
     def forget_errors(self, ids: Collection[str]) -> None:
@@ -83,14 +82,10 @@ class Results:
             gone = self.failed.intersection(ids)
             if not gone:
                 return
-            whole = self.file.read_bytes()[: self._seen]
-            kept = [line for line in _lines(whole) if str(json.loads(line)["id"]) not in gone]
-            draft = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
-            with draft.open("wb") as file:
-                file.write(b"".join(line + b"\n" for line in kept))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.file)
+            lines, _ = whole_lines(self.file.read_bytes())
+            kept = [line for line in lines if str(json.loads(line)["id"]) not in gone]
+            with draft_of(self.file) as draft:
+                draft.write_bytes(b"".join(line + b"\n" for line in kept))
             self._catch_up()
 
     def _catch_up(self) -> None:
@@ -104,9 +99,8 @@ class Results:
                 self.failed.clear()
                 self._seen, self._inode = 0, inode
             file.seek(self._seen)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in _lines(whole):
+            lines, length = whole_lines(file.read())
+        for line in lines:
             try:
                 self._note(json.loads(line))
             except (ValueError, TypeError, KeyError):
@@ -114,7 +108,7 @@ class Results:
                 raise ValueError(
                     f"{self.file} is no file of results: {shown!r} stands in it. Give another file."
                 ) from None
-        self._seen += len(whole)
+        self._seen += length
 
     def _note(self, result: Mapping[str, Any]) -> None:
         self.ids.add(str(result["id"]))
@@ -123,25 +117,7 @@ class Results:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.file.with_name(f"{self.file.name}.settings.json")
-        if not self.file.is_file() or not file.is_file():
-            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for name in sorted(set(before) | set(settings)):
-            if before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{self.file} holds the results of another run ({name} was {before.get(name)!r}, now "
-                    f"{settings.get(name)!r}). Give another file, or remove this one."
-                )
-
-
-def _lines(data: bytes) -> list[bytes]:
-    return [line for line in data.split(b"\n") if line.strip()]
-
-
-def _drop_partial_line(file: BinaryIO, end: int) -> None:
-    """Cut what a process that was killed while it wrote has left after the last whole line."""
-    file.seek(0, os.SEEK_END)
-    if file.tell() > end:
-        file.truncate(end)
-        file.seek(end)
+        if self.file.is_file() and file.is_file():
+            check_settings(file, settings, f"{self.file} holds the results", "file")
+        else:
+            write_whole(file, json.dumps(settings, indent=2) + "\n")

@@ -37,6 +37,7 @@ from trim_plugin.commands.loading import (
     settings_of,
 )
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.durable import write_whole
 from trim_plugin.evaluation import (
     MATCHES,
     Answer,
@@ -49,7 +50,6 @@ from trim_plugin.evaluation import (
     report_html,
     summarize,
     whole_ways,
-    write_whole,
 )
 from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
 from trim_plugin.pictures.prompting import build_inputs, open_picture

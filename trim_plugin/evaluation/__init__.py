@@ -3,7 +3,7 @@
 `trim-plugin eval` is this package with a command line.
 """
 
-from trim_plugin.evaluation.log import Answer, AnswerLog, write_whole
+from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.page import Shown, report_html
 from trim_plugin.evaluation.questions import QUESTIONS, Question, read_questions
 from trim_plugin.evaluation.run import Way, evaluate, ways_for
@@ -24,5 +24,4 @@ __all__ = [
     "summarize",
     "ways_for",
     "whole_ways",
-    "write_whole",
 ]

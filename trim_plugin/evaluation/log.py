@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from trim_plugin.durable import append_lines, check_settings, whole_lines, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,36 +100,23 @@ class AnswerLog:
         self._file = folder / f"answers-{process}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(dict(settings))
-        if self._file.is_file():
-            kept = list(_whole_lines(self._file))
-            write_whole(self._file, "".join(f"{line}\n" for line in kept))
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / "settings.json"
-        if not file.is_file():
+        if file.is_file():
+            check_settings(file, settings, f"{self.folder} holds answers", "folder")
+        else:
             write_whole(file, json.dumps(settings, indent=2) + "\n")
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for name in sorted(set(before) | set(settings)):
-            if before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{self.folder} holds answers of another run ({name} was {before.get(name)!r}, now "
-                    f"{settings.get(name)!r}). Give another folder, or remove this one."
-                )
 
     def add(self, answer: Answer) -> None:
         """Append an answer; it is on disk when this returns."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(answer)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._file, [dataclasses.asdict(answer)])
 
     def answers(self) -> list[Answer]:
         """The answers of all processes, one for each question and way; an answer counts more than an error."""
         found: dict[tuple[str, str], Answer] = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for line in _whole_lines(file):
-                fields = json.loads(line)
+            for fields in _entries(file):
                 lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
                 answer = Answer(**(fields | lists))
                 known = found.get((answer.question, answer.way))
@@ -137,25 +125,10 @@ class AnswerLog:
         return list(found.values())
 
 
-def _whole_lines(file: Path) -> Iterator[str]:
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+def _entries(file: Path) -> Iterator[dict[str, Any]]:
+    """What the file's whole lines hold; one that a failing disk has damaged is answered again."""
+    for line in whole_lines(file.read_bytes())[0]:
         try:
-            json.loads(line)
-        except json.JSONDecodeError:
+            yield json.loads(line)
+        except ValueError:
             continue
-        yield line
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that no other process ever sees half of it.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
-        >>> write_whole(file, "all")
-        >>> file.read_text()
-        'all'
-    """
-    draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from trim_plugin.durable import draft_of
 
 #: Of the file's metadata: what it is, and how it is laid out. A reader knows all versions up to its own.
 KIND, VERSION = "trim_plugin.pictures", 1
@@ -19,24 +19,13 @@ NUMBERS = ("total", "tiles", "most_tiles", "tile_tokens", "rule")
 
 
 def write(path: Path, pictures: Any) -> None:
-    """Write a `Pictures` to a file beside the final one, then put that in its place: no reader ever sees half of it."""
+    """Write a `Pictures`; no reader ever sees half of it."""
     tensors = {name: getattr(pictures, name).detach().cpu().contiguous() for name in TENSORS}
     tensors |= {name: tensors[name].to(torch.int32) for name in ("index", "sizes")}
     fields = {name: getattr(pictures, name) for name in NUMBERS}
     metadata = {"kind": KIND, "version": str(VERSION), "pictures": json.dumps(fields)}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    fresh = Path(name)
-    try:
-        save_file(tensors, fresh, metadata=metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        fresh.chmod(0o666 & ~umask)  # a temporary file is its owner's alone
-        with open(fresh, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with draft_of(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
 
 
 def read(path: Path, device: str | torch.device) -> dict[str, Any]:
