@@ -56,7 +56,7 @@ def tables(result: dict[str, Any]) -> str:
         rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
         if rows:
             about = f", {SETS[where]}" if where in SETS else ""
-            title = f"### {where[0].upper()}{where[1:]}{about}\n\n{rows[0]['questions']} questions.\n\n"
+            title = f"### {where}{about}\n\n{rows[0]['questions']} questions.\n\n"
             parts.append(title + table(header, map(_line, rows)))
     return "\n".join(parts)
 
@@ -87,13 +87,13 @@ def answers(results: Results, settings: tuple[tuple[str, float], ...] = tuple(SE
                 title = SETTINGS[setting] if name == next(iter(models)) else ""
                 same = (_share(turn["agreement"]) for turn in (row, row["follow_up"]))
                 lines.append([title, name, percent(row["kept_share"], 0), points(row), *same])
-    header = ["setting", "model", "kept", "accuracy, points (95 %)", "same answer", "same second answer"]
+    header = ["setting", "model", "kept", "points (95 %)", "same answer", "same second answer"]
     asked = [
-        f"{rows['stock', None]['questions']:,} ({name}, right on {percent(rows['stock', None]['accuracy'], 0)} with stock)"
+        f"{rows['stock', None]['questions']:,} ({name}, stock is right on {percent(rows['stock', None]['accuracy'], 0)})"
         for name, rows in models.items()
         if ("stock", None) in rows
     ]
-    return f"Questions: {'; '.join(asked)}.\n\n" + table(header, lines)
+    return f"Accuracy in points against stock's. Questions: {'; '.join(asked)}.\n\n" + table(header, lines)
 
 
 def _share(value: float) -> str:
