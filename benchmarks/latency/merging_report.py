@@ -39,10 +39,14 @@ def cost(results: dict[str, dict[str, Any]]) -> str:
         for row in case["rows"]:
             ratios.setdefault(row["way"], []).append(row["ratio"]["median"])
     merged, noise = (f"{min(ratios[way]):.2f} … {max(ratios[way]):.2f}" for way in ("merged", "dropped again"))
-    return (
+    text = (
         f"- Decoding over merged tokens takes {merged} of the time over as many dropped ones (noise {noise}; "
-        f"{len(ratios['merged'])} cases).\n"
+        f"{len(ratios['merged'])} cases)"
     )
+    if choosing := results["merging"]["choosing"]:
+        seconds = sum(row["seconds"]["median"] for row in choosing["rows"])
+        text += f"; k-center and merging take {percent(seconds / choosing['prefill']['whole'])} of an 11B prefill"
+    return text + ".\n"
 
 
 def _decoding_row(case: dict[str, Any]) -> list[str]:
