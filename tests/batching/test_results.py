@@ -64,14 +64,14 @@ def test_errors_are_forgotten_on_demand(tmp_path):
     assert ids(file) == ["1", "3", "2"]
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_results_of_another_run(tmp_path):
     file = tmp_path / "out.jsonl"
     Results(file, {"model": "a"}).add([{"id": "1", "answer": ""}])
     with pytest.raises(ValueError, match=r"model was 'a', now 'b'"):
         Results(file, {"model": "b"})
 
 
-def test_another_file_is_not_appended_to(tmp_path):
+def test_results_file_of_something_else(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text('{"question": "?"}\n')
     with pytest.raises(ValueError, match="is no file of results"):
@@ -96,21 +96,23 @@ def test_processes_write_at_once(tmp_path):
     assert sorted(ids(file), key=int) == [str(number) for number in range(40)]
 
 
-def test_rows_that_are_none_keep_their_place(tmp_path):
+def test_row_not_json(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text('{"id": 7, "question": "?"}\n\nnot json\n[1]\n{"question": "?"}\n')
     rows = read_rows(file)
     assert [row["id"] for row in rows] == ["7", "3", "4", "5"]
-    assert [name for row in rows for name in row if name == "broken"] == ["broken", "broken"]
+    assert rows[1]["broken"].startswith("line 3 is not JSON: ")
+    assert rows[2]["broken"].startswith("line 4 is not an object such as ")
+    assert all("broken" not in rows[place] for place in (0, 3))
 
 
 @pytest.mark.parametrize(
     ("text", "message"), [("", "is empty"), ('{"id": 1}\n{"id": "1"}\n', "line 2: the id '1' is that of line 1, too")]
 )
-def test_files_that_are_refused(tmp_path, text, message):
+def test_questions_file(tmp_path, text, message):
     file = tmp_path / "questions.jsonl"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_rows(file)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no such file: "):
         read_rows(tmp_path / "nowhere.jsonl")

@@ -63,27 +63,36 @@ def test_rows_of_every_kind_in_one_call(worker, small, tmp_path):
     assert expected.startswith(results[6]["answer"])
 
 
+#: By the names of rows in docs/errors.md, after "row-"; what follows a comma tells cases of one name apart.
 BROKEN = {
-    "missing": ({"images": ["nowhere.png"], "question": "?"}, "no such picture"),
-    "cut off": ({"images": ["half.png"], "question": "?"}, "cannot read"),
-    "no picture": ({"images": ["text.png"], "question": "?"}, "cannot read"),
-    "absurd": ({"images": ["huge.png"], "question": "?"}, "decompression bomb"),
-    "no question": ({"images": ["0.png"]}, "give either 'question' or 'messages'"),
-    "empty question": ({"images": ["0.png"], "question": "  "}, "not empty"),
-    "both": ({"question": "?", "messages": []}, "give either"),
-    "unknown field": ({"image": "0.png", "question": "?"}, "unknown field 'image'"),
-    "one image": ({"images": "0.png", "question": "?"}, "must be a list"),
-    "a number": ({"images": [7], "question": "?"}, "an image must be"),
-    "image token": ({"images": ["0.png"], "question": "<|image|>?"}, "names 2 pictures"),
-    "too few parts": (
-        {"images": ["0.png", "0.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        "names 1 pictures",
+    "picture-missing": ({"images": ["nowhere.png"], "question": "?"}, "no such picture"),
+    "picture-unreadable, cut off": ({"images": ["half.png"], "question": "?"}, "cannot read"),
+    "picture-unreadable, a text": ({"images": ["text.png"], "question": "?"}, "cannot read"),
+    "picture-too-large": ({"images": ["huge.png"], "question": "?"}, "decompression bomb"),
+    "question-or-messages, none": ({"images": ["0.png"]}, "give either 'question' or 'messages'"),
+    "question-or-messages, both": ({"question": "?", "messages": []}, "give either 'question' or 'messages'"),
+    "question-empty": ({"images": ["0.png"], "question": "  "}, "'question' must be a text that is not empty"),
+    "messages-empty": ({"messages": []}, "'messages' must be a list that is not empty"),
+    "message-role": ({"messages": [{"content": "?"}]}, "a message must have a 'role' and a 'content'"),
+    "message-content": ({"messages": [{"role": "user", "content": 7}]}, "'content' must be a text or a list of parts"),
+    "message-part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message must be"),
+    "unknown-field": ({"image": "0.png", "question": "?"}, "unknown field 'image'. Allowed: "),
+    "images-not-a-list": ({"images": "0.png", "question": "?"}, "'images' must be a list"),
+    "image-of-another-type": (
+        {"images": [7], "question": "?"},
+        "an image must be a file's name, its bytes or a picture",
     ),
-    "a part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message"),
-    "no role": ({"messages": [{"content": "?"}]}, "'role'"),
-    "too long": ({"question": "digit " * 600}, "at most"),
-    "length": ({"question": "?", "max_new_tokens": 0}, "'max_new_tokens'"),
-    "no row": (["0.png"], "must be an object"),
+    "pictures-not-named": (
+        {"images": ["0.png"], "question": "<|image|>?"},
+        "the prompt names 2 pictures (<|image|>), but 1",
+    ),
+    "pictures-not-named, too few": (
+        {"images": ["0.png", "0.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "the prompt names 1 pictures (<|image|>), but 2",
+    ),
+    "too-long": ({"question": "digit " * 600}, "but the model reads"),
+    "length-not-positive": ({"question": "?", "max_new_tokens": 0}, "'max_new_tokens' must be a positive number"),
+    "not-an-object": (["0.png"], "a row must be an object"),
 }
 
 
@@ -138,7 +147,7 @@ def test_halves_the_batch_where_memory_runs_out_and_goes_on(small, worker, tmp_p
     assert full.batches.count(8) <= 2, "batches that follow are small from the start (one may have been read before)"
 
 
-def test_a_row_that_fits_in_no_memory_is_an_error(small, tmp_path):
+def test_row_out_of_memory(small, tmp_path):
     own = Worker(Full(small[0], 0, MemoryError("all gone")), small[1], batch_size=4, folder=tmp_path)
     assert {result["error"] for result in own(scene_rows(tmp_path, 3))} == {"out of memory, even alone: all gone"}
 
@@ -172,6 +181,11 @@ def test_no_rows(worker):
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"max_new_tokens": True}, {"batch_size": 1.5}])
-def test_numbers_are_checked(small, settings):
+def test_worker_number_not_positive(small, settings):
     with pytest.raises(ValueError, match="must be a positive integer"):
         Worker(*small, **settings)
+
+
+def test_worker_static_and_encode(small):
+    with pytest.raises(ValueError, match="encode and static=True are both given"):
+        Worker(*small, {"static": True}, encode=lambda pictures: None)

@@ -161,6 +161,15 @@ def test_what_the_user_can_mend(tmp_path, capsys, options, said):
     assert not out.exists()
 
 
+def test_pictures_cache_with_ray(tmp_path, capsys):
+    write(tmp_path, scene_rows(tmp_path, 1))
+    words, out = command(tmp_path, "--engine", "ray", "--pictures-cache", str(tmp_path / "encoded"))
+    assert main(words) == 2
+    assert "--pictures-cache goes with --engine local" in capsys.readouterr().err
+    assert not out.exists()
+    assert not (tmp_path / "encoded").exists()
+
+
 def test_results_of_another_rule_are_refused(tmp_path, capsys):
     write(tmp_path, scene_rows(tmp_path, 1))
     words, out = command(tmp_path)

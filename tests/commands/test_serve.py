@@ -12,7 +12,7 @@ import time
 import pytest
 
 from trim_plugin.cli import main
-from trim_plugin.embedded import examples
+from trim_plugin.embedded import examples, load_small_model
 
 from ..serving.conftest import chat, data_uri
 
@@ -57,7 +57,6 @@ def test_answers_until_it_is_interrupted(tmp_path):
     ("options", "said"),
     [
         (["--max-pictures", "0"], "--max-pictures must be at least 1"),
-        (["--allow-folder", "nowhere"], "--allow-folder: no such folder: nowhere"),
         (["--top-k-ratio", "0.1", "--kept-share", "0.2"], "several rules are given"),
         (["--top-k-ratio", "7"], "--top-k-ratio must be a number in (0, 1]"),
     ],
@@ -67,7 +66,25 @@ def test_what_the_user_can_mend(capsys, options, said):
     assert said in capsys.readouterr().err
 
 
-def test_what_is_not_installed_is_named(capsys, monkeypatch):
+def test_server_folder_missing(capsys):
+    assert main(["serve", "small", "--allow-folder", "nowhere"]) == 2
+    assert "--allow-folder: no such folder: nowhere" in capsys.readouterr().err
+
+
+def test_server_without_a_chat_format(capsys, monkeypatch):
+    def without_chats(arguments):
+        model, processor = load_small_model()
+        processor.chat_template = None
+        return model, processor
+
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr("trim_plugin.commands.serve.load_model", without_chats)
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("listens"))
+    assert main(["serve", "small"]) == 2
+    assert "This model has no chat format, so it cannot answer chats." in capsys.readouterr().err
+
+
+def test_server_not_installed(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "small"]) == 2
     assert "pip install 'trim-plugin[serve]'" in capsys.readouterr().err

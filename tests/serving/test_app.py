@@ -17,6 +17,7 @@ from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.serving.limits import Limits
 
 from .conftest import chat, data_uri, running
+from .wrong import MESSAGES, PICTURES, SETTINGS
 
 openai = pytest.importorskip("openai")
 
@@ -104,70 +105,6 @@ def test_a_picture_is_read_as_generate_reads_it(client, small):
         assert text(ask(client, chat(data_uri(file.getvalue()), example.question))) == expected
 
 
-def huge():
-    file = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(file, "PNG")
-    return data_uri(file.getvalue())
-
-
-def wide():
-    file = io.BytesIO()
-    Image.new("1", (10_000, 8_000)).save(file, "PNG")
-    return data_uri(file.getvalue())
-
-
-def half():
-    return data_uri(examples()[0].picture.read_bytes()[:-200])
-
-
-PICTURES = {
-    "path": ("/etc/hostname", 400, "only as data:image"),
-    "file": ("file:///etc/hostname", 400, "only as data:image"),
-    "relative": ("questions.json", 400, "only as data:image"),
-    "http": ("http://127.0.0.1:1/a.png", 400, "only as data:image"),
-    "https": ("https://example.com/a.png", 400, "only as data:image"),
-    "bare base64": ("iVBORw0KGgo=", 400, "only as data:image"),
-    "garbage": ("data:image/png;base64,%%%%", 400, "base64 is broken"),
-    "text": (data_uri(b"no picture at all"), 400, "cannot be read"),
-    "half": (half, 400, "cut off"),
-    "huge": (huge, 413, "pixels"),
-    "wide": (wide, 413, "10000 x 8000"),
-    "svg": (data_uri(b"<svg/>", "svg+xml"), 400, "cannot be read"),
-}
-SETTINGS = {
-    "cache field": ({"extra_body": {"cache_config": {"top_k": 5}}}, 400, "Unknown field 'top_k'"),
-    "cache value": ({"extra_body": {"cache_config": {"top_k_ratio": 2}}}, 400, "must be a number in"),
-    "cache type": ({"extra_body": {"cache_config": "trimmed"}}, 400, "must be an object"),
-    "operator's": ({"extra_body": {"cache_config": {"static": True}}}, 400, "is the operator's"),
-    "processors": ({"extra_body": {"cache_config": {"processors": ["os.system"]}}}, 400, "callables"),
-    "generation": ({"extra_body": {"generation_config": '{"num_beams": 1000}'}}, 400, "'num_beams'"),
-    "no json": ({"extra_body": {"generation_config": "{"}}, 400, "is not JSON"),
-    "another cache": (
-        {"extra_body": {"generation_config": '{"cache_implementation": "offloaded"}'}},
-        400,
-        "must be 'trimmed'",
-    ),
-    "field": ({"extra_body": {"beams": 4}}, 400, "unknown field 'beams'"),
-    "too long": ({"max_tokens": 10_000}, 400, "more than 512"),
-    "no length": ({"max_tokens": 0}, 400, "positive number"),
-    "temperature": ({"temperature": 99}, 400, "'temperature' must be"),
-    "no number": ({"temperature": 10**400}, 400, "'temperature' must be"),
-    "tiny temperature": ({"temperature": 1e-9}, 400, "'temperature' must be"),
-    "penalty": ({"frequency_penalty": 0.5}, 400, "'frequency_penalty' is not offered"),
-    "stop": ({"stop": ["x"]}, 400, "'stop' is not offered"),
-    "several": ({"n": 3}, 400, "'n' must be 1"),
-    "model": ({"model": "other"}, 404, "this server's model is 'small'"),
-}
-MESSAGES = {
-    "none": ([], 400, "not empty"),
-    "no role": ([{"content": "?"}], 400, "'role'"),
-    "no content": ([{"role": "user", "content": None}], 400, "'content'"),
-    "a video": ([{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "a"}}]}], 400, "a part"),
-    "the token itself": ([{"role": "user", "content": "<|image|> ?"}], 400, "names 1 pictures"),
-    "many words": ([{"role": "user", "content": "digit " * 600}], 400, "more than 512"),
-}
-
-
 def refused(client, messages, status, said, **settings):
     with pytest.raises(openai.APIStatusError) as error:
         ask(client, messages, **settings)
@@ -196,13 +133,13 @@ def test_messages_that_are_refused(client, question, name):
     assert text(ask(client, question))
 
 
-def test_forty_pictures(client, question):
+def test_request_with_too_many_pictures(client, question):
     picture, words = question[0]["content"]
     refused(client, [{"role": "user", "content": [picture] * 40 + [words]}], 400, "more than 8 pictures")
     assert text(ask(client, question))
 
 
-def test_what_is_no_chat_is_not_there(client):
+def test_request_to_another_route(client):
     assert [model.id for model in client.models.list()] == ["small"]
     for path, body in (
         ("/completions", {"prompt": "?"}),
@@ -212,13 +149,25 @@ def test_what_is_no_chat_is_not_there(client):
         with pytest.raises(openai.APIStatusError) as error:
             client.post(path, body=body, cast_to=object)
         assert error.value.status_code == 404
+        assert error.value.body["message"].startswith("this server answers POST /v1/chat/completions, ")
 
 
-def test_other_names_of_this_machine_are_refused(client, question):
+def test_request_to_another_name(client, question):
     refused(client, question, 421, "localhost alone", extra_headers={"Host": "example.com:80"})
 
 
-def test_a_folder_that_the_operator_allows(tmp_path, question):
+def test_request_not_json(client, question):
+    from huggingface_hub.utils import httpx
+
+    for data in (b"{", b"[" * 100_000, b"\xff"):
+        answer = httpx.post(f"{client.base_url}chat/completions", content=data, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the request is not JSON")
+    answer = httpx.post(f"{client.base_url}chat/completions", content=b"[]", timeout=60)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the request must be a JSON object")
+    assert text(ask(client, question))
+
+
+def test_request_picture_outside_the_folder(tmp_path, question):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     for folder in (inside, outside):
         folder.mkdir()
@@ -241,7 +190,7 @@ def test_a_folder_that_the_operator_allows(tmp_path, question):
         refused(client, chat("http://127.0.0.1:1/a.png", words), 400, "only as")
 
 
-def test_hosts_that_the_operator_allows(question, tmp_path):
+def test_request_picture_not_fetched(question, tmp_path):
     import functools
     import http.server
 
@@ -255,13 +204,17 @@ def test_hosts_that_the_operator_allows(question, tmp_path):
             refused(client, chat(f"http://127.0.0.1:{port}/none.png", words), 400, "status 404")
             refused(client, chat(f"http://localhost:{port}/a.png", words), 400, "only from 127.0.0.1")
             refused(client, chat("http://127.0.0.1:1/a.png", words), 400, "cannot be fetched")
+            refused(client, chat("http://127.0.0.1:99999/a.png", words), 400, "cannot be fetched")
         pictures.shutdown()
 
 
-def test_bounds_on_bytes_and_on_those_who_wait(question):
+def test_request_too_large():
     with running(Limits(body_bytes=2000)) as client:
         refused(client, chat(data_uri(b"x" * 4000), "?"), 413, "more than 2000 bytes")
         assert text(ask(client, [{"role": "user", "content": "How many digits?"}])) is not None
+
+
+def test_request_when_too_many_wait(question):
     with running(Limits(waiting=1)) as client:
         statuses = []
 

@@ -41,7 +41,10 @@ def picture_bytes(url: str, limits: Limits) -> bytes:
             return base64.b64decode(url[found.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise RequestError(400, f"a picture's base64 is broken: {error}") from None
-    address = urllib.parse.urlsplit(url)
+    try:
+        address = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise RequestError(400, f"a picture's address is broken: {error}") from None
     if address.scheme in ("http", "https") and limits.hosts:
         return _fetched(address, limits)
     if address.scheme in ("", "file") and limits.folder is not None:

@@ -1,4 +1,4 @@
-"""The rows of docs/errors.md about encoded pictures; `test_errors.py` counts them among its own."""
+"""The rows of docs/errors.md about encoded pictures."""
 
 from __future__ import annotations
 

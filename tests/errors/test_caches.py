@@ -1,0 +1,117 @@
+"""The rows of docs/errors.md about caches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import trim_plugin
+from trim_plugin import TopKPerHead, TrimmedCache
+from trim_plugin.compat import slices_mask_rows
+
+from ..exactness.conversations import Conversation
+from ..random_models import Sample, generate, random_inputs, random_model, trimmed
+from .checks import SAMPLES, before_work
+
+pytestmark = pytest.mark.usefixtures("generates_as_before")
+
+
+def test_cache_of_another_model(model, inputs, forwards):
+    for other in (random_model(seed=1), copy.deepcopy(model)):
+        cache = TrimmedCache(other)
+        forwards.clear()
+        match = "made for another model"
+        before_work(forwards, ValueError, match, generate, model, inputs, past_key_values=cache)
+        assert generate(other, inputs, past_key_values=cache).past_key_values is cache
+        with pytest.raises(ValueError, match=match), torch.no_grad():
+            model(**inputs, past_key_values=TrimmedCache(other), use_cache=True)
+
+
+def test_cache_of_another_batch(model, inputs, forwards):
+    conversation = Conversation(model)
+    cache = TrimmedCache(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 4))).inputs(), past_key_values=cache).sequences)
+    follow_up = conversation.say(Sample((3,))).inputs(earlier_pictures=1)
+    past = cache.get_seq_length()
+    two = {name: tensor.repeat_interleave(2, dim=0) for name, tensor in follow_up.items()}
+    for given, settings in ((two, {}), (follow_up, {"num_beams": 2}), (follow_up, {"num_return_sequences": 2})):
+        forwards.clear()
+        settings = {"past_key_values": cache, "do_sample": "num_return_sequences" in settings, **settings}
+        match = "holds 1 samples, but this generation has 2 "
+        before_work(forwards, ValueError, match, generate, model, given, **settings)
+    assert cache.get_seq_length() == past
+    generate(model, follow_up, past_key_values=cache)
+
+
+def test_cache_after_detach(model, inputs, forwards):
+    cache = TrimmedCache(model)
+    trim_plugin.detach(model)
+    match = "hooks were removed"
+    before_work(forwards, ValueError, match, generate, model, inputs, past_key_values=cache)
+
+
+def test_forward_without_hooks(model, inputs):
+    cache = TrimmedCache(model)
+    trim_plugin.detach(model)
+    with pytest.raises(RuntimeError, match="reached a model that has no trim_plugin hooks"), torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_cache_left_over(model, inputs, forwards):
+    fail = [True]
+
+    def moody(scores, visible):
+        if fail[0]:
+            raise ArithmeticError
+        return scores
+
+    cache = TrimmedCache(model, {"processors": [moody, TopKPerHead(0.3)]})
+    with pytest.raises(ArithmeticError):
+        generate(model, inputs, past_key_values=cache)
+    forwards.clear()
+    match = "left over from a forward that failed"
+    before_work(forwards, ValueError, match, generate, model, inputs, past_key_values=cache)
+    if slices_mask_rows():  # before that, transformers itself fails on rows that the mask does not have
+        with pytest.raises(ValueError, match=match), torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+    fail[0] = False
+    cache.reset()
+    ours = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(trimmed(model, inputs, {"top_k_ratio": 0.3}).sequences, ours.sequences)
+
+
+@pytest.mark.parametrize("helper", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_continuation(model, forwards, helper):
+    conversation = Conversation(model)
+    cache = TrimmedCache(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 4))).inputs(), past_key_values=cache).sequences)
+    follow_up = conversation.say(Sample((3,))).inputs(earlier_pictures=1)
+    forwards.clear()
+    settings = {"past_key_values": cache, helper: 3 if helper == "prompt_lookup_num_tokens" else model}
+    before_work(forwards, NotImplementedError, "cannot continue a cache", generate, model, follow_up, **settings)
+    generate(model, follow_up, past_key_values=cache)
+
+
+def test_assisted_on_a_static_cache(model, forwards):
+    inputs = random_inputs(model, SAMPLES[:1])
+    match = "takes rejected tokens back, which transformers' static cache layers cannot"
+    config = {"static": True}
+    before_work(forwards, NotImplementedError, match, trimmed, model, inputs, config, prompt_lookup_num_tokens=3)
+
+
+def test_assisted_on_old_transformers(model, forwards, monkeypatch):
+    from trim_plugin.generation import assisted
+
+    monkeypatch.setattr(assisted, "slices_mask_rows", lambda: False)
+    inputs = random_inputs(model, SAMPLES[:1])
+    match = "cannot do assisted decoding .* with pictures on Mllama"
+    before_work(forwards, NotImplementedError, match, trimmed, model, inputs, {}, prompt_lookup_num_tokens=3)
+
+
+def test_reset_after_use_is_as_new(model, inputs):
+    cache = TrimmedCache(model, {"top_k_ratio": 0.3})
+    first = generate(model, inputs, past_key_values=cache).sequences
+    cache.reset()
+    assert torch.equal(first, generate(model, inputs, past_key_values=cache).sequences)

@@ -1,0 +1,174 @@
+"""The rows of docs/errors.md about inputs."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+
+from trim_plugin import TrimmedCache
+from trim_plugin.attention import masks
+from trim_plugin.compat import slices_mask_rows
+from trim_plugin.forward import prefill
+
+from ..exactness.conversations import Conversation
+from ..random_models import Sample, generate, random_inputs, trimmed
+from .checks import before_work, in_the_prefill
+
+pytestmark = pytest.mark.usefixtures("generates_as_before")
+
+
+def test_no_aspect_ratio_ids(model, inputs, forwards):
+    del inputs["aspect_ratio_ids"]
+    before_work(forwards, ValueError, "pixel_values were given without aspect_ratio_ids", trimmed, model, inputs, {})
+
+
+def test_picture_shape(model, inputs, forwards):
+    for wrong in (inputs["pixel_values"][:, 0], inputs["pixel_values"][:1]):
+        given = dict(inputs, pixel_values=wrong)
+        before_work(forwards, ValueError, "pixel_values must have the shape", trimmed, model, given, {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_picture_not_finite(model, inputs, forwards, value):
+    inputs["pixel_values"][1, 0, 0, 0, 0, 0] = value
+    before_work(forwards, ValueError, "pixel_values hold NaN or inf", trimmed, model, inputs, {})
+    stock, ours = generate(model, inputs), trimmed(model, inputs, {"top_k_ratio": 1.0})
+    assert torch.equal(stock.sequences, ours.sequences), "exact mode does what stock does"
+
+
+def test_scores_not_finite(model, inputs):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.language_model.layers[1].cross_attn.k_proj.weight[0, 0] = float("nan")
+    in_the_prefill(broken, inputs, ValueError, "attention scores of the visual tokens are NaN", {})
+    inputs["pixel_values"][0, 0] = float("nan")
+    cache = TrimmedCache(model)
+    with pytest.raises(ValueError, match="attention scores of the visual tokens are NaN"), torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_attention_mask_zeros(model, inputs, forwards):
+    inputs["attention_mask"][1] = 0
+    before_work(forwards, ValueError, "attention_mask is 0 for every token of sample 1", trimmed, model, inputs, {})
+
+
+def test_mask_shape(model, inputs, forwards):
+    for wrong in (inputs["cross_attention_mask"][..., 0], inputs["cross_attention_mask"][:1]):
+        given = dict(inputs, cross_attention_mask=wrong)
+        before_work(forwards, ValueError, "cross_attention_mask must have the shape", trimmed, model, given, {})
+
+
+def test_mask_rows(model, inputs, forwards):
+    mask = inputs["cross_attention_mask"]
+    for wrong in (mask[:, :3], mask[:, :-1], torch.cat([mask, mask[:, -1:]], dim=1)):
+        match = f"has rows for {wrong.shape[1]} text tokens, but there are {mask.shape[1]}"
+        before_work(forwards, ValueError, match, trimmed, model, dict(inputs, cross_attention_mask=wrong), {})
+
+
+@pytest.mark.parametrize("change", [lambda mask: mask * 2, lambda mask: mask - 1, lambda mask: (1.0 - mask) * -1e9])
+def test_mask_values(model, inputs, forwards, change):
+    inputs["cross_attention_mask"] = change(inputs["cross_attention_mask"])
+    before_work(forwards, ValueError, "holds values other than 0 and 1", trimmed, model, inputs, {})
+
+
+def test_mask_columns(model, inputs, forwards):
+    mask = inputs["cross_attention_mask"]
+    for wrong in (mask[:, :, :1], mask[..., :2], torch.cat([mask, mask], dim=2)):
+        match = f"covers {wrong.shape[2]} pictures of {wrong.shape[3]} tiles, but there are 3 of 4"
+        before_work(forwards, ValueError, match, trimmed, model, dict(inputs, cross_attention_mask=wrong), {})
+    conversation = Conversation(model)
+    cache = TrimmedCache(model)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 4))).inputs(), past_key_values=cache).sequences)
+    conversation.say(Sample(((2,), 4)))
+    past = cache.get_seq_length()
+    forwards.clear()
+    match = "but there are 3 of 4 \\(1 from earlier turns and 2 new: in a follow-up, pixel_values hold the new"
+    before_work(forwards, ValueError, match, generate, model, conversation.inputs(), past_key_values=cache)
+    assert cache.get_seq_length() == past
+    generate(model, conversation.inputs(earlier_pictures=1), past_key_values=cache)
+
+
+def test_mask_columns_in_a_forward(model, inputs):
+    inputs["cross_attention_mask"] = inputs["cross_attention_mask"][:, :, :1]
+    cache = TrimmedCache(model)
+    with pytest.raises(ValueError, match=r"covers 20 visual tokens, but the pictures .* are 60"), torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="left over"):
+        generate(model, inputs, past_key_values=cache)
+
+
+def test_mask_reads_lost_tokens(model, forwards):
+    conversation = Conversation(model)
+    cache = TrimmedCache(model, {"top_k_ratio": 1.0})
+    conversation.hear(
+        generate(model, conversation.say(Sample(((6,), 3, (2,), 4))).inputs(), past_key_values=cache).sequences
+    )
+    inputs = conversation.say(Sample((4,))).inputs(earlier_pictures=2)
+    wrong = dict(inputs, cross_attention_mask=inputs["cross_attention_mask"].clone())
+    wrong["cross_attention_mask"][:, -2:, 0] = 1  # the first picture, which only the text before the second could read
+    past = cache.get_seq_length()
+    forwards.clear()
+    before_work(forwards, ValueError, re.escape(masks.LOST_TOKENS), generate, model, wrong, past_key_values=cache)
+    assert cache.get_seq_length() == past
+    new = {name: tensor[:, past:] if name != "attention_mask" else tensor for name, tensor in wrong.items()}
+    if not slices_mask_rows():
+        new["cross_attention_mask"] = wrong["cross_attention_mask"]
+    branch = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match=re.escape(masks.LOST_TOKENS)), torch.no_grad():
+        model(**new, past_key_values=branch, use_cache=True)
+    with pytest.raises(ValueError, match="left over"):
+        generate(model, inputs, past_key_values=branch)
+    assert torch.equal(
+        generate(model, conversation.inputs()).sequences, generate(model, inputs, past_key_values=cache).sequences
+    )
+
+
+def test_no_mask(model, inputs, monkeypatch):
+    monkeypatch.setattr(prefill, "_warned_without_mask", False)
+    del inputs["cross_attention_mask"]
+    with pytest.warns(UserWarning, match="A picture was given without cross_attention_mask"):
+        ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
+    everything = dict(inputs, cross_attention_mask=torch.ones(*inputs["input_ids"].shape, 3, 4, dtype=torch.long))
+    assert torch.equal(generate(model, everything).sequences, ours.sequences)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trimmed(model, inputs, {"top_k_ratio": 0.2})
+
+
+def test_gradient_checkpointing(model, inputs, forwards):
+    text = random_inputs(model, [Sample((4,))])
+    caches = [TrimmedCache(model, {"top_k_ratio": ratio}) for ratio in (0.3, 1.0)]
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        match = "in training mode with gradient checkpointing"
+        for given in (inputs, text):
+            for cache in caches:
+                before_work(forwards, ValueError, match, trimmed, model, given, cache.config)
+                before_work(forwards, ValueError, match, generate, model, given, past_key_values=cache)
+                before_work(forwards, ValueError, match, model, **given, past_key_values=cache, use_cache=True)
+        model.train(False)  # checkpointing alone changes nothing
+        for cache in caches:
+            generate(model, inputs, past_key_values=cache)
+        model.train()
+        model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 32, -100)).loss.backward()
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
+
+
+def test_flex_attention():
+    from trim_plugin.attention.visibility import padding_of
+
+    with pytest.raises(TypeError, match="cannot read padding off an attention mask of type object"):
+        padding_of(object(), 3)
+
+
+def test_chunked_pictures(model, inputs, forwards):
+    match = "prefill_chunk_size=4 would cut a prompt with pictures into pieces"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {}, prefill_chunk_size=4)

@@ -1,0 +1,89 @@
+"""The rows of docs/errors.md about settings."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trim_plugin import TopKPerHead, TrimmedCache
+from trim_plugin.compat import require_supported_transformers
+
+from ..random_models import generate, trimmed
+from .checks import before_work
+
+pytestmark = pytest.mark.usefixtures("generates_as_before")
+
+
+def test_unknown_field(model, inputs, forwards):
+    before_work(
+        forwards, ValueError, "Unknown field 'top_k'.*Allowed: top_k_ratio", trimmed, model, inputs, {"top_k": 5}
+    )
+    before_work(forwards, ValueError, "Unknown field 'top_k'", TrimmedCache, model, {"top_k": 5})
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.5, float("nan"), float("inf"), "0.5", True, [0.5]])
+def test_ratio_not_allowed(model, inputs, forwards, ratio):
+    match = r"top_k_ratio must be a number in \(0, 1\], got"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {"top_k_ratio": ratio})
+
+
+def test_config_type(model, inputs, forwards):
+    match = "cache_config of the trimmed cache must be a dict or a TrimConfig, got list"
+    before_work(forwards, TypeError, match, trimmed, model, inputs, [0.5])
+
+
+def test_processors_and_ratio(model, inputs, forwards):
+    config = {"processors": [TopKPerHead(0.5)], "top_k_ratio": 0.5}
+    before_work(forwards, ValueError, "processors and top_k_ratio are both given", trimmed, model, inputs, config)
+
+
+@pytest.mark.parametrize("processors", [[], (), TopKPerHead(0.5), "topk", [TopKPerHead], ["topk"], {}])
+def test_processors_not_a_list(model, inputs, forwards, processors):
+    before_work(forwards, ValueError, "processors must", trimmed, model, inputs, {"processors": processors})
+
+
+@pytest.mark.parametrize("field", ["kv_quantization", "self_kv_quantization"])
+def test_field_not_allowed(model, inputs, forwards, field):
+    before_work(forwards, ValueError, f"{field} must be one of .*, got 'int9'", trimmed, model, inputs, {field: "int9"})
+
+
+@pytest.mark.parametrize("pictures", [0, -1, 1.5, "2", True])
+def test_prefill_pictures(model, inputs, forwards, pictures):
+    match = "prefill_pictures must be a positive integer, got"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {"prefill_pictures": pictures})
+
+
+def test_static_without_length(model, forwards):
+    match = "A static cache needs to know how long the text can get"
+    before_work(forwards, ValueError, match, TrimmedCache, model, {"static": True})
+
+
+def test_no_cross_attention(forwards):
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, eos_token_id=None, **settings)).eval()
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    expected = generate(llama, inputs)
+    match = "needs an Mllama model .* but LlamaForCausalLM has none"
+    with pytest.raises(ValueError, match=match):
+        trimmed(llama, inputs, {})
+    with pytest.raises(ValueError, match=match):
+        TrimmedCache(llama)
+    assert torch.equal(expected.sequences, generate(llama, inputs).sequences)
+
+
+def test_both_caches(model, inputs, forwards):
+    cache = TrimmedCache(model)
+    match = "Passing both `cache_implementation`"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {}, past_key_values=cache)
+    generate(model, inputs, past_key_values=cache)
+
+
+def test_unsupported_transformers():
+    for version in ("4.57.1", "5.16.3", "6.0.0", "6.1"):
+        with pytest.raises(ImportError, match=f"transformers 5.17 up to .*{re.escape(version)} is installed"):
+            require_supported_transformers(version)
+    for version in ("5.17.0", "5.23.0", "5.40.0.dev0"):
+        require_supported_transformers(version)
