@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -21,6 +23,13 @@ from benchmarks.quality import encoded
 from benchmarks.quality import measure as quality
 
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded}
+
+#: What `all` runs besides.
+FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces)
+
+
+def _named(what: str) -> tuple[ModuleType, ...]:
+    return (BENCHMARKS[what],) if what in BENCHMARKS else ()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,16 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.what == "gpu":
         gpu.run(arguments)
         return
-    for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
-        if name in BENCHMARKS:
-            BENCHMARKS[name].run(arguments)
-    if arguments.what == "all":
-        compiled.run(arguments)
-        first_token.run(arguments)
-        merging.run(arguments)
-        combined.run(arguments)
-        memory_pieces.run(arguments)
-        latency_pieces.run(arguments)
+    for benchmark in (*BENCHMARKS.values(), *FURTHER) if arguments.what == "all" else _named(arguments.what):
+        start = time.perf_counter()
+        benchmark.run(arguments)
+        print(f"{benchmark.__name__.removeprefix('benchmarks.')}: {time.perf_counter() - start:.0f} s", flush=True)
     report.write(arguments.out, arguments.docs)
 
 

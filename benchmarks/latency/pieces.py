@@ -35,7 +35,7 @@ CASES: tuple[tuple[str, tuple[int, ...], int], ...] = (
     ("small", (1, 8, 32, 64), 15),
     ("11b-tower", (4, 8), 3),
 )
-QUICK: tuple[tuple[str, tuple[int, ...], int], ...] = (("small", (1, 8, 64), 7),)
+QUICK: tuple[tuple[str, tuple[int, ...], int], ...] = (("small", (1, 8), 7),)
 KEPT = 0.1
 
 

@@ -184,7 +184,7 @@ def _run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # no thread pool, which would not survive the forks
     model = load_shape(shape, getattr(torch, DTYPE[shape]), arguments.device)
     run_case = functools.partial(_run_case, model, arguments.device)
-    batches = {way: arguments.batches or (own[::2] if arguments.quick else own) for way, own in BATCHES.items()}
+    batches = {way: arguments.batches or (own[:2] if arguments.quick else own) for way, own in BATCHES.items()}
     ways = ("stock", "in pieces") if arguments.quick else tuple(WAYS)
     rows: list[dict[str, Any]] = []
     fits: list[dict[str, Any]] = []
@@ -208,7 +208,7 @@ def _run(arguments: argparse.Namespace) -> None:
             rows.append(row if "error" in row else with_plan(row, model))
             bar.advance(task)
             write_result("pieces", result, arguments.out)  # a run that is cut off leaves what it has
-        for way in ("stock", "in pieces") if arguments.limit_gib else ():
+        for way in ("stock", "in pieces") if arguments.limit_gib and not arguments.quick else ():
             tried: dict[int, bool] = {}
 
             def fits_in(batch: int, way: str = way, tried: dict[int, bool] = tried) -> bool:
