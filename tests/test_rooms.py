@@ -48,6 +48,7 @@ TESTED_IN = {
     "commands.generate": "integrations/test_generate_command.py",
     "generation.assisted": "exactness/test_decoding.py",
     "forward.tower": "exactness/test_pieces.py",
+    "forward.tower_merging": "exactness/test_tower.py",
     "generation.checks": "errors/test_inputs.py",
     "generation.pieces": "exactness/test_pieces.py",
     "pictures.prompting": "pictures/test_opening.py",

@@ -8,6 +8,7 @@ from typing import Any
 
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
+from trim_plugin.rules.thinning import checked_share
 
 #: The smallest that lost no accuracy on the small model, second questions, bfloat16, a quantized cache and an adapter included
 #: (benchmarks/quality): at 0.1 one second question in 45 is answered otherwise than by stock.
@@ -43,6 +44,9 @@ class TrimConfig:
         prefill_pictures: most pictures that are read at a time while a prompt is read: by the vision tower, and by the text model
             (which reads whole samples, at least one). Fewer need less memory. None is a default that keeps the peak near that of
             one picture of the 11B model.
+        tower_share: share of the pictures' patches that go on through the vision tower, in (0, 1]: before an early layer, patches
+            that are alike are merged, and padding is thinned further (`forward.tower_merging`). Opt-in, and not exact. None, and
+            1.0, which becomes None, leave the tower untouched.
 
     Raises:
         ValueError: a field has a value that is not allowed, or `processors` and `top_k_ratio` are both given.
@@ -67,6 +71,7 @@ class TrimConfig:
     max_cache_len: int | None = None
     merge: bool = True
     prefill_pictures: int | None = None
+    tower_share: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.merge, bool):
@@ -77,6 +82,7 @@ class TrimConfig:
         if self.prefill_pictures is not None:
             _check_count("prefill_pictures", self.prefill_pictures)
         # Fields are normalised here, once; object.__setattr__ is how a frozen dataclass does that.
+        object.__setattr__(self, "tower_share", checked_share(self.tower_share))
         if self.processors is None:
             ratio = DEFAULT_TOP_K_RATIO if self.top_k_ratio is None else self.top_k_ratio
             object.__setattr__(self, "top_k_ratio", share("top_k_ratio", ratio))
@@ -90,7 +96,12 @@ class TrimConfig:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing lossy happens: prefill untouched, the cache drops the unreachable only."""
+        """Whether nothing lossy happens: tower and prefill untouched, the cache drops the unreachable only."""
+        return self.keeps_reachable and self.tower_share is None
+
+    @property
+    def keeps_reachable(self) -> bool:
+        """Whether nothing is chosen: the cache drops the unreachable only, whatever the vision tower has yielded."""
         return self.top_k_ratio == 1.0
 
     @property
@@ -100,10 +111,10 @@ class TrimConfig:
 
     @property
     def processor_list(self) -> VisualTokenProcessorList:
-        """The processors that decide what is kept; empty in exact mode."""
+        """The processors that decide what is kept; empty where nothing is chosen."""
         if self.processors is not None:
             return VisualTokenProcessorList(self.processors)
-        if self.exact or self.top_k_ratio is None:
+        if self.keeps_reachable or self.top_k_ratio is None:
             return VisualTokenProcessorList()
         return VisualTokenProcessorList([TopKPerHead(self.top_k_ratio)])
 

@@ -56,6 +56,12 @@ def test_prefill_pictures(model, inputs, forwards, pictures):
     before_work(forwards, ValueError, match, trimmed, model, inputs, {"prefill_pictures": pictures})
 
 
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), "0.5", True])
+def test_tower_share(model, inputs, forwards, share):
+    match = r"tower_share must be a number in \(0, 1\], got"
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {"tower_share": share})
+
+
 def test_static_without_length(model, forwards):
     match = "A static cache needs to know how long the text can get"
     before_work(forwards, ValueError, match, TrimmedCache, model, {"static": True})

@@ -31,6 +31,19 @@ def take_columns(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor)
     return close(taken, valid)
 
 
+def take_square(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The mask (batch, 1, tokens, tokens) of a self-attention among these positions alone, int64 (batch, slots).
+
+    Example:
+        >>> take_square(torch.arange(9.0).view(1, 1, 3, 3), torch.tensor([[0, 2]])).tolist()
+        [[[[0.0, 2.0], [6.0, 8.0]]]]
+    """
+    positions = positions.to(mask.device)
+    samples = torch.arange(len(mask), device=mask.device)[:, None, None]
+    # Indices are broadcast, not laid out: nothing wider than the result exists.
+    return mask[samples, 0, positions[:, :, None], positions[:, None, :]][:, None]
+
+
 def close(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Close an additive mask where `valid`, bool (batch, tokens), is False."""
     return mask.masked_fill(~valid.to(mask.device)[:, None, None], torch.finfo(mask.dtype).min)

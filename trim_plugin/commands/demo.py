@@ -225,4 +225,4 @@ def _save_picture(
 
 
 def _chooses(way: Way) -> bool:
-    return way.config is not None and not way.config.exact
+    return way.config is not None and not way.config.keeps_reachable

@@ -61,7 +61,7 @@ def ways_for(
     ways = [Way("stock", None)] if stock else []
     for name, rule in rules:
         config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge)
-        forgets = "" if merge or config.exact else "dropped"
+        forgets = "" if merge or config.keeps_reachable else "dropped"
         ways.append(Way(", ".join(filter(None, [name, forgets, kv_quantization])), config))
     return ways
 

@@ -14,6 +14,7 @@ from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
 from trim_plugin.forward.tower import pictures_at_a_time, visual_states
+from trim_plugin.forward.tower_merging import tower_hooks
 
 ENCODED_AND_PIXELS = (
     "This TrimmedCache was given encoded pictures, and the call brings pixel_values as well. A turn's pictures are either "
@@ -58,6 +59,10 @@ def detach(model: torch.nn.Module) -> None:
     for module in _whole_models(model):
         for hook in (before_model, read_pictures):
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
+    for module, hooks in tower_hooks(model):
+        for hook in hooks:
+            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
+            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, hook)
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
@@ -116,9 +121,12 @@ def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
     ids, mask = kwargs.get("aspect_ratio_ids"), kwargs.get("aspect_ratio_mask")
-    if pixel_values.ndim != 6 or pixel_values.shape[0] * pixel_values.shape[1] <= at_a_time or ids is None:
-        return None  # transformers' own way, or its own error
-    states = visual_states(model, pixel_values, ids, mask, at_a_time)
+    share = cache.config.tower_share
+    if pixel_values.ndim != 6 or ids is None:
+        return None  # transformers' own error
+    if share is None and pixel_values.shape[0] * pixel_values.shape[1] <= at_a_time:
+        return None  # transformers' own way
+    states = visual_states(model, pixel_values, ids, mask, at_a_time, share)
     return args, {**kwargs, "pixel_values": None, "cross_attention_states": states}
 
 

@@ -109,7 +109,7 @@ class Prefill(Step):
     def _choose(self, layer: Any, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """bool (batch, columns): what survives the rule."""
         config = self._cache.config
-        if config.exact:
+        if config.keeps_reachable:
             return self._valid
         queries = layer_queries(layer, hidden_states)
         log_sizes = self._sizes.float().log() if self._sized else None

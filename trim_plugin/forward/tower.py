@@ -12,6 +12,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaModel
 
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.tower_merging import merging_in_tower
 
 #: Visual tokens that go through the tower at a time unless the configuration says otherwise: those of one 11B picture.
 TOKENS_AT_A_TIME = 6404
@@ -55,6 +56,7 @@ def visual_states(
     aspect_ratio_ids: torch.Tensor,
     aspect_ratio_mask: torch.Tensor | None,
     at_a_time: int,
+    share: float | None = None,
 ) -> torch.Tensor:
     """What the text model reads of pictures: the tower's output, projected. Upstream: `MllamaModel.forward`.
 
@@ -64,6 +66,7 @@ def visual_states(
         aspect_ratio_ids: (batch, pictures).
         aspect_ratio_mask: (batch, pictures, tiles).
         at_a_time: most pictures that the tower is given in one call.
+        share: share of the patches that go on through the tower, see `tower_merging`; None leaves it untouched.
 
     Returns:
         (batch · pictures · tiles, patches, width of the text model).
@@ -76,7 +79,8 @@ def visual_states(
     states = None
     for first in range(0, batch * pictures, at_a_time):
         pixels, ids, mask = (None if tensor is None else tensor[first : first + at_a_time] for tensor in flat)
-        seen = model.vision_model(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask)
+        with merging_in_tower(model.vision_model, share, mask):
+            seen = model.vision_model(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask)
         projected = model.multi_modal_projector(seen.last_hidden_state).flatten(0, 2)
         del seen
         if states is None:  # filled in place: gathering parts and joining them would take the room twice

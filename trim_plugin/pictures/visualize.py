@@ -123,13 +123,15 @@ def visualize(
         ['kept', 'score']
     """
     settings = TrimConfig.of(config)
-    if settings.exact:
+    if settings.keeps_reachable:
         raise ValueError("Exact mode chooses nothing that could be shown. Give a top_k_ratio below 1.0, or processors.")
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
     recorder, groups = ScoreRecorder(), GroupRecorder()
     chain = settings.processors or (TopKPerHead(settings.top_k_ratio or 1.0),)
-    cache = TrimmedCache(model, TrimConfig(processors=(recorder, groups, *chain), merge=settings.merge))
+    cache = TrimmedCache(
+        model, TrimConfig(processors=(recorder, groups, *chain), merge=settings.merge, tower_share=settings.tower_share)
+    )
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
     total = cache.report().total_tokens[0]
