@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.common.models import SHAPES
 from benchmarks.common.results import RESULTS
 from benchmarks.gpu import measure as gpu
-from benchmarks.latency import compiled, first_token, merging
+from benchmarks.latency import compiled, first_token, merging, tower
 from benchmarks.latency import measure as latency
 from benchmarks.latency import pieces as latency_pieces
 from benchmarks.memory import combined
@@ -25,7 +25,7 @@ from benchmarks.quality import measure as quality
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded}
 
 #: What `all` runs besides.
-FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces)
+FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces, tower)
 
 
 def _named(what: str) -> tuple[ModuleType, ...]:

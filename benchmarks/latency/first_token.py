@@ -23,6 +23,7 @@ from PIL import Image
 from rich.progress import Progress
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from benchmarks.common.arithmetic import tower_operations
 from benchmarks.common.device import synchronize
 from benchmarks.common.intervals import median_interval, spread
 from benchmarks.common.models import DTYPE, load_shape
@@ -129,13 +130,7 @@ def arithmetic(config: Any, text_rows: int) -> dict[str, Any]:
     """
     vision, text = config.vision_config, config.text_config
     tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    rows = (
-        vision.max_num_tiles * -(-(tokens // vision.max_num_tiles) // 8) * 8
-    )  # transformers pads tiles to a multiple of 8
-    width, inner = vision.hidden_size, vision.intermediate_size
-    layers = vision.num_hidden_layers + vision.num_global_layers
-    tower = layers * (2 * rows * (4 * width**2 + 2 * width * inner) + 4 * rows**2 * width)
-    tower += 2 * tokens * vision.num_channels * vision.patch_size**2 * width
+    tower = tower_operations(vision)
     projector = 2 * tokens * vision.vision_output_dim * text.hidden_size
     wide, grouped = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     crossing = len(text.cross_attention_layers)

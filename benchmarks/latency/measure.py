@@ -27,7 +27,7 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.latency import compiled, first_token, merging, pieces
+from benchmarks.latency import compiled, first_token, merging, pieces, tower
 from benchmarks.latency.layers import layers_timed
 from trim_plugin import TrimmedCache
 
@@ -221,6 +221,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return merging.run(arguments)
     if arguments.pieces:
         return pieces.run(arguments)
+    if arguments.tower:
+        return tower.run(arguments)
     seed_everything()
     rows, scoring, skipped, models = [], [], [], {}
     with Progress() as bar:
@@ -258,3 +260,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-token", action="store_true", help="latency: time to the first token about an encoded page instead"
     )
     parser.add_argument("--merging", action="store_true", help="latency: what merging costs instead")
+    tower.add_arguments(parser)

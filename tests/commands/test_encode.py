@@ -35,6 +35,14 @@ def test_the_file_holds_what_the_pictures_give(tmp_path, capsys, options, rule):
     assert f"3 pictures: 5 tiles, {total} visual tokens, " in shown
 
 
+def test_the_tower_is_given_its_share(tmp_path):
+    out = tmp_path / "pages.safetensors"
+    assert encode("small", "--image", PAGES[0], "--tower-share", "0.5", "--out", out) == 0
+    expected = encode_pictures(*load_small_model(), PAGES[:1], tower_share=0.5)
+    assert Pictures.load(out).states.equal(expected.states)
+    assert Pictures.load(out).tower_share == 0.5
+
+
 def test_generate_answers_about_the_file_without_the_tower(tmp_path, capsys, monkeypatch):
     from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
@@ -61,6 +69,7 @@ def test_generate_answers_about_the_file_without_the_tower(tmp_path, capsys, mon
     ("options", "message"),
     [
         (("--image", "nowhere.png"), "no such picture: nowhere.png"),
+        (("--image", PAGES[0], "--tower-share", "2"), "--tower-share must be a number in (0, 1], got 2"),
         (("--image", PAGES[0], "--kept-share", "0"), "--kept-share must be a number in (0, 1], got 0"),
         (("--image", PAGES[0], "--radius", "2"), "--radius must be a number in (0, 1], got 2"),
         (("--image", PAGES[0], "--radius", "0.2", "--kept-share", "0.5"), "--kept-share and --radius are both given"),

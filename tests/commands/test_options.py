@@ -54,7 +54,7 @@ def options_of(add):
 
 def test_every_rule_is_an_option_of_every_command_that_generates(options):
     shared = options_of(common.add_generation_options)
-    assert {"--top-k-ratio", "--kept-share", "--radius", "--no-merge", "--kv-quantization"} <= shared
+    assert {"--top-k-ratio", "--kept-share", "--radius", "--no-merge", "--kv-quantization", "--tower-share"} <= shared
     assert {"--model", "--weights", "--adapter", "--device", "--max-new-tokens"} <= shared
     for name in WITH_MODEL:
         assert shared <= set(options[name]), name

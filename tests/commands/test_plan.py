@@ -48,6 +48,11 @@ def test_options_reach_the_plan(capsys):
     assert peak("--batch", "64", "--pixels-on-device") > plain
     whole, pieces = (peak("--prefill-pictures", n, "--batch", "8", phase="prefill_") for n in ("8", "1"))
     assert pieces < whole
+    untouched, merged = (
+        peak("--batch", "8", "--tiles", "1", "--kept-share", "0.1", *share, phase="prefill_")
+        for share in ((), ("--tower-share", "0.5"))
+    )
+    assert merged < untouched
 
 
 def test_the_command_prints_a_table(capsys):
@@ -95,6 +100,7 @@ def test_what_nothing_can_make_fit_is_said(capsys):
         (["--top-k-ratio", "7"], "--top-k-ratio must be a number"),
         (["--kept-share", "0"], "--kept-share must be a number"),
         (["--batch", "0"], "batch must be a positive integer"),
+        (["--tower-share", "0"], "--tower-share must be a number"),
         (["--prefill-pictures", "0"], "--prefill-pictures must be at least 1"),
     ],
 )

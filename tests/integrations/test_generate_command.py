@@ -59,6 +59,11 @@ def test_two_pictures_and_none(capsys, tmp_path):
     ("options", "message"),
     [
         (("small", "--prompt", "x", "--image", "nowhere.png"), "no such picture: nowhere.png"),
+        (("small", "--prompt", "x", "--tower-share", "2"), "--tower-share must be a number in (0, 1], got 2"),
+        (
+            ("small", "--prompt", "x", "--pictures", "x", "--tower-share", "0.5"),
+            "--tower-share and --pictures are both given",
+        ),
         (("small", "--prompt", "x", "--top-k-ratio", "2"), "--top-k-ratio must be a number in (0, 1], got 2"),
         (("small", "--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1"),
         (("small", "--prompt", "x", "--max-memory", "cpu"), "--max-memory must look like"),

@@ -14,6 +14,7 @@ from PIL import Image
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.rgb import to_rgb
+from trim_plugin.rules.thinning import checked_share
 
 
 class PictureFolder:
@@ -26,6 +27,7 @@ class PictureFolder:
         folder: made if need be.
         model: an Mllama model or a wrapper around one.
         processor: its `MllamaProcessor`.
+        tower_share: as for `encode_pictures`; each share has files of its own.
 
     Raises:
         OSError: the folder cannot be made.
@@ -40,10 +42,10 @@ class PictureFolder:
         (True, 1)
     """
 
-    def __init__(self, folder: Path | str, model: Any, processor: Any) -> None:
+    def __init__(self, folder: Path | str, model: Any, processor: Any, *, tower_share: float | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._tower_share = model, processor, checked_share(tower_share)
         #: How many pictures went through the tower.
         self.encoded = 0
 
@@ -52,9 +54,9 @@ class PictureFolder:
         return functools.reduce(operator.add, [self._one(to_rgb(picture)) for picture in pictures])
 
     def _one(self, picture: Image.Image) -> Pictures:
-        shown = hashlib.blake2b(
-            repr((picture.size, str(self._model.dtype))).encode() + picture.tobytes(), digest_size=20
-        )
+        own = () if self._tower_share is None else (self._tower_share,)
+        kind = repr((picture.size, str(self._model.dtype), *own))
+        shown = hashlib.blake2b(kind.encode() + picture.tobytes(), digest_size=20)
         file = self.folder / f"{shown.hexdigest()}.safetensors"
         try:
             found = Pictures.load(file)
@@ -63,6 +65,6 @@ class PictureFolder:
         except (FileNotFoundError, ValueError):
             pass  # not there yet, cut off, or another model's
         self.encoded += 1
-        made = encode_pictures(self._model, self._processor, [picture]).to("cpu")
+        made = encode_pictures(self._model, self._processor, [picture], tower_share=self._tower_share).to("cpu")
         made.save(file)
         return made

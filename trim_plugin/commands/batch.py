@@ -136,7 +136,8 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
     encode = None
     if arguments.pictures_cache is not None:
         with user_errors(OSError, ValueError):
-            encode = PictureFolder(arguments.pictures_cache, model, processor)
+            share = None if way.config is None else way.config.tower_share
+            encode = PictureFolder(arguments.pictures_cache, model, processor, tower_share=share)
     worker = Worker(
         model,
         processor,

@@ -148,6 +148,22 @@ def add_picture_options(
         help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
         f"({again}default: not used)",
     )
+    add_tower_option(parser)
+
+
+def add_tower_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--tower-share`."""
+    parser.add_argument(
+        "--tower-share",
+        metavar="SHARE",
+        help="share of the patches that go on through the vision tower, the others being merged into them: faster, not exact "
+        "(default: the tower is untouched)",
+    )
+
+
+def tower_share(arguments: argparse.Namespace) -> float | None:
+    """`--tower-share`, or `UserError`."""
+    return None if arguments.tower_share is None else check_ratio(arguments.tower_share, "--tower-share")
 
 
 def add_length_option(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +209,7 @@ def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock:
         shares=values["kept_share"],
         radii=values["radius"],
         merge=not arguments.no_merge,
+        tower_share=tower_share(arguments),
         stock=stock,
     )
 

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
     if _save_picture(arguments.out, model, questions[0], *first, chosen):
         console.print(f"kept visual tokens of the first picture: {arguments.out}", highlight=False)
     else:
-        console.print("no picture of kept tokens: exact mode chooses nothing", highlight=False)
+        console.print("no picture of kept tokens: these ways choose nothing", highlight=False)
 
 
 def _asked_again(model: Any, processor: Any, question: Question) -> str:

@@ -22,6 +22,7 @@ from trim_plugin.commands.common import (
     check_ratio,
     first_line,
     picture_or_error,
+    tower_share,
 )
 from trim_plugin.commands.loading import load_model
 from trim_plugin.pictures.encoded import Pictures
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, the model cannot be loaded, or the file cannot be written.
     """
-    rule = _rule(arguments)
+    rule, share = _rule(arguments), tower_share(arguments)
     check_folder_of(arguments.out)
     images = [picture_or_error(path) for path in arguments.image]
     model, processor = load_model(arguments)
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         task = progress.add_task("encoding", total=len(images))
         for path, image in zip(arguments.image, images, strict=True):
             began = time.perf_counter()
-            page = encode_pictures(model, processor, [image], rule)
+            page = encode_pictures(model, processor, [image], rule, tower_share=share)
             console.print(_line(path.name, page, time.perf_counter() - began), highlight=False, markup=False)
             pages.append(page)
             progress.advance(task)

@@ -58,6 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "max_new_tokens")
     if arguments.image and arguments.pictures:
         raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")
+    if arguments.pictures and arguments.tower_share is not None:
+        raise UserError(
+            "--tower-share and --pictures are both given, but encoded pictures need no tower. Give it to encode"
+        )
     pictures = [picture_or_error(path) for path in arguments.image]
     encoded = _encoded(arguments.pictures)
     model, processor = load_model(arguments)

@@ -10,7 +10,15 @@ from typing import Any
 from rich.console import Console
 
 from trim_plugin.commands import UserError
-from trim_plugin.commands.common import WEIGHTS, add_command, add_length_option, check_counts, check_ratio
+from trim_plugin.commands.common import (
+    WEIGHTS,
+    add_command,
+    add_length_option,
+    add_tower_option,
+    check_counts,
+    check_ratio,
+    tower_share,
+)
 from trim_plugin.commands.loading import check_is_mllama, model_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.kv_formats import KV_FORMATS
@@ -93,6 +101,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the whole batch's pixel_values lie on the device, in float32 (default: they stay on the CPU)",
     )
+    add_tower_option(parser)
     parser.add_argument(
         "--prompt-tokens", type=int, default=128, metavar="N", help="text tokens of the prompt (default: %(default)s)"
     )
@@ -125,7 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
             copies=arguments.copies,
             pixels_on_device=arguments.pixels_on_device,
         )
-        ways = planner.ways(ratios, shares, arguments.kv_quantization, arguments.prefill_pictures)
+        share = tower_share(arguments)
+        ways = planner.ways(ratios, shares, arguments.kv_quantization, arguments.prefill_pictures, share)
         plans = [planner.plan(config, job, way, **settings) for way in ways]
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -45,26 +45,26 @@ class KnownPictures:
         #: Seconds and peak bytes on the GPU of encoding these pictures, the last time.
         self._costs: dict[tuple[Any, ...], tuple[float, int]] = {}
 
-    def of(self, question: Question, pictures: list[Image.Image]) -> Pictures | None:
-        """A question's pictures, encoded now or earlier; None if no other question asks about them."""
+    def of(self, question: Question, pictures: list[Image.Image], tower_share: float | None = None) -> Pictures | None:
+        """A question's pictures, encoded now or earlier with this `tower_share`; None if no other question asks about them."""
         if self._recent is None or self._asked[question.pictures] < 2:
             return None
         if not self._warm:  # the first encoding pays for allocations and kernels: not timed
-            self._recent(pictures)
+            self._recent(pictures, tower_share)
             self._recent.forget()
             self._warm = True
         before, start = self._recent.encoded, time.perf_counter()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        found = self._recent(pictures)
+        found = self._recent(pictures, tower_share)
         if self._recent.encoded > before:
             peak = torch.cuda.max_memory_allocated() if self._on_gpu else 0
-            self._costs[question.pictures] = time.perf_counter() - start, peak
+            self._costs[question.pictures, tower_share] = time.perf_counter() - start, peak
         return found
 
-    def charged(self, question: Question, answer: Answer) -> Answer:
+    def charged(self, question: Question, answer: Answer, tower_share: float | None = None) -> Answer:
         """An answer on encoded pictures with its part of what encoding them took: one of as many as ask about them."""
-        seconds, peak = self._costs.get(question.pictures, (0.0, 0))
+        seconds, peak = self._costs.get((question.pictures, tower_share), (0.0, 0))
         return dataclasses.replace(
             answer,
             seconds=answer.seconds + seconds / self._asked[question.pictures],

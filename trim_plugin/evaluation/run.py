@@ -18,6 +18,7 @@ from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.pictures.recent import DEFAULT_BYTES
 from trim_plugin.rules.k_center import KCenter
+from trim_plugin.rules.thinning import checked_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ def ways_for(
     shares: Sequence[float] = (),
     radii: Sequence[float] = (),
     merge: bool = True,
+    tower_share: float | None = None,
     stock: bool = True,
 ) -> list[Way]:
     """Stock, and a trimmed cache for each ratio (1.0 is exact mode) and each value of the other rules.
@@ -45,6 +47,7 @@ def ways_for(
         shares: of `KCenter`.
         radii: of `KCenter(radius=…)`.
         merge: as in `TrimConfig`. Exact mode drops nothing, so it is the same either way.
+        tower_share: as in `TrimConfig`, for all of them but stock. With it a ratio of 1.0 is not exact, and not called so.
         stock: whether transformers' own cache comes first.
 
     Example:
@@ -52,17 +55,21 @@ def ways_for(
         ['stock', 'exact, int8', '0.25, int8', 'k-center 0.1, int8']
         >>> [way.name for way in ways_for([1.0, 0.25], radii=[0.2], merge=False, stock=False)]
         ['exact', '0.25, dropped', 'radius 0.2, dropped']
+        >>> [way.name for way in ways_for([1.0, 0.25], tower_share=0.5)]
+        ['stock', 'nothing dropped, tower 0.5', '0.25, tower 0.5']
     """
+    tower_share = checked_share(tower_share)
+    whole, tower = ("exact", "") if tower_share is None else ("nothing dropped", f"tower {tower_share:g}")
     rules: list[tuple[str, dict[str, Any]]] = [
-        ("exact" if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
+        (whole if ratio == 1.0 else f"{ratio:g}", {"top_k_ratio": ratio}) for ratio in ratios
     ]
     rules += [(f"k-center {kept:g}", {"processors": [KCenter(kept)]}) for kept in shares]
     rules += [(f"radius {radius:g}", {"processors": [KCenter(radius=radius)]}) for radius in radii]
     ways = [Way("stock", None)] if stock else []
     for name, rule in rules:
-        config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge)
+        config = TrimConfig(**rule, kv_quantization=kv_quantization, merge=merge, tower_share=tower_share)
         forgets = "" if merge or config.keeps_reachable else "dropped"
-        ways.append(Way(", ".join(filter(None, [name, forgets, kv_quantization])), config))
+        ways.append(Way(", ".join(filter(None, [name, forgets, kv_quantization, tower])), config))
     return ways
 
 
@@ -82,7 +89,8 @@ def evaluate(
     """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
 
     A picture that cannot be read is logged as its question's error; the others are answered. Pictures that several questions ask
-    about are encoded once, whole, for all trimmed ways, which changes no answer; each question is charged its part of the time.
+    about are encoded once, whole, for all trimmed ways of one `tower_share`, which changes no answer; each question is charged
+    its part of the time.
 
     Args:
         model: an Mllama model, on its device.
@@ -119,12 +127,14 @@ def evaluate(
             continue
         inputs = build_inputs(processor, question.text, pictures, device)
         for way in missing:
-            asked = _Asked(question, way, inputs, known.of(question, pictures) if way.config is not None else None)
+            tower_share = None if way.config is None else way.config.tower_share
+            encoded = None if way.config is None else known.of(question, pictures, tower_share)
+            asked = _Asked(question, way, inputs, encoded)
             if way.name not in warm:  # the first generation pays for allocations and kernels: not timed
                 _generate(model, processor, asked, max_new_tokens)
                 warm.add(way.name)
             answer = _generate(model, processor, asked, max_new_tokens)
-            record(answer if asked.encoded is None else known.charged(question, answer))
+            record(answer if asked.encoded is None else known.charged(question, answer, tower_share))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Pictures(EncodedSample):
         tile_tokens: visual tokens of a tile.
         mark: which model encoded them, see `fingerprint`.
         rule: what chose the tokens; "whole" if nothing did.
+        tower_share: share of the patches that went on through the vision tower, the smallest if there are several; None if it was
+            untouched.
 
     Example:
         >>> from trim_plugin import KCenter, TrimmedCache, encode_pictures
@@ -52,6 +54,7 @@ class Pictures(EncodedSample):
     tile_tokens: int
     mark: torch.Tensor
     rule: str = "whole"
+    tower_share: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +117,7 @@ class Pictures(EncodedSample):
             apart or 0.0
         ) > OTHER_FORMAT:
             raise ValueError("These pictures were encoded by two different models. Encode them again by one.")
+        shares = [share for share in (self.tower_share, later.tower_share) if share is not None]
         return dataclasses.replace(
             self,
             states=torch.cat([self.states, later.states.to(self.states)]),
@@ -122,6 +126,7 @@ class Pictures(EncodedSample):
             total=self.total + later.total,
             tiles=self.tiles + later.tiles,
             rule=self.rule if self.rule == later.rule else f"{self.rule}, {later.rule}",
+            tower_share=min(shares, default=None),
         )
 
     def check_fits(self, model: torch.nn.Module, known: dict[str, Any] | None = None) -> None:

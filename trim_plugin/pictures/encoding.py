@@ -28,6 +28,7 @@ from trim_plugin.rules.processors import (
     VisualTokenProcessorList,
     processor_name,
 )
+from trim_plugin.rules.thinning import checked_share
 
 
 def encode_pictures(
@@ -35,6 +36,8 @@ def encode_pictures(
     processor: Any,
     images: Sequence[Image.Image | Path | str],
     rule: ProcessorLike | None = None,
+    *,
+    tower_share: float | None = None,
 ) -> Pictures:
     """Read a sample's pictures with the vision tower once, picture by picture, to ask about them as often as wanted.
 
@@ -46,12 +49,15 @@ def encode_pictures(
             (`rules.merging`). `KCenter(0.25)` keeps a quarter. A rule that asks for states (`needs_states`) is given the keys of
             the first cross-attention layer in their place. One that needs attention cannot choose here, since there is no
             prompt. None keeps everything, padding tiles included: the same answers as with the pictures themselves.
+        tower_share: share of the patches that go on through the tower, as in `TrimConfig`: the same answers as with the pictures
+            themselves and that setting. None, and 1.0, leave the tower untouched.
 
     Returns:
         The pictures, on the model's device.
 
     Raises:
-        ValueError: no image is given, the rule needs a prompt or removes everything, or the model has no vision tower.
+        ValueError: no image is given, the rule needs a prompt or removes everything, the model has no vision tower, or
+            `tower_share` is not a number in (0, 1].
         FileNotFoundError: a picture's file is missing.
         TypeError: the rule returns something else than scores.
 
@@ -64,6 +70,7 @@ def encode_pictures(
         ([1], 17, 260)
     """
     own = find_model(model)
+    tower_share = checked_share(tower_share)
     if isinstance(images, str | Path | Image.Image):
         raise ValueError(
             f"images must be a list of pictures, got a single {type(images).__name__}: put it into a list."
@@ -78,11 +85,14 @@ def encode_pictures(
     for image in images:
         picture = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
         seen = processor.image_processor(images=[[picture]], return_tensors="pt")
-        pages.append(_encoded(own, seen, rule, fingerprint(own) if not pages else pages[0].mark))
+        mark = fingerprint(own) if not pages else pages[0].mark
+        pages.append(_encoded(own, seen, rule, mark, tower_share))
     return functools.reduce(operator.add, pages)
 
 
-def _encoded(model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tensor) -> Pictures:
+def _encoded(
+    model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tensor, tower_share: float | None
+) -> Pictures:
     """One picture, as the image processor returned it."""
     vision = model.config.vision_config
     tile_tokens = picture_tokens(vision) // vision.max_num_tiles
@@ -90,7 +100,7 @@ def _encoded(model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tens
     device = next(model.vision_model.parameters()).device
     inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     with torch.no_grad():
-        states = visual_states(model, **inputs, at_a_time=1).flatten(0, 1)
+        states = visual_states(model, **inputs, at_a_time=1, share=tower_share).flatten(0, 1)
         index = torch.arange(len(states), device=states.device)
         sizes = torch.ones_like(index)
         if rule is not None:
@@ -105,6 +115,7 @@ def _encoded(model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tens
         tile_tokens=tile_tokens,
         mark=mark,
         rule="whole" if rule is None else processor_name(rule),
+        tower_share=tower_share,
     )
 
 

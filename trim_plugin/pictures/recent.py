@@ -55,19 +55,23 @@ class RecentPictures:
             raise ValueError(f"most_bytes must be 0 or more, got {most_bytes}.")
         self._model, self._processor, self._rule = model, processor, rule
         self._most_bytes = most_bytes
-        self._held: OrderedDict[tuple[Any, bytes], Pictures] = OrderedDict()
+        self._held: OrderedDict[tuple[Any, ...], Pictures] = OrderedDict()
         #: How often a picture went through the tower.
         self.encoded = 0
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Pictures:
+    def __call__(self, pictures: Sequence[Image.Image], tower_share: float | None = None) -> Pictures:
         """These pictures in a row, encoded now or earlier.
+
+        Args:
+            pictures: the pictures.
+            tower_share: as for `encode_pictures`; each share has encoded pictures of its own.
 
         Raises:
             ValueError: no picture is given, or as for `encode_pictures`.
         """
         if not pictures:
             raise ValueError("No picture was given to RecentPictures. Ask about text alone without it.")
-        return functools.reduce(operator.add, [self._one(to_rgb(picture)) for picture in pictures])
+        return functools.reduce(operator.add, [self._one(to_rgb(picture), tower_share) for picture in pictures])
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +82,11 @@ class RecentPictures:
         """Hold nothing any more."""
         self._held.clear()
 
-    def _one(self, picture: Image.Image) -> Pictures:
-        key = (picture.size, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
+    def _one(self, picture: Image.Image, tower_share: float | None) -> Pictures:
+        key = (picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
         if key not in self._held:
-            self._held[key] = encode_pictures(self._model, self._processor, [picture], self._rule).to("cpu")
+            made = encode_pictures(self._model, self._processor, [picture], self._rule, tower_share=tower_share)
+            self._held[key] = made.to("cpu")
             self.encoded += 1
         self._held.move_to_end(key)
         found = self._held[key]

@@ -22,7 +22,7 @@ def write(path: Path, pictures: Any) -> None:
     """Write a `Pictures`; no reader ever sees half of it."""
     tensors = {name: getattr(pictures, name).detach().cpu().contiguous() for name in TENSORS}
     tensors |= {name: tensors[name].to(torch.int32) for name in ("index", "sizes")}
-    fields = {name: getattr(pictures, name) for name in NUMBERS}
+    fields = {name: getattr(pictures, name) for name in (*NUMBERS, "tower_share")}
     metadata = {"kind": KIND, "version": str(VERSION), "pictures": json.dumps(fields)}
     with draft_of(path) as draft:
         save_file(tensors, draft, metadata=metadata)
@@ -48,7 +48,8 @@ def read(path: Path, device: str | torch.device) -> dict[str, Any]:
             _check_kind(path, metadata)
             tensors = {name: file.get_tensor(name) for name in TENSORS}
         fields = json.loads(metadata["pictures"])
-        numbers = {name: fields[name] for name in NUMBERS}
+        # Files from before pictures could be merged inside the tower say nothing of it.
+        numbers = {name: fields[name] for name in NUMBERS} | {"tower_share": fields.get("tower_share")}
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is cut off or damaged ({error}). Encode the pictures again: encode_pictures(...).save(...)."

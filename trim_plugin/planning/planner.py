@@ -28,6 +28,7 @@ from trim_plugin.planning.model_sizes import (
     tile_tokens,
     weight_bytes,
 )
+from trim_plugin.rules.thinning import checked_share
 
 #: Left free by default: a CUDA context takes about half of it, the rest is for blocks that the allocator cannot use again.
 RESERVE = 2**30
@@ -57,6 +58,7 @@ class Way:
         top_k_ratio: where the share comes from, if from a ratio.
         kv_quantization: "int8" or "nf4" for the cross-attention cache; None for the model's dtype.
         prefill_pictures: as in `TrimConfig`; None is its default.
+        tower_share: as in `TrimConfig`; None leaves the vision tower untouched.
 
     Raises:
         ValueError: a share outside (0, 1].
@@ -67,10 +69,12 @@ class Way:
     top_k_ratio: float | None = None
     kv_quantization: str | None = None
     prefill_pictures: int | None = None
+    tower_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.kept_share is not None and not 0.0 < self.kept_share <= 1.0:
             raise ValueError(f"kept_share must be a number in (0, 1], got {self.kept_share!r}.")
+        object.__setattr__(self, "tower_share", checked_share(self.tower_share))
 
     @property
     def stock(self) -> bool:
@@ -160,8 +164,9 @@ def ways(
     kept_shares: Sequence[float] = (),
     kv_quantization: str | None = None,
     prefill_pictures: int | None = None,
+    tower_share: float | None = None,
 ) -> list[Way]:
-    """Stock, exact, and trimmed for every ratio and share.
+    """Stock, exact, and trimmed for every ratio and share; a `tower_share` is for trimmed alone.
 
     Example:
         >>> [way.name for way in ways((0.25,))], [way.name for way in ways((0.25, 0.1))][2:]
@@ -174,7 +179,7 @@ def ways(
     found = [Way("stock"), Way("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
     for share, ratio, word in shares:
         name = "trimmed" if len(shares) == 1 else f"trimmed {word}"
-        found.append(Way(name, share, ratio, kv_quantization, prefill_pictures))
+        found.append(Way(name, share, ratio, kv_quantization, prefill_pictures, tower_share))
     return found
 
 
@@ -253,7 +258,7 @@ def _prefill(
         earlier = 0 if way.stock else caches * (job.batch - samples) // job.batch
         # While the tower reads some images of a piece, the states of all of them are gathered.
         gathered = 0 if images >= last else working_set.visual_states(config, last, element)
-        moments.append((earlier, gathered + working_set.tower(config, images, element)))
+        moments.append((earlier, gathered + working_set.tower(config, images, element, job.tiles, way.tower_share)))
     if not way.stock and (samples < job.batch or job.copies > 1):
         one_cross = cross // len(config.text_config.cross_attention_layers)
         one_self = working_set.layer_kv(config, job.sequences, job.prompt_tokens, element)

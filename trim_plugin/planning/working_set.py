@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from transformers import MllamaConfig
 
+from trim_plugin.forward.tower_merging import layers_before
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import image_tokens, kv_values, tile_tokens
+from trim_plugin.rules.k_center import FEATURES
+from trim_plugin.rules.thinning import tokens_left
 
 #: Scoring and merging never take more scratch than this each, see `attention/scoring.py` and `rules/merging.py`.
 SCRATCH = 64 * 2**20
@@ -27,25 +30,52 @@ def pixels(config: MllamaConfig, images: int) -> int:
     return int(images * vision.max_num_tiles * vision.num_channels * vision.image_size**2 * 4)
 
 
-def tower(config: MllamaConfig, images: int, element: int) -> int:
+def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share: float | None = None) -> int:
     """Bytes that the vision tower needs at its peak for so many images at once, its output included.
+
+    Args:
+        config: the model's configuration.
+        images: read at once.
+        element: bytes of a number.
+        tiles: real tiles of each image; matters with a share alone.
+        share: `TrimConfig.tower_share`; None for an untouched tower.
 
     Example:
         >>> from trim_plugin.planning.model_sizes import built_in_config
-        >>> round(tower(built_in_config("11b"), 1, 2) / 10**6)
-        939
+        >>> untouched, four, one = (tower(built_in_config("11b"), 1, 2, *more) for more in ((), (4, 0.5), (1, 0.5)))
+        >>> round(untouched / 10**6), one < four < 0.85 * untouched
+        (939, True)
     """
     vision = config.vision_config
+    local, around = vision.num_hidden_layers, vision.num_global_layers
     # Every tile is padded to a multiple of 8 patches.
-    tokens = images * vision.max_num_tiles * (-(-tile_tokens(config) // 8) * 8)
+    each = vision.max_num_tiles * (-(-tile_tokens(config) // 8) * 8)
+    tokens = images * each
     states = tokens * vision.hidden_size * element
-    mask = tokens * (tokens // images) * element
-    # The states of every layer stay until the end.
-    kept = (vision.num_hidden_layers + vision.num_global_layers) * states
-    mlp = 3 * states + 2 * tokens * vision.intermediate_size * element
+    mask = tokens * each * element
     # States of some layers are gathered, freed of padding, and joined.
     joined = 2 * tokens * vision.vision_output_dim * element
-    return max(2 * mask + 3 * states, mask + kept + max(mlp, joined))
+
+    def mlp(rows: int) -> int:
+        return (3 * vision.hidden_size + 2 * vision.intermediate_size) * rows * element
+
+    making_mask = 2 * mask + 3 * states
+    # The states of every layer stay until the end.
+    if share is None:
+        return max(making_mask, mask + (local + around) * states + max(mlp(tokens), joined))
+    whole = min(layers_before(local), local)
+    left = images * tokens_left(tiles, vision.max_num_tiles, tile_tokens(config), each, share)
+    few = left * vision.hidden_size * element
+    # What is read of layers behind the merging is spread to all patches, and so is the last layer's.
+    spread = sum(index % local >= whole for index in vision.intermediate_layers_indices) + 1
+    choosing = states + SCRATCH + tokens * min(FEATURES, vision.hidden_size) * 4
+    few_mask = left * (left // images) * element
+    captured = whole * states + (local - whole + around) * few + spread * states
+    return max(
+        making_mask,
+        mask + whole * states + max(mlp(tokens), choosing),
+        mask + few_mask + captured + max(mlp(left), joined),
+    )
 
 
 def visual_states(config: MllamaConfig, images: int, element: int) -> int:
