@@ -1,10 +1,10 @@
 """The vision tower on fewer patches: ``python -m benchmarks latency --tower``.
 
-A tower of the 11B model's widths and picture size with fewer layers ("11b-eighth": 4 local, 1 global) and random weights, with and
-without `tower_share`, for pictures of one tile and of four, ways in turns in one process. "untouched again" is the untouched tower
-against itself: its ratio is the noise. What choosing and merging take is timed within the calls, and stands apart since it does not
-grow with the layers. Peaks are taken in a process of their own for every way. The arithmetic is counted for this tower and for the
-whole 11B one.
+A tower of the 11B model's widths and picture size with fewer layers ("11b-eighth": 4 local, 1 global) and random weights, with
+and without `tower_share`, for pictures of one tile and of four, ways in turns in one process. "untouched again" is the
+untouched tower against itself: its ratio is the noise. What choosing and merging take is timed within the calls, and stands
+apart since it does not grow with the layers. Peaks are taken in a process of their own for every way. The arithmetic is counted
+for this tower and for the whole 11B one.
 """
 
 from __future__ import annotations
