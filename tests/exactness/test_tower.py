@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer, MllamaVisionModel
@@ -139,22 +139,32 @@ def both(tower, tiles, share, seed=0):
     return merged, expected
 
 
-@given(
-    tiles=st.lists(st.integers(1, TILES), min_size=1, max_size=4),
-    share=st.sampled_from([0.1, 0.3, 0.5, 0.75]),
-    local=st.integers(1, 6),
-    attention=st.sampled_from(["sdpa", "eager"]),
-    size=st.sampled_from([8, 16]),
-    seed=st.integers(0, 10_000),
-    data=st.data(),
-)
-def test_equals_an_untouched_tower_in_which_tokens_are_their_groups_means(
-    tiles, share, local, attention, size, seed, data
-):
-    read = data.draw(st.lists(st.integers(-local, local - 1), min_size=1, max_size=3))
-    merged, expected = both(random_tower(seed, local, read, attention, size), tiles, share, seed)
+@st.composite
+def drawn_towers(draw):
+    """A random tower, the tiles of some pictures, a share, and a seed."""
+    local, seed = draw(st.integers(1, 6)), draw(st.integers(0, 10_000))
+    read = draw(st.lists(st.integers(-local, local - 1), min_size=1, max_size=3))
+    tower = random_tower(seed, local, read, draw(st.sampled_from(["sdpa", "eager"])), draw(st.sampled_from([8, 16])))
+    tiles = draw(st.lists(st.integers(1, TILES), min_size=1, max_size=4))
+    return tower, tiles, draw(st.sampled_from([0.1, 0.3, 0.5, 0.75])), seed
+
+
+def check_restatement(drawn):
+    merged, expected = both(*drawn)
     assert merged.shape == expected.shape
     assert float((merged - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@given(drawn_towers())
+def test_equals_an_untouched_tower_in_which_tokens_are_their_groups_means(drawn):
+    check_restatement(drawn)
+
+
+@pytest.mark.slow
+@settings(settings.get_profile("slow"))
+@given(drawn_towers())
+def test_equals_an_untouched_tower_many_times(drawn):
+    check_restatement(drawn)
 
 
 @pytest.mark.parametrize("broken", ["sizes", "spread"])
