@@ -1,4 +1,4 @@
-"""``python -m benchmarks all|memory|latency|quality|encoded|gpu|report [--quick]``."""
+"""``python -m benchmarks all|memory|latency|quality|encoded|tower|gpu|report [--quick]``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from benchmarks.memory import measure as memory
 from benchmarks.memory import pieces as memory_pieces
 from benchmarks.quality import encoded
 from benchmarks.quality import measure as quality
+from benchmarks.quality import tower as tower_quality
 
-BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded}
+BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded, "tower": tower_quality}
 
 #: What `all` runs besides.
 FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces, tower)

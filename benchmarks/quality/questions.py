@@ -15,6 +15,7 @@ from benchmarks.small_model.architecture import ASSISTANT, EOS, USER, build_toke
 from benchmarks.small_model.batches import image_inputs
 from benchmarks.small_model.questions import TRAINED_TYPES, ask
 from benchmarks.small_model.scenes import TILE, Scene, draw_scene
+from trim_plugin.forward.tower_merging import merging_in_tower
 
 LONGEST_ANSWER = 36
 
@@ -60,7 +61,7 @@ def question_batches(model: Any, scenes: list[Scene], seed: int, size: int = 100
         numbers = order[start : start + size]
         part = [scenes[number] for number in numbers]
         pixels = image_inputs([scene.image for scene in part], model.config.vision_config.image_size)
-        states = _visual_states(model, pixels)
+        states = visual_states(model, pixels)
         for turn, kind in enumerate(TRAINED_TYPES):
             pairs = [ask(scene, kind, rng) for scene in part]
             second = [ask(scene, TRAINED_TYPES[(turn + 1) % len(TRAINED_TYPES)], rng) for scene in part]
@@ -78,9 +79,12 @@ def question_batches(model: Any, scenes: list[Scene], seed: int, size: int = 100
     return batches
 
 
-def _visual_states(model: Any, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
+@torch.no_grad()
+def visual_states(model: Any, pixels: dict[str, torch.Tensor], tower_share: float | None = None) -> torch.Tensor:
+    """What the text model reads of pictures, (tiles of all, patches, width)."""
     own = pixels | {"pixel_values": pixels["pixel_values"].to(model.dtype)}
-    features = model.model.vision_model(**own).last_hidden_state
+    with merging_in_tower(model.model.vision_model, tower_share, pixels["aspect_ratio_mask"]):
+        features = model.model.vision_model(**own).last_hidden_state
     # Tiles in a row: bitsandbytes' int8 layers take no five dimensions.
     return model.model.multi_modal_projector(features.flatten(0, 2))
 

@@ -29,10 +29,6 @@ def farthest_first(states: torch.Tensor, members: torch.Tensor, kept_share: floa
     return KCenter(kept_share).choose(states, members)
 
 
-#: How tokens are chosen: (states, members, share) → bool (pictures, tokens), at least one of a picture that has any members.
-CHOOSE = farthest_first
-
-
 def checked_share(value: float | None) -> float | None:
     """`tower_share` as it is used: None if the tower stays untouched, which 1.0 asks for as well.
 
@@ -91,8 +87,8 @@ def merge_alike(
         ([[0, 2, 3]], [[1, 2, 2]])
     """
     kept = kinds == CLASS
-    kept |= CHOOSE(states, kinds == PATCH, kept_share)
-    kept |= CHOOSE(states, kinds == PADDING, PADDING_SHARE)
+    kept |= farthest_first(states, kinds == PATCH, kept_share)
+    kept |= farthest_first(states, kinds == PADDING, PADDING_SHARE)
     positions, valid = pack(kept)
     return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid
 
