@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from unittest import mock
 
 import pytest
@@ -18,14 +17,9 @@ from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer, MllamaVisionModel
 
 import trim_plugin
-from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures, prefill
-from trim_plugin.batching.remembered import PictureFolder
-from trim_plugin.embedded import ask, examples, load_small_model
-from trim_plugin.evaluation import AnswerLog, Question, evaluate, ways_for
+from trim_plugin import TrimConfig, TrimmedCache, prefill
 from trim_plugin.forward import tower_merging
 from trim_plugin.forward.tower_merging import layers_before, merging_in_tower
-from trim_plugin.pictures.prompting import open_picture
-from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.rules.thinning import merge_alike, tokens_left
 
 from ..random_models import (
@@ -44,7 +38,6 @@ from ..random_models import (
 PATCHES, FILLED = 5, 8  # of a tile of the random models: with its class token, and filled up
 BATCH = [Sample((2, (6,), 5)), Sample((1, (2,), 3, (1, 3), 4)), Sample(((7, 8), 2))]
 SHARE = 0.5
-_dumps = json.dumps
 
 
 def random_tower(seed, local, read, attention="sdpa", size=8, global_layers=2):
@@ -170,7 +163,8 @@ def test_equals_an_untouched_tower_many_times(drawn):
 @pytest.mark.parametrize("broken", ["sizes", "spread"])
 def test_the_restatement_tells_when_log_sizes_or_members_are_wrong(broken):
     tower = random_tower(3, 4, [1, 3])
-    assert_close = [float((a - b).abs().max()) for a, b in [both(tower, [1, 3], SHARE)]]
+    merged, expected = both(tower, [1, 3], SHARE)
+    right = float((merged - expected).abs().max())
     wrong = {
         "sizes": mock.patch.object(tower_merging, "add_log_sizes", lambda mask, sizes: mask),
         "spread": mock.patch.object(
@@ -185,7 +179,7 @@ def test_the_restatement_tells_when_log_sizes_or_members_are_wrong(broken):
     }
     with wrong[broken]:
         merged, expected = both(tower, [1, 3], SHARE)
-    assert assert_close[0] < 1e-4 < 1e-2 < float((merged - expected).abs().max())
+    assert right < 1e-4 < 1e-2 < float((merged - expected).abs().max())
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
@@ -330,71 +324,3 @@ def test_nothing_calls_itself_exact_with_a_share():
     assert not config.exact
     assert config.keeps_reachable
     assert list(config.processor_list) == []
-
-
-# With pictures encoded beforehand
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
-
-
-@pytest.mark.parametrize("config", [{"top_k_ratio": 1.0}, {"top_k_ratio": 0.15}], ids=str)
-def test_encoded_pictures_answer_as_pictures_in_the_prompt_do(small, config):
-    model, processor = small
-    example = examples()[0]
-    direct = trimmed(model, ask(processor), {**config, "tower_share": SHARE}, new=4)
-    pictures = encode_pictures(model, processor, [example.picture], tower_share=SHARE)
-    cache = TrimmedCache(model, config, pictures=pictures)
-    known = generate(model, pictures.inputs(processor, example.question), new=4, past_key_values=cache)
-    assert torch.equal(direct.sequences, known.sequences)
-    assert largest_difference(direct, known) <= 1e-5 * largest_logit(direct)
-    untouched = trimmed(model, ask(processor), config, new=1)
-    assert largest_difference(untouched, trimmed(model, ask(processor), {**config, "tower_share": SHARE}, new=1)) > 1e-4
-
-
-def test_files_of_encoded_pictures_say_what_share_and_older_ones_load(small, tmp_path, monkeypatch):
-    model, processor = small
-    file, picture = tmp_path / "page.safetensors", examples()[0].picture
-    merged = encode_pictures(model, processor, [picture], KCenter(0.25), tower_share=SHARE)
-    merged.save(file)
-    assert Pictures.load(file).tower_share == SHARE
-    whole = encode_pictures(model, processor, [picture], tower_share=1.0)
-    assert whole.tower_share is None
-    assert (whole + merged).tower_share == (merged + whole).tower_share == SHARE
-    monkeypatch.setattr(json, "dumps", lambda fields: _dumps({k: v for k, v in fields.items() if k != "tower_share"}))
-    merged.save(file)
-    assert Pictures.load(file).tower_share is None
-
-
-def test_pictures_remembered_with_one_share_are_not_taken_for_another(small, tmp_path):
-    model, processor = small
-    page = [open_picture(examples()[0].picture)]
-    recent = RecentPictures(model, processor)
-    assert [recent(page, share).tower_share for share in (None, SHARE, None)] == [None, SHARE, None]
-    assert recent.encoded == 2
-    folders = [PictureFolder(tmp_path, model, processor, tower_share=share) for share in (None, SHARE)]
-    assert [folder(page).tower_share for folder in folders] == [None, SHARE]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_encoding_refuses_a_wrong_share(small):
-    with pytest.raises(ValueError, match=r"tower_share must be a number in \(0, 1\], got 2"):
-        encode_pictures(*small, [examples()[0].picture], tower_share=2)
-
-
-def test_the_evaluation_encodes_with_each_ways_own_share(small, tmp_path):
-    model, processor = small
-    example = examples()[0]
-    questions = [Question(name, (example.picture,), example.question, (example.answer,)) for name in "ab"]
-    log = AnswerLog(tmp_path, {})
-    seen = []
-    with mock.patch.object(
-        tower_merging, "merge_alike", side_effect=lambda *given: seen.append(1) or merge_alike(*given)
-    ):
-        evaluate(model, processor, questions, ways_for([1.0], stock=False), log, max_new_tokens=2)
-        assert seen == []
-        evaluate(model, processor, questions, ways_for([1.0], tower_share=SHARE, stock=False), log, max_new_tokens=2)
-    assert seen
-    assert {answer.way for answer in log.answers()} == {"exact", "nothing dropped, tower 0.5"}
