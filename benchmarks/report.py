@@ -20,6 +20,7 @@ from benchmarks.memory import combined_report, pieces_report
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report
 from benchmarks.quality import report as quality_report
+from benchmarks.quality import tower_report as tower_quality_report
 
 #: Name of a result, and of the marker of all its figures → the module with its `tables`.
 TABLES: dict[str, Any] = {
@@ -35,6 +36,8 @@ TABLES: dict[str, Any] = {
     "pieces_latency": pieces_latency_report,
     "first_token": first_token_report,
     "tower": tower_report,
+    "tower_quality": tower_quality_report,
+    "tower_quality-fine": tower_quality_report,
 }
 Results = dict[str, dict[str, Any]]
 #: Marker of what a reader decides by → its parts: the result that a part needs, and what makes it from all results at hand.
@@ -52,6 +55,8 @@ KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
         ("pieces_latency", pieces_latency_report.cost),
     ],
     "first-token": [("first_token", first_token_report.sooner)],
+    "tower-answers": [("tower_quality", tower_quality_report.answers)],
+    "tower-time": [("tower", tower_report.shorter)],
 }
 PLOTTED = (combined_report, pieces_report, latency_report, first_token_report)
 

@@ -36,8 +36,8 @@ WAYS: dict[str, float | None] = {
     "untouched": None,
     "untouched again": None,
     "share 0.75": 0.75,
+    "share 0.6": 0.6,
     "share 0.5": 0.5,
-    "share 0.25": 0.25,
 }
 QUICK_WAYS = ("untouched", "untouched again", "share 0.5")
 TILES = (1, 4)

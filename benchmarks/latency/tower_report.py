@@ -40,3 +40,24 @@ def tables(result: dict[str, Any]) -> str:
         "peak of untouched",
     ]
     return heading + text + table(head, lines)
+
+
+def shorter(results: dict[str, dict[str, Any]]) -> str:
+    """What one share gives at the real widths, a line for each number of tiles, with the noise."""
+    rows = {(row["tiles"], row["way"]): row for row in results["tower"]["rows"]}
+    lines = []
+    for (tiles, way), row in rows.items():
+        if way.startswith("share"):
+            again = rows[tiles, "untouched again"]
+            lines.append(
+                [
+                    str(tiles),
+                    way.removeprefix("share "),
+                    f"{row['times_less']['median']:.2f} (noise {again['times_less']['median']:.2f})",
+                    f"{row['by_arithmetic']:.2f}",
+                    percent(row["choosing_seconds"]["median"] / row["seconds"]["median"], 0),
+                    f"{percent(row['peak_share'], 0)} (noise {percent(again['peak_share'], 0)})",
+                ]
+            )
+    header = ["tiles", "`tower_share`", "times less time", "by arithmetic", "of it choosing", "peak of untouched"]
+    return table(header, lines)
