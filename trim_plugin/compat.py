@@ -63,7 +63,8 @@ def compiles_mllama_decoding() -> bool:
     """Whether `generate` may compile Mllama's decoding.
 
     Later versions keep the shapes of a decoding step; in 5.17 the cross-attention mask grows with the text. There a static cache
-    works uncompiled.
+    works uncompiled: `generate` is told so by its configuration, not by the cache. A static cache that did not call itself
+    compilable would get no mask for a prompt of one token, and read the empty rest of its buffers.
 
     Example:
         >>> compiles_mllama_decoding() in (True, False)

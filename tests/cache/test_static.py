@@ -61,6 +61,37 @@ def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, buc
         assert not layer.is_initialized or layer.keys.shape[2] % bucket == 0
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_prompt_of_one_token_reads_no_empty_buffer(attention, copies):
+    """sdpa needs no mask for one row, unless the buffers are longer than the text."""
+    model = random_model(attention=attention, cross_layers=(1, 3))
+    inputs = random_inputs(model, [Sample((1,))])
+    stock = generate(model, inputs, 5, num_beams=copies)
+    static = trimmed(model, inputs, {"static": True, "static_bucket": 8}, 5, num_beams=copies, disable_compile=True)
+    assert torch.equal(stock.sequences, static.sequences)
+    assert largest_difference(stock, static) <= 1e-5
+    cache = TrimmedCache(model, TrimConfig(static=True, max_cache_len=16))
+    with torch.no_grad():
+        by_hand = model(**inputs, past_key_values=cache, use_cache=True).logits
+    assert float((by_hand - model(**inputs).logits).abs().max()) <= 1e-5
+
+
+@pytest.mark.skipif(compat.compiles_mllama_decoding(), reason="this transformers compiles Mllama's decoding")
+@pytest.mark.parametrize("given", [False, True])
+def test_where_transformers_does_not_compile_mllama_nothing_is_compiled(given):
+    model = random_model(seed=2)
+    compile_config, graphs = graph_counter()
+    settings = {"top_k_ratio": 0.2, "static": True, "static_bucket": 8, "max_cache_len": 64}
+    inputs, what = random_inputs(model, ONE), {"compile_config": compile_config}
+    if given:
+        generate(model, inputs, 4, past_key_values=TrimmedCache(model, settings), **what)
+    else:
+        trimmed(model, inputs, settings, 4, **what)
+    assert graphs == []
+    assert not model.generation_config.disable_compile
+
+
 @pytest.mark.skipif(
     not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
 )

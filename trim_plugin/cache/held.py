@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from trim_plugin import compat
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, quantized_self_layer
 from trim_plugin.cache.report import TrimReport, held_bytes, stored_tensors
@@ -123,11 +122,6 @@ class HeldCache(Cache):
                 "This TrimmedCache is left over from a forward that failed: it holds half a turn. Call its reset() to use "
                 "it as a new one, or make a new one. (copy.deepcopy(cache) before a turn keeps the conversation so far.)"
             )
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile decoding: static layers, on a transformers that compiles Mllama's decoding."""
-        return compat.compiles_mllama_decoding() and super().is_compileable
 
     # -- what transformers asks of a cache ----------------------------------------------------------------------
 

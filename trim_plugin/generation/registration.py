@@ -111,11 +111,14 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
+        from trim_plugin.compat import compiles_mllama_decoding
         from trim_plugin.config import TrimConfig
         from trim_plugin.forward.trimmed_cache import TrimmedCache
         from trim_plugin.generation.checks import check_chunks, check_inputs, check_mode, check_reuse
 
         check_mode(self)
+        if not compiles_mllama_decoding():
+            generation_config.disable_compile = True
         if own and given is None:
             config = TrimConfig.of(generation_config.cache_config)
             length = max(max_cache_length, generation_config.max_cache_len or 0)
