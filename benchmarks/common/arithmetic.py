@@ -23,7 +23,7 @@ def tower_operations(vision: Any, tiles: int | None = None, share: float | None 
         >>> vision = built_in_config("11b").vision_config
         >>> untouched = tower_operations(vision)
         >>> [round(untouched / tower_operations(vision, tiles, 0.5), 2) for tiles in (1, 4)]
-        [3.5, 1.97]
+        [3.2, 1.97]
     """
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     most = vision.max_num_tiles

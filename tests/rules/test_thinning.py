@@ -44,7 +44,7 @@ def test_only_tokens_of_a_kind_are_merged_and_as_many_are_left_as_counted(tiles,
 def test_a_picture_without_a_real_tile_is_padding_alone():
     kinds = kinds_of([0])
     merging, _, valid = merge_alike(torch.randn(1, 4 * TOKENS, 8), kinds, 0.5)
-    assert int(valid.sum()) == 6
+    assert int(valid.sum()) == 12
     assert int(merging.sizes.sum()) == 4 * TOKENS
 
 
