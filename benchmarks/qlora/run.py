@@ -6,7 +6,8 @@
 4. Save the adapter (safetensors), load everything anew as a user would, and ask about held-out scenes: base, adapted, adapted
    with the trimmed cache, adapted with a trimmed and quantized cache.
 
-Writes ``results.json`` and the table in ``README.md``.
+Writes ``results.json`` and the table in ``README.md``; with ``--model``, for another model that `benchmarks/small_model` has
+trained, ``results.json`` into ``--out`` alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.common.results import write_json
 from benchmarks.common.tables import percent, table
 from benchmarks.small_model.evaluate import answers, batches, held_out_questions
 from benchmarks.small_model.questions import TRAINED_TYPES, UNTRAINED_TYPES, ask
-from benchmarks.small_model.scenes import draw_scene
+from benchmarks.small_model.scenes import TILE, draw_scene
 from trim_plugin.embedded import SMALL_MODEL
 
 HERE = Path(__file__).parent
@@ -38,13 +39,16 @@ FIRST_SCENE = 900_000_000
 """Training scenes are drawn from here on; the base model's training used lower seeds."""
 
 
-def training_batch(processor: Any, kind: str, replay: float, number: int, size: int) -> dict[str, torch.Tensor]:
+def training_batch(
+    processor: Any, kind: str, replay: float, number: int, size: int, scale: int
+) -> dict[str, torch.Tensor]:
     """Batch ``number``: a question and its answer about each of ``size`` training scenes, with labels on the answer.
 
-    A share ``replay`` of the questions are of the types that the model knows, so that it does not forget them.
+    A share ``replay`` of the questions are of the types that the model knows, so that it does not forget them. ``scale`` as in
+    `draw_scene`.
     """
     rng = np.random.default_rng([FIRST_SCENE, number])
-    scenes = [draw_scene(FIRST_SCENE + number * size + n, held_out=False) for n in range(size)]
+    scenes = [draw_scene(FIRST_SCENE + number * size + n, held_out=False, scale=scale) for n in range(size)]
     kinds = [kind if rng.random() >= replay else str(rng.choice(TRAINED_TYPES)) for _ in scenes]
     pairs = [ask(scene, own, rng, vary=True) for scene, own in zip(scenes, kinds, strict=True)]
     examples = [
@@ -54,11 +58,16 @@ def training_batch(processor: Any, kind: str, replay: float, number: int, size: 
     return AnswerCollator(processor)(examples)
 
 
+def scale_of(model: Any) -> int:
+    """How many times larger than the small model's the scenes are that a model sees."""
+    return int(model.config.vision_config.image_size // TILE)
+
+
 def train(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Train the adapters until the minutes or the steps are over; returns what happened."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.rate, weight_decay=0.0)
-    begin, smooth, step = time.monotonic(), float("nan"), 0
+    begin, smooth, step, scale = time.monotonic(), float("nan"), 0, scale_of(model)
     columns = (TextColumn("training, loss {task.fields[loss]:.3f}"), BarColumn(), TimeRemainingColumn())
     model.train()
     with Progress(*columns, refresh_per_second=1) as bar:
@@ -69,7 +78,7 @@ def train(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, Any
                 break
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * min(1.0, (step + 1) / 50) * min(1.0, (1 - progress) / 0.4)
-            loss = model(**training_batch(processor, args.kind, args.replay, step, args.batch)).loss
+            loss = model(**training_batch(processor, args.kind, args.replay, step, args.batch, scale)).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -91,7 +100,7 @@ def accuracy(
     """Share of held-out questions answered right, word for word, and the share of visible tokens kept."""
     settings = {} if config is None else {"cache_implementation": "trimmed", "cache_config": config}
     right, kept, visible = 0, 0, 0
-    for part, inputs in batches(processor, held_out_questions(count, (kind,), seed=3), size):
+    for part, inputs in batches(processor, held_out_questions(count, (kind,), 3, scale_of(model)), size):
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         texts, cache = answers(model, processor, inputs, **settings)
         right += sum(text == question.answer for text, question in zip(texts, part, strict=True))
@@ -111,7 +120,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     ]
     results = {}
     for name, adapted, config in ways:
-        model, processor = load(SMALL_MODEL, "nf4", dtype=torch.float32, adapter=folder if adapted else None)
+        model, processor = load(args.model, "nf4", dtype=torch.float32, adapter=folder if adapted else None)
         results[name] = {
             kind: accuracy(model, processor, kind, args.questions, 25, config) for kind in (args.kind, "colour")
         }
@@ -171,6 +180,7 @@ model.generate(**inputs, cache_implementation="trimmed", cache_config={{"top_k_r
 def main() -> None:
     parser = argparse.ArgumentParser(description="QLoRA on the small model, then trimmed generation.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    parser.add_argument("--model", type=Path, default=SMALL_MODEL, help="folder of the model (default: the small one)")
     parser.add_argument("--kind", choices=UNTRAINED_TYPES, default="largest", help="the new skill")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="text_linear")
     parser.add_argument("--rank", type=int, default=16)
@@ -186,12 +196,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model, processor = load(SMALL_MODEL, "nf4", dtype=torch.float32)
+    model, processor = load(args.model, "nf4", dtype=torch.float32)
     model = prepare_qlora(model, lora_config(args.preset, rank=args.rank))
     training = train(model, processor, args)
     model.save_pretrained(args.out)
     results = {
-        "options": {name: value for name, value in vars(args).items() if name not in ("out", "threads")},
+        "options": {name: value for name, value in vars(args).items() if name not in ("out", "threads", "model")},
         "training": training,
         "ways": evaluate(args.out, args),
         "machine": platform.machine(),
@@ -199,7 +209,10 @@ def main() -> None:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
-    write(results)
+    if args.model == SMALL_MODEL:
+        write(results)
+    else:
+        write_json(args.out / "results.json", results)
     print(answers_table(results))
 
 
