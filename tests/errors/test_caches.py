@@ -45,6 +45,18 @@ def test_cache_of_another_batch(model, inputs, forwards):
     generate(model, follow_up, past_key_values=cache)
 
 
+def test_cache_too_short(model, inputs, forwards):
+    prompt = inputs["input_ids"].shape[1]
+    cache = TrimmedCache(model, {"static": True, "max_cache_len": prompt + 2})
+    forwards.clear()
+    match = f"has room for {prompt + 2} text tokens, but this generation can reach {prompt + 3}, "
+    settings = {"past_key_values": cache, "disable_compile": True}
+    before_work(forwards, ValueError, match, generate, model, inputs, 4, **settings)
+    assert cache.get_seq_length() == 0
+    # What is generated last is not read any more, so one token more than there is room for can be.
+    assert generate(model, inputs, 3, **settings).past_key_values.get_seq_length() == prompt + 2
+
+
 def test_cache_after_detach(model, inputs, forwards):
     cache = TrimmedCache(model)
     trim_plugin.detach(model)

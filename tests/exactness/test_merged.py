@@ -29,7 +29,7 @@ from .test_every_mode import DECODING, follow_ups
 from .test_plain_forward import decode_by_hand
 
 FORMATS = ("int8", "nf4") if importlib.util.find_spec("bitsandbytes") is not None else ()
-stores = st.sampled_from([{}, {"prefill_pictures": 1}, {"static": True, "static_bucket": 8, "max_cache_len": 64}])
+stores = st.sampled_from([{}, {"prefill_pictures": 1}, {"static": True, "static_bucket": 8, "max_cache_len": 128}])
 
 
 @dataclasses.dataclass
@@ -173,9 +173,8 @@ class Stored:
         if not found:
             return states
         held = torch.stack(found)
-        differ = (held - expected).abs() > 1e-5
-        assert int(differ.sum()) <= max(2, 0.01 * differ.numel())
-        assert bool(((held - expected).abs() <= step + 1e-5).all())
+        # Another level is as good where a value lies between two, and nowhere else.
+        assert bool(((held - states).abs() <= (expected - states).abs() + 0.01 * step).all())
         return held
 
     def quantized(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

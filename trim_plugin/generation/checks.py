@@ -23,17 +23,18 @@ def check_mode(model: torch.nn.Module) -> None:
     check_layers_get_caches(find_text_model(model))
 
 
-def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int) -> None:
+def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length: int) -> None:
     """Check a cache that the user gives as `past_key_values`.
 
     Args:
         model: the model that is about to generate.
         cache: the user's cache, new or from an earlier turn.
         batch: samples of this generation, beams and return sequences counted.
+        length: text tokens that the cache holds at the end of the generation, if nothing ends it earlier.
 
     Raises:
-        ValueError: the cache was made for another model, holds another number of samples, or is left over from a forward
-            that failed; or the model's hooks were removed.
+        ValueError: the cache was made for another model, holds another number of samples, is static and too small, or is left
+            over from a forward that failed; or the model's hooks were removed.
     """
     text_model = find_text_model(model)
     if not cache.belongs_to(text_model.layers[cache.cross_layers[0]]):
@@ -51,6 +52,12 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int) -> None
         raise ValueError(
             f"This TrimmedCache holds {held} samples, but this generation has {batch} (beams and return sequences count). "
             "Make a new cache, or bring this one to the batch size with batch_repeat_interleave or batch_select_indices."
+        )
+    room = cache.layers[cache.self_layers[0]].max_cache_len if cache.config.static else length
+    if length > room:
+        raise ValueError(
+            f"This static TrimmedCache has room for {room} text tokens, but this generation can reach {length}, earlier turns "
+            f"counted. Make a cache with TrimConfig(max_cache_len={length}) or more, or generate fewer tokens (max_new_tokens)."
         )
 
 

@@ -137,7 +137,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         # An assistant's inputs are transformers' own doing: pictures that it drops, masks that it leaves to be extended.
         if given is not None and not generation_config.is_assistant:
-            check_reuse(self, given, batch)
+            check_reuse(self, given, batch, max_cache_length)
             given.copies = copies
             check_inputs(self, given, model_kwargs, batch)
             check_chunks(given, model_kwargs, generation_config.prefill_chunk_size)
