@@ -7,12 +7,13 @@
    with the trimmed cache, adapted with a trimmed and quantized cache.
 
 Writes ``results.json`` and the table in ``README.md``; with ``--model``, for another model that `benchmarks/small_model` has
-trained, ``results.json`` into ``--out`` alone.
+trained, ``results.json`` into ``--out`` alone. The fine model's is kept as ``results-fine.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from pathlib import Path
@@ -149,6 +150,7 @@ def write(results: dict[str, Any]) -> None:
     """Write ``results.json`` and ``README.md``."""
     write_json(HERE / "results.json", results)
     options, training = results["options"], results["training"]
+    fine = json.loads((HERE / "results-fine.json").read_text(encoding="utf-8"))
     readme = f"""# QLoRA: a new skill for the 4-bit model
 
 {answers_table(results)}
@@ -159,6 +161,11 @@ loaded anew. {options["replay"]:.0%} of the training's questions are of the type
 {options["questions"]} questions of each type about held-out scenes; an answer counts if it is right word for word;
 `top_k_ratio={options["ratio"]:g}`. Made by `python -m benchmarks.qlora.run --out DIR` (numbers in `results.json`).
 
+The same with the finer model (`--model benchmarks/small_model/fine/model`), {fine["training"]["minutes"]} minutes
+({fine["training"]["steps"]} steps, the machine was busy), {fine["options"]["questions"]} questions of each type
+(`results-fine.json`):
+
+{answers_table(fine)}
 The recipe, for a real model:
 
 ```python
