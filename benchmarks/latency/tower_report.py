@@ -59,5 +59,5 @@ def shorter(results: dict[str, dict[str, Any]]) -> str:
                     f"{percent(row['peak_share'], 0)} (noise {percent(again['peak_share'], 0)})",
                 ]
             )
-    header = ["tiles", "`tower_share`", "times less time", "by arithmetic", "of it choosing", "peak of untouched"]
+    header = ["tiles", "share", "times less time", "by arithmetic", "of it choosing", "peak of untouched"]
     return table(header, lines)

@@ -62,5 +62,5 @@ def answers(results: dict[str, dict[str, Any]]) -> str:
                         percent(row["follow_up"]["agreement"]),
                     ]
                 )
-    header = ["model", "tiles", "`tower_share`", "times less arithmetic (11B)", "points (95 %)", "same answer"]
+    header = ["model", "tiles", "share", "times less arithmetic (11B)", "points (95 %)", "same answer"]
     return table([*header, "same second answer"], lines)
