@@ -27,6 +27,7 @@ TABLES: dict[str, Any] = {
     "quality": quality_report,
     "quality-fine": quality_report,
     "encoded": encoded_report,
+    "encoded-fine": encoded_report,
     "combined": combined_report,
     "memory": memory_report,
     "pieces": pieces_report,

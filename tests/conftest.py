@@ -29,9 +29,10 @@ def _registered():
     trim_plugin.register()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _threads():
-    # Tiny tensors gain nothing from a second thread, and on a busy machine two threads wait for each other.
+    # Tiny tensors gain nothing from a second thread, and on a busy machine two threads wait for each other. Before every test,
+    # since a command's `--threads` outlives the test that ran it.
     torch.set_num_threads(int(os.environ.get("TRIM_TEST_THREADS", "1")))
 
 

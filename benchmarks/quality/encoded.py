@@ -12,19 +12,22 @@ import argparse
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
+from trim_plugin.integrations.accelerate import load
 
 from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.seeds import seed_everything
-from benchmarks.quality.measure import SCENE_SETS, Answers, Known, Row, figures, run_rule, run_stock
+from benchmarks.quality.measure import SCENE_SETS, Answers, Known, Row, figures, model_name, run_rule, run_stock
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.questions import TRAINED_TYPES
 from benchmarks.small_model.scenes import Scene
 from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures
-from trim_plugin.embedded import load_small_model
+from trim_plugin.embedded import SMALL_MODEL
 
 #: What matters most comes first: a run that is cut off has it. None is whole.
 SHARES = (0.25, 0.1, None, 0.5, 0.15, 0.07, 0.05)
@@ -53,23 +56,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
+    folder = arguments.model or SMALL_MODEL
+    model = model_name(folder)
+    ending = "" if folder == SMALL_MODEL else f"-{model}"
     known: Known = {}
-    for name in ("quality", "encoded") if arguments.resume else ("quality",):
+    for name in (f"quality{ending}", f"encoded{ending}")[: 2 if arguments.resume else 1]:
         earlier = read_result(name, arguments.out) or {"scenes": None}
         if earlier["scenes"] == count:
             known |= {(row["where"], row["rule"], row["parameter"]): row for row in earlier["rows"]}
     result: dict[str, Any] = {
         "environment": environment(),
         "quick": arguments.quick,
+        "model": model,
         "scenes": count,
         "questions": count * len(TRAINED_TYPES),
         "rows": [],
     }
-    sets = {where: _Asked(seed, count) for where, seed in SCENE_SETS.items()}
+    sets = {where: _Asked(folder, seed, count) for where, seed in SCENE_SETS.items()}
     for rule, (where, asked) in track([*itertools.product(_wanted(arguments.quick), sets.items())], "encoded"):
         key = {"where": where, "rule": rule.family, "parameter": rule.parameter}
         result["rows"].append(known.get(tuple(key.values())) or key | asked.row(rule))
-        write_result("encoded", result, arguments.out)
+        write_result(f"encoded{ending}", result, arguments.out)
     return result
 
 
@@ -82,12 +89,12 @@ def _wanted(quick: bool) -> list[Rule]:
 class _Asked:
     """A set of scenes with the questions about them and stock's answers, made when the first rule is measured."""
 
-    def __init__(self, seed: int, count: int) -> None:
-        self._seed, self._count = seed, count
+    def __init__(self, folder: Path, seed: int, count: int) -> None:
+        self._folder, self._seed, self._count = folder, seed, count
 
     @functools.cached_property
     def _ready(self) -> tuple[Any, Any, list[Scene], list[Batch], list[Answers]]:
-        model, processor = load_small_model()
+        model, processor = load(self._folder, "fp32", device_map=None, dtype=torch.float32)
         scenes = scenes_from(self._seed, self._count, model)
         batches = question_batches(model, scenes, self._seed)
         return model, processor, scenes, batches, run_stock(model, batches)
@@ -112,4 +119,4 @@ class _Asked:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own: `--scenes` and `--resume` are the quality benchmark's."""
+    """None of its own: `--scenes`, `--model` and `--resume` are the quality benchmark's."""

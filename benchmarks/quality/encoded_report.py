@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from benchmarks.common.tables import percent, table
 from benchmarks.quality.report import MISSING, agreement, points
 
+MODELS = {"encoded": "small", "encoded-fine": "fine"}
 RULES = ("stock", "encoded", "k-center, merged", "paper, merged")
 HEADER = ("", "kept of visible", "bytes of the whole", "right", "change, points (95 %)", "same as stock (95 %)")
 
@@ -40,15 +42,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def answers(results: dict[str, dict[str, Any]]) -> str:
-    """What compacting before any question costs, in one line a share."""
+    """What compacting before any question costs, in one line a share and model."""
     lines = []
-    for share in (0.25, 0.1):
-        rows = [row for row in results["encoded"]["rows"] if (row["rule"], row["parameter"]) == ("encoded", share)]
+    for (name, model), share in itertools.product(MODELS.items(), (0.25, 0.1)):
+        rows = results.get(name, {"rows": []})["rows"]
+        rows = [row for row in rows if (row["rule"], row["parameter"]) == ("encoded", share)]
         same = sorted(row["agreement"] for row in rows)
         if rows:
             changes = " and ".join(f"{100 * row['change']:+.1f}" for row in rows)
             lines.append(
-                f"- Compacted to {percent(share, 0)}: {100 * same[0]:.1f} … {percent(same[-1])} of the small model's answers are "
-                f"stock's, {changes} points on {len(rows)} sets of questions."
+                f"- Compacted to {percent(share, 0)}: {100 * same[0]:.1f} … {percent(same[-1])} of the {model} model's answers "
+                f"are stock's, {changes} points on {len(rows)} sets of questions."
             )
     return "\n".join(lines) + "\n"

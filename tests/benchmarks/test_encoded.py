@@ -1,20 +1,22 @@
 """The benchmark of pictures that are encoded before any question."""
 
 import argparse
+import shutil
 
 import pytest
 
 from benchmarks import report
-from benchmarks.common.results import write_result
-from benchmarks.quality import encoded
+from benchmarks.common.results import read_result, write_result
+from benchmarks.quality import encoded, encoded_report
 from benchmarks.quality.rules import Rule
 from trim_plugin import KCenter
+from trim_plugin.embedded import SMALL_MODEL
 
 
 def test_encoded_pictures_are_measured_beside_stock(tmp_path, monkeypatch):
     monkeypatch.setattr(encoded, "SHARES", (None, 0.25))
     monkeypatch.setattr(encoded, "KNOWING", [Rule("k-center, merged", 0.25, {"processors": [KCenter(0.25)]})])
-    result = encoded.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path, resume=False))
+    result = encoded.run(argparse.Namespace(scenes=4, quick=False, out=tmp_path, model=None, resume=False))
     stock, whole, quarter, known = [row for row in result["rows"] if row["where"] == "fresh"]
     for turn in (whole, whole["follow_up"]):
         assert turn["agreement"] == 1.0
@@ -37,5 +39,19 @@ def test_what_was_measured_earlier_is_not_measured_again(tmp_path, monkeypatch, 
     monkeypatch.setattr(encoded, "SCENE_SETS", {"fresh": 700_000_000})
     monkeypatch.setattr(encoded, "SHARES", (0.25,))
     monkeypatch.setattr(encoded, "KNOWING", encoded.KNOWING[:1])
-    monkeypatch.setattr(encoded, "load_small_model", None)
-    assert encoded.run(argparse.Namespace(scenes=2, quick=False, out=tmp_path, resume=True))["rows"] == rows
+    monkeypatch.setattr(encoded, "load", None)
+    assert encoded.run(argparse.Namespace(scenes=2, quick=False, out=tmp_path, model=None, resume=True))["rows"] == rows
+
+
+def test_another_model_is_measured_beside_its_own_answers(tmp_path, monkeypatch):
+    shutil.copytree(SMALL_MODEL, tmp_path / "fine" / "model")
+    write_result("quality", {"scenes": 2, "rows": [{"where": "fresh", "rule": "stock", "parameter": None}]}, tmp_path)
+    monkeypatch.setattr(encoded, "SCENE_SETS", {"fresh": 700_000_000})
+    monkeypatch.setattr(encoded, "SHARES", (0.25,))
+    monkeypatch.setattr(encoded, "KNOWING", [])
+    options = {"scenes": 2, "quick": False, "out": tmp_path, "model": tmp_path / "fine" / "model", "resume": True}
+    result = encoded.run(argparse.Namespace(**options))
+    assert result == read_result("encoded-fine", tmp_path)
+    assert result["model"] == "fine"
+    assert all("accuracy" in row for row in result["rows"])  # none is the other model's
+    assert "of the fine model's answers are stock's" in encoded_report.answers({"encoded-fine": result})
