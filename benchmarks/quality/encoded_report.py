@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from benchmarks.common.tables import percent, table
@@ -42,16 +41,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def answers(results: dict[str, dict[str, Any]]) -> str:
-    """What compacting before any question costs, in one line a share and model."""
+    """What compacting before any question costs, in one line a share."""
     lines = []
-    for (name, model), share in itertools.product(MODELS.items(), (0.25, 0.1)):
-        rows = results.get(name, {"rows": []})["rows"]
-        rows = [row for row in rows if (row["rule"], row["parameter"]) == ("encoded", share)]
-        same = sorted(row["agreement"] for row in rows)
-        if rows:
-            changes = " and ".join(f"{100 * row['change']:+.1f}" for row in rows)
-            lines.append(
-                f"- Compacted to {percent(share, 0)}: {100 * same[0]:.1f} … {percent(same[-1])} of the {model} model's answers "
-                f"are stock's, {changes} points on {len(rows)} sets of questions."
-            )
+    for share in (0.25, 0.1):
+        found = []
+        for name, model in MODELS.items():
+            rows = results.get(name, {"rows": []})["rows"]
+            rows = [row for row in rows if (row["rule"], row["parameter"]) == ("encoded", share)]
+            same = sorted(row["agreement"] for row in rows)
+            if rows:
+                changes = " and ".join(f"{100 * row['change']:+.1f}" for row in rows)
+                found.append(f"{100 * same[0]:.1f} … {percent(same[-1])} ({model}; {changes} points)")
+        if found:
+            lines.append(f"- Compacted to {percent(share, 0)}, answers that are stock's: {', '.join(found)}.")
     return "\n".join(lines) + "\n"
