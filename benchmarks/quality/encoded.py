@@ -21,7 +21,17 @@ from trim_plugin.integrations.accelerate import load
 
 from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.seeds import seed_everything
-from benchmarks.quality.measure import SCENE_SETS, Answers, Known, Row, figures, model_name, run_rule, run_stock
+from benchmarks.quality.measure import (
+    SCENE_SETS,
+    Answers,
+    Known,
+    Row,
+    figures,
+    model_name,
+    result_name,
+    run_rule,
+    run_stock,
+)
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.questions import TRAINED_TYPES
@@ -57,17 +67,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
     folder = arguments.model or SMALL_MODEL
-    model = model_name(folder)
-    ending = "" if folder == SMALL_MODEL else f"-{model}"
+    name = result_name("encoded", folder)
     known: Known = {}
-    for name in (f"quality{ending}", f"encoded{ending}")[: 2 if arguments.resume else 1]:
-        earlier = read_result(name, arguments.out) or {"scenes": None}
+    for source in (result_name("quality", folder), name)[: 2 if arguments.resume else 1]:
+        earlier = read_result(source, arguments.out) or {"scenes": None}
         if earlier["scenes"] == count:
             known |= {(row["where"], row["rule"], row["parameter"]): row for row in earlier["rows"]}
     result: dict[str, Any] = {
         "environment": environment(),
         "quick": arguments.quick,
-        "model": model,
+        "model": model_name(folder),
         "scenes": count,
         "questions": count * len(TRAINED_TYPES),
         "rows": [],
@@ -76,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for rule, (where, asked) in track([*itertools.product(_wanted(arguments.quick), sets.items())], "encoded"):
         key = {"where": where, "rule": rule.family, "parameter": rule.parameter}
         result["rows"].append(known.get(tuple(key.values())) or key | asked.row(rule))
-        write_result(f"encoded{ending}", result, arguments.out)
+        write_result(name, result, arguments.out)
     return result
 
 

@@ -124,14 +124,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
     folder = arguments.model or SMALL_MODEL
-    model = model_name(folder)
-    name = "quality" if folder == SMALL_MODEL else f"quality-{model}"
+    name = result_name("quality", folder)
     training = folder / "training.json"
     earlier = read_result(name, arguments.out) if arguments.resume else None
     result: dict[str, Any] = {
         "environment": environment(),
         "quick": arguments.quick,
-        "model": model,
+        "model": model_name(folder),
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else None,
         "scenes": count,
         "questions": count * len(TRAINED_TYPES),
@@ -157,6 +156,16 @@ def model_name(folder: Path) -> str:
     if folder == SMALL_MODEL:
         return "shipped"
     return folder.parent.name if folder.name == "model" else folder.name
+
+
+def result_name(benchmark: str, folder: Path) -> str:
+    """The name of a benchmark's result about a trained model: its own about the shipped one.
+
+    Example:
+        >>> result_name("encoded", SMALL_MODEL), result_name("encoded", Path("runs/fine/model"))
+        ('encoded', 'encoded-fine')
+    """
+    return benchmark if folder == SMALL_MODEL else f"{benchmark}-{model_name(folder)}"
 
 
 def _rest(known: Known, rows: list[Row]) -> list[Row]:

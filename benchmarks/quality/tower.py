@@ -18,7 +18,7 @@ from benchmarks.common.arithmetic import tower_operations
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.seeds import seed_everything
 from benchmarks.quality.conditions import load_model
-from benchmarks.quality.measure import figures, model_name, run_rule, run_stock
+from benchmarks.quality.measure import figures, model_name, result_name, run_rule, run_stock
 from benchmarks.quality.questions import Batch, question_batches, scenes_from, visual_states
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.batches import image_inputs
@@ -69,18 +69,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seed_everything()
     count = 12 if arguments.quick else arguments.scenes
     folder = arguments.model or SMALL_MODEL
-    model, name = load_model(folder), model_name(folder)
+    model = load_model(folder)
     vision, whole = model.config.vision_config, built_in_config("11b").vision_config
     rows: list[dict[str, Any]] = []
     result = {
         "environment": environment(),
         "quick": arguments.quick,
-        "model": name,
+        "model": model_name(folder),
         "scenes": count,
         "questions": count * len(TRAINED_TYPES),
         "rows": rows,
     }
-    file = "tower_quality" if folder == SMALL_MODEL else f"tower_quality-{name}"
+    name = result_name("tower_quality", folder)
     shares = (None, *SHARES[: 1 if arguments.quick else None])
     for tiles in TILES:
         scenes = scenes_of(tiles, count, model)
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     }
                     | figures(batches, stock, run_rule(model, seen, rule, stock))
                 )
-                write_result(file, result, arguments.out)
+                write_result(name, result, arguments.out)
     return result
 
 

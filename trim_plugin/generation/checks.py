@@ -53,8 +53,8 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
             f"This TrimmedCache holds {held} samples, but this generation has {batch} (beams and return sequences count). "
             "Make a new cache, or bring this one to the batch size with batch_repeat_interleave or batch_select_indices."
         )
-    room = cache.layers[cache.self_layers[0]].max_cache_len if cache.config.static else length
-    if length > room:
+    room = cache.layers[cache.self_layers[0]].max_cache_len if cache.config.static else None
+    if room is not None and length > room:
         raise ValueError(
             f"This static TrimmedCache has room for {room} text tokens, but this generation can reach {length}, earlier turns "
             f"counted. Make a cache with TrimConfig(max_cache_len={length}) or more, or generate fewer tokens (max_new_tokens)."
