@@ -70,7 +70,6 @@ def test_pages_use_the_presets_for_quantized_weights():
     for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
         assert "load_in_4bit" not in page.read_text(encoding="utf-8"), page
     from trim_plugin.integrations.bitsandbytes import SKIPPED, quantization_config
-
     from trim_plugin.planning.model_sizes import UNQUANTIZED
 
     assert set(SKIPPED) == set(UNQUANTIZED)

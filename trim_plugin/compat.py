@@ -2,6 +2,7 @@
 
 Supported: transformers 5.17 – 5.x. Differences that matter here:
 
+* 5.24 calls the cache `cache`, as an argument and as an output's field; before it is `past_key_values` (`CACHE`, `cache_of`).
 * 5.17 asks `Cache.get_seq_length(i)` of a cross-attention layer whether it is empty, later versions look at
   `layers[i].keys` (`_has_cached_cross_attention_states`). `TrimmedCache` answers both.
 * 5.17 hands `generate` the caller's own `cache_config` dict, later versions a deep copy. It is never changed here.
@@ -20,6 +21,9 @@ import inspect
 from typing import Any
 
 from packaging.version import Version
+
+#: What layers, models and `generate` call the cache that they take and return.
+CACHE = "cache" if Version(importlib.metadata.version("transformers")) >= Version("5.24.0.dev0") else "past_key_values"
 
 OLDEST = "5.17"
 FIRST_UNSUPPORTED = "6"
@@ -42,6 +46,19 @@ def require_supported_transformers(version: str | None = None) -> None:
             f"trim_plugin hooks into transformers {OLDEST} up to (not including) {FIRST_UNSUPPORTED}, but {version} "
             f"is installed. Install a supported one: pip install 'transformers>={OLDEST},<{FIRST_UNSUPPORTED}'."
         )
+
+
+def cache_of(named: Any) -> Any:
+    """The cache among arguments or an output's fields, by the installed transformers' name or by the older one; None if none.
+
+    Models take the older name until transformers 5.40, and their pre-hooks see it as the caller wrote it.
+
+    Example:
+        >>> cache_of({"past_key_values": 1}), cache_of({CACHE: 2}), cache_of({})
+        (1, 2, None)
+    """
+    found = named.get(CACHE)
+    return named.get("past_key_values") if found is None else found
 
 
 @functools.cache

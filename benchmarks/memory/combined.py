@@ -36,6 +36,7 @@ def adapter_bytes(config: Any, rank: int = RANK) -> int:
     """Bytes of a LoRA adapter on the text model's attention, as peft makes it; no weights are allocated."""
     from peft import get_peft_model
     from transformers import MllamaForConditionalGeneration
+
     from trim_plugin.integrations.peft import lora_config
 
     with torch.device("meta"):

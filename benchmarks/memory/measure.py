@@ -108,6 +108,7 @@ def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> An
         model = load_shape(shape, getattr(torch, weights), device)
     else:
         from transformers import MllamaForConditionalGeneration
+
         from trim_plugin.integrations.bitsandbytes import quantization_config, use_standard_layout
 
         source = SMALL_MODEL if shape == "small" else folder / shape
@@ -120,6 +121,7 @@ def build(shape: str, weights: str, lora: bool, device: str, folder: Path) -> An
         model = finish(model, shape)
     if lora:
         from peft import get_peft_model
+
         from trim_plugin.integrations.peft import lora_config
 
         model = get_peft_model(model, lora_config("text_attention")).base_model.model.eval()

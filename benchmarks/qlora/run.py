@@ -24,9 +24,6 @@ import peft
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from trim_plugin.integrations.accelerate import load
-from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
-from trim_plugin.integrations.training import AnswerCollator
 
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import percent, table
@@ -34,6 +31,9 @@ from benchmarks.small_model.evaluate import answers, batches, held_out_questions
 from benchmarks.small_model.questions import TRAINED_TYPES, UNTRAINED_TYPES, ask
 from benchmarks.small_model.scenes import TILE, draw_scene
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.integrations.accelerate import load
+from trim_plugin.integrations.peft import PRESETS, lora_config, prepare_qlora
+from trim_plugin.integrations.training import AnswerCollator
 
 HERE = Path(__file__).parent
 FIRST_SCENE = 900_000_000

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from trim_plugin.integrations.accelerate import load
 
 from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.seeds import seed_everything
@@ -38,6 +37,7 @@ from benchmarks.small_model.questions import TRAINED_TYPES
 from benchmarks.small_model.scenes import Scene
 from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.integrations.accelerate import load
 
 #: What matters most comes first: a run that is cut off has it. None is whole.
 SHARES = (0.25, 0.1, None, 0.5, 0.15, 0.07, 0.05)

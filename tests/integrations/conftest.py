@@ -31,6 +31,7 @@ def adapters(tmp_path_factory):
 def make_adapter(folder, preset, seed, **settings):
     """Save a random adapter for `random_model(width=64, vision_width=32, **settings)`."""
     from peft import get_peft_model
+
     from trim_plugin.integrations.peft import lora_config
 
     model = random_model(**({"width": 64, "vision_width": 32} | settings))

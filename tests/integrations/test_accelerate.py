@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from transformers import LlamaConfig, MllamaConfig, MllamaForConditionalGeneration
+
 from trim_plugin.integrations.accelerate import check_device_map, load
 from trim_plugin.integrations.bitsandbytes import weight_memory
 

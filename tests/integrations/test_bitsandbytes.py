@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from transformers import MllamaForConditionalGeneration
+
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.bitsandbytes import (
     PRESETS,

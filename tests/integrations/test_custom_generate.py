@@ -8,7 +8,7 @@ import torch
 from trim_plugin import TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL, ask, load_small_model
 
-FOLDER = str(Path(__file__).parents[2] / "integrations" / "custom_generate")
+FOLDER = str(Path(__file__).parents[2] / "trim_plugin" / "integrations" / "custom_generate")
 WITHOUT_IMPORT = f"""
 import sys, torch
 from transformers import AutoProcessor, MllamaForConditionalGeneration

@@ -7,9 +7,9 @@ import types
 
 import pytest
 from PIL import Image
-from trim_plugin.integrations import lmms_eval_manifest, lmms_eval_table
 
 from trim_plugin.embedded import SMALL_MODEL, examples
+from trim_plugin.integrations import lmms_eval_manifest, lmms_eval_table
 
 REAL = importlib.util.find_spec("lmms_eval") is not None
 TASK = """

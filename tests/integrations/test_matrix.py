@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.peft import load_adapters, merge_adapters, switch_adapter
 

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from trim_plugin import TrimmedCache
 from trim_plugin.integrations.peft import (
     PRESETS,
     load_adapters,
@@ -13,8 +15,6 @@ from trim_plugin.integrations.peft import (
     prepare_qlora,
     switch_adapter,
 )
-
-from trim_plugin import TrimmedCache
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule

@@ -55,6 +55,7 @@ def test_a_dataset_of_ones_own_through_two_actors(rows):
 def test_parquet_with_pictures_inside_and_chats(rows, tmp_path):
     import pyarrow
     import pyarrow.parquet
+
     from trim_plugin.integrations.ray import answer
 
     folder, asked, expected = rows

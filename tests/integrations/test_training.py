@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
-from trim_plugin.integrations.peft import lora_config
-from trim_plugin.integrations.training import IGNORED, AnswerCollator
 
 from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.integrations.peft import lora_config
+from trim_plugin.integrations.training import IGNORED, AnswerCollator
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 
 PICTURES = [open_picture(example.picture) for example in examples()[:3]]

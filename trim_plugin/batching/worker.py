@@ -14,6 +14,7 @@ from PIL import Image
 
 from trim_plugin.batching.rows import Prompt, RowError, decoded, read_row
 from trim_plugin.batching.sizing import pictures_at_a_time
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
@@ -209,7 +210,7 @@ class Worker:
             num_return_sequences=1,
             return_dict_in_generate=True,
         )
-        report = output.past_key_values.report()
+        report = cache_of(output).report()
         written = output.sequences[:, placed["input_ids"].shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(prompts)
         results = []
@@ -241,7 +242,7 @@ class Worker:
         encoded = [self.encode(own) for own in pictures]
         tiles, most = [own.tiles for own in encoded], encoded[0].most_tiles
         inputs = prompt_inputs(self.processor, tiles, texts, most, self.model.device)
-        return {**inputs, "past_key_values": TrimmedCache(self.model, self.config, pictures=encoded)}
+        return {**inputs, CACHE: TrimmedCache(self.model, self.config, pictures=encoded)}
 
     def _check_length(self, prompt: Prompt) -> None:
         most = int(self.model.config.get_text_config().max_position_embeddings)

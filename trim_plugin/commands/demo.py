@@ -26,6 +26,7 @@ from trim_plugin.commands.common import (
     ways,
 )
 from trim_plugin.commands.loading import load_model
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.embedded import examples
 from trim_plugin.evaluation import Way, ways_for
@@ -125,7 +126,7 @@ def _asked_again(model: Any, processor: Any, question: Question) -> str:
     for _ in range(3):
         times["with"].append(first_token(**inputs, cache_implementation="trimmed", cache_config=exact))
         known = TrimmedCache(model, exact, pictures=encoded)
-        times["without"].append(first_token(**text, past_key_values=known))
+        times["without"].append(first_token(**text, **{CACHE: known}))
     with_tower, without = (1000 * statistics.median(own) for own in times.values())
     return (
         f"A second question about {question.name}: {with_tower:.0f} ms to the first token with the vision tower, "
@@ -163,7 +164,7 @@ def _answer(model: Any, processor: Any, inputs: dict[str, torch.Tensor], way: Wa
         times.append(time.perf_counter() - start)
     new = output.sequences[0, prompt:]
     text = processor.decode(new, skip_special_tokens=True).strip()
-    report = output.past_key_values.report() if way.config is not None else None
+    report = cache_of(output).report() if way.config is not None else None
     name = f"ratio {way.name}" if way.name[0].isdigit() else way.name
     return Answer(name, text, len(new) / sorted(times)[1], report)
 

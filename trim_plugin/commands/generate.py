@@ -18,6 +18,7 @@ from trim_plugin.commands.common import (
     user_errors,
 )
 from trim_plugin.commands.loading import load_model
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
@@ -84,7 +85,7 @@ def _known(model: Any, processor: Any, pictures: Pictures, config: TrimConfig | 
     """What `generate` is given to answer a prompt about encoded pictures."""
     with user_errors(ValueError):
         inputs: dict[str, Any] = dict(pictures.inputs(processor, prompt, model.device))
-        return inputs | {"past_key_values": TrimmedCache(model, config, pictures=pictures)}
+        return inputs | {CACHE: TrimmedCache(model, config, pictures=pictures)}
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -98,7 +99,7 @@ def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argpa
         return_dict_in_generate=True,
     )
     print()
-    print(output.past_key_values.report())
+    print(cache_of(output).report())
 
 
 def _inputs(processor: Any, prompt: str, pictures: list[Any], model: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.evaluation.known import KnownPictures
 from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
@@ -175,7 +176,7 @@ def _generate(model: Any, processor: Any, asked: _Asked, max_new_tokens: int) ->
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     if asked.encoded is not None:
-        settings = {"past_key_values": TrimmedCache(model, way.config, pictures=asked.encoded)}
+        settings = {CACHE: TrimmedCache(model, way.config, pictures=asked.encoded)}
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
     )
@@ -192,7 +193,7 @@ def _generate(model: Any, processor: Any, asked: _Asked, max_new_tokens: int) ->
     )
     if way.config is None:
         return answer
-    cache = output.past_key_values
+    cache = cache_of(output)
     report = cache.report()
     return dataclasses.replace(
         answer,

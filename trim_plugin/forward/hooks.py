@@ -10,6 +10,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
+from trim_plugin.compat import cache_of
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
@@ -106,13 +107,13 @@ def check_layers_get_caches(text_model: Any) -> None:
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
     # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
-    if model.training and isinstance(kwargs.get("past_key_values"), HeldCache) and not torch.compiler.is_compiling():
+    if model.training and isinstance(cache_of(kwargs), HeldCache) and not torch.compiler.is_compiling():
         check_layers_get_caches(find_text_model(model))
 
 
 def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an `MllamaModel`: give it encoded pictures, or let the vision tower read a few at a time."""
-    cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
+    cache, pixel_values = cache_of(kwargs), kwargs.get("pixel_values")
     if not isinstance(cache, HeldCache):
         return None
     if cache.encoded is not None:
@@ -148,7 +149,7 @@ def _with_encoded(
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: hand the layer its visual states and mask."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if not isinstance(cache, HeldCache):
         return None
     first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
@@ -170,7 +171,7 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if not isinstance(cache, HeldCache):
         return
     if cache.step is not None:

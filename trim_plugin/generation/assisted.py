@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import CACHE, slices_mask_rows
 from trim_plugin.forward.hooks import has_cross_attention
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 
@@ -103,7 +103,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
         assistant, inputs = generator.assistant_model, generator.assistant_kwargs
         pictures = {name: inputs.pop(name, None) for name in _PICTURE_INPUTS}
         if has_cross_attention(assistant):
-            inputs["past_key_values"] = TrimmedCache(assistant, cache.config)
+            inputs[CACHE] = TrimmedCache(assistant, cache.config)
             if pictures["pixel_values"] is not None and _sees_alike(assistant, model):
                 _show_pictures(assistant, input_ids, inputs, pictures)
                 inputs["cross_attention_mask"] = pictures["cross_attention_mask"]
@@ -119,7 +119,7 @@ def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, An
         input_ids=input_ids.to(assistant.device),
         attention_mask=inputs.get("attention_mask"),
         position_ids=inputs.get("position_ids"),
-        past_key_values=inputs["past_key_values"],
+        **{CACHE: inputs[CACHE]},
         use_cache=True,
         logits_to_keep=1,
         **pictures,

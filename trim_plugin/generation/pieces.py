@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.joining import can_part, join, part_of
+from trim_plugin.compat import CACHE
 from trim_plugin.forward.tower import picture_tokens, pictures_at_a_time
 
 #: Unless the configuration says otherwise, the text model reads the pictures of this many tower calls at a time. Few cost time: a
@@ -81,7 +82,7 @@ def prefill_of_generate(
         return read(input_ids, model_kwargs)
 
     def read_piece(inputs: dict[str, Any], part: HeldCache) -> Any:
-        return read(inputs.pop("input_ids"), {**inputs, "past_key_values": part})
+        return read(inputs.pop("input_ids"), {**inputs, CACHE: part})
 
     return read_in_pieces(cache, {"input_ids": input_ids, **model_kwargs}, batch, pieces, read_piece)
 
@@ -118,7 +119,7 @@ def prefill(model: Any, cache: HeldCache, **inputs: Any) -> Any:
 
     def read(own: dict[str, Any], part: HeldCache) -> Any:
         with torch.no_grad():
-            return model(**own, past_key_values=part, use_cache=True, return_dict=True)
+            return model(**own, **{CACHE: part}, use_cache=True, return_dict=True)
 
     pieces = cut(cache, inputs, len(text), vision_config)
     return read(inputs, cache) if pieces.whole else read_in_pieces(cache, inputs, len(text), pieces, read)
@@ -180,10 +181,7 @@ def read_in_pieces(cache: HeldCache, inputs: Mapping[str, Any], batch: int, piec
         parts.append(part)
     first, fields = outputs[0], list(outputs[0].keys())
     output = type(first)(
-        **{
-            name: cache if name == "past_key_values" else _joined([one[name] for one in outputs], pieces.copies)
-            for name in fields
-        }
+        **{name: cache if name == CACHE else _joined([one[name] for one in outputs], pieces.copies) for name in fields}
     )
     outputs.clear()
     join(cache, parts, pieces.copies)

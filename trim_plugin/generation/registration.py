@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.deferred import when_imported
 
 NAME = "trimmed"
@@ -102,7 +103,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = cache_of(model_kwargs)
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         batch = batch_size * copies
@@ -128,7 +129,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             check_inputs(self, cache, model_kwargs, batch)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
             cache.copies = copies
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
             if config.static:
                 _longest[self] = length
             return None
@@ -150,7 +151,7 @@ def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     def prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if cache is None or not _is_trimmed(cache):
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         from trim_plugin.generation.pieces import prefill_of_generate
@@ -165,7 +166,7 @@ def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_candidate_generator(self: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if cache is None or not _is_trimmed(cache):
             return original(self, *args, model_kwargs=model_kwargs, **kwargs)
         from trim_plugin.generation.assisted import adapt, check_supported

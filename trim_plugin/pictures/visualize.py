@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.holders import GroupRecorder, holders
 from trim_plugin.forward.trimmed_cache import TrimmedCache
@@ -133,7 +134,7 @@ def visualize(
         model, TrimConfig(processors=(recorder, groups, *chain), merge=settings.merge, tower_share=settings.tower_share)
     )
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     total = cache.report().total_tokens[0]
     kept = np.zeros(total)
     kept[cache.kept_indices[0].cpu().numpy()] = 1.0

@@ -12,10 +12,10 @@ from typing import Any
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from trim_plugin.integrations.ray import Recipe
 
 from trim_plugin.config import TrimConfig
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.integrations.ray import Recipe
 from trim_plugin.serving.limits import Limits, RequestError
 from trim_plugin.serving.requests import ChatRequest, check_model, read_request
 

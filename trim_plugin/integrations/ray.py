@@ -12,11 +12,11 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from trim_plugin.integrations.accelerate import load
 
 from trim_plugin.batching.rows import FIELDS
 from trim_plugin.batching.worker import Worker
 from trim_plugin.config import TrimConfig
+from trim_plugin.integrations.accelerate import load
 
 #: What a worker's result adds to a row. Every row has all of them, None where they don't apply, as columns have to.
 RESULT = ("answer", "error", "tokens", "prompt_tokens", "visible", "kept", "seconds")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from trim_plugin.integrations.adapters import RENAMED, Adapter, read_adapters
 
 _ATTENTION = r"(q_proj|k_proj|v_proj|o_proj)"

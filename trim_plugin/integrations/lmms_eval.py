@@ -25,10 +25,11 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
-from trim_plugin.integrations.accelerate import load
 
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.integrations.accelerate import load
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
@@ -191,7 +192,7 @@ class LlamaVisionTrimmed(lmms):
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         figures = {"seconds": round(time.perf_counter() - start, 6), "encoded": self._encoded - encoded}
-        self._report(output.past_key_values, {"questions": len(batch), **figures})
+        self._report(cache_of(output), {"questions": len(batch), **figures})
         return [cut(text, settings.get("until")) for text in texts]
 
     @property
@@ -206,7 +207,7 @@ class LlamaVisionTrimmed(lmms):
             known = [self._recent(own) for own in pictures]
             tiles = [own.tiles for own in known]
             inputs = prompt_inputs(self.processor, tiles, prompts, known[0].most_tiles, self.device)
-            return inputs, {"past_key_values": TrimmedCache(self.model, self.trimming, pictures=known)}
+            return inputs, {CACHE: TrimmedCache(self.model, self.trimming, pictures=known)}
         self.processor.tokenizer.padding_side = "left"
         inputs = self.processor(
             images=pictures if pictures[0] else None,
