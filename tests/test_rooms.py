@@ -14,6 +14,7 @@ PACKAGE = ROOT / "trim_plugin"
 
 #: From the top down: a room imports from rooms below it, never from one above. Single modules at the top level are rooms too.
 ORDER = (
+    "integrations",
     "cli",
     "commands",
     "evaluation",
@@ -35,6 +36,10 @@ ORDER = (
 )
 #: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.
 TESTED_IN = {
+    "integrations.adapters": "integrations/test_peft.py",
+    "integrations.lmms_eval_manifest": "integrations/test_lmms_eval.py",
+    "integrations.lmms_eval_table": "integrations/test_lmms_eval.py",
+    "integrations.custom_generate.custom_generate.generate": "integrations/test_custom_generate.py",
     "serving.gate": "serving/test_app.py",
     "serving.limits": "serving/test_app.py",
     "serving.requests": "serving/test_app.py",
@@ -60,6 +65,7 @@ TESTED_IN = {
     "forward.encoded": "exactness/test_encoded.py",
 }
 MOST_LINES = 350
+#: Of a room; integrations are as many as there are libraries.
 MOST_MODULES = 9
 
 
@@ -118,8 +124,6 @@ def _targets(node: ast.Import | ast.ImportFrom, package: str, known: dict[str, P
         if name == package or name.startswith(package + "."):
             inner = name.removeprefix(package).lstrip(".")
             while inner and inner not in known:
-                if inner.startswith("integrations"):
-                    break
                 inner = inner.rpartition(".")[0]
             if inner:
                 yield inner
@@ -134,7 +138,7 @@ def problems(package: Path) -> list[str]:
     found = []
     graph: dict[str, set[str]] = {}
     for one in imports(package):
-        if room(one.target) == "integrations":
+        if room(one.target) == "integrations" != room(one.source):
             found.append(f"{one}: integrations import trim_plugin, never the reverse")
             continue
         graph.setdefault(one.source, set()).add(one.target)
@@ -174,7 +178,8 @@ def test_every_module_lies_in_a_room():
 @pytest.mark.parametrize("name", sorted({room(name) for name in modules(PACKAGE) if name}))
 def test_rooms_stay_small(name):
     own = {module: path for module, path in modules(PACKAGE).items() if room(module) == name}
-    assert len([path for path in own.values() if path.name != "__init__.py"]) <= MOST_MODULES
+    if name != "integrations":
+        assert len([path for path in own.values() if path.name != "__init__.py"]) <= MOST_MODULES
     long = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in own.items()}
     assert {module: lines for module, lines in long.items() if lines > MOST_LINES} == {}
 
@@ -191,6 +196,8 @@ def test_rooms_stay_small(name):
         ),
         ("cache/held.py", "from trim_plugin.cache import other", "circle: cache.held → cache.other → cache.held"),
         ("cli.py", "def f():\n    from trim_plugin.integrations.peft import x", "integrations import trim_plugin"),
+        ("cli.py", "import trim_plugin.integrations.peft", "integrations import trim_plugin, never the reverse"),
+        ("rules/one.py", "from trim_plugin.integrations import peft", "integrations import trim_plugin"),
     ],
 )
 def test_what_breaks_the_order_is_found(tmp_path, file, text, message):
@@ -203,6 +210,9 @@ def test_what_breaks_the_order_is_found(tmp_path, file, text, message):
         "cache/__init__.py": "",
         "cache/held.py": "from trim_plugin.rules import one\nclass Held: ...",
         "cache/other.py": "from trim_plugin.cache.held import Held",
+        "integrations/__init__.py": "",
+        "integrations/peft.py": "from trim_plugin.integrations import adapters\nfrom trim_plugin import cli",
+        "integrations/adapters.py": "from trim_plugin.cache.held import Held",
     }
     for name, content in {**start, file: text}.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
