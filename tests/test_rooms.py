@@ -32,6 +32,7 @@ ORDER = (
     "attention",
     "durable",
     "deferred",
+    "contract",
     "compat",
 )
 #: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.

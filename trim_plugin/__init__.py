@@ -74,7 +74,10 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    from trim_plugin.contract import naming_missing_imports
+
+    with naming_missing_imports():
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
@@ -83,6 +86,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# An unsupported transformers shall say so, not fail somewhere below.
+# An unsupported transformers shall say so, not fail somewhere below (`trim_plugin.contract` checks what it holds).
 require_supported_transformers()
 register()

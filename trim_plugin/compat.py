@@ -1,8 +1,15 @@
 """Everything that depends on the version of transformers.
 
-Supported: transformers 5.17 – 5.x. Differences that matter here:
+Supported: transformers 5.17 – 5.24, what was tested. A newer one is tried, with a warning, and works as long as it holds the
+contract (`trim_plugin.contract`). Differences that matter here:
 
 * 5.24 calls the cache `cache`, as an argument and as an output's field; before it is `past_key_values` (`CACHE`, `cache_of`).
+  The older name is an alias until 5.40. Forwards take it by a wrapper that warns (`deprecate_kwarg`); outputs log it.
+* 5.24 returns what the vision tower yielded as `image_outputs` of a forward (`Multimodal...Output`). A prompt read in pieces
+  leaves it out: holding the tower's output of every piece would cost what reading in pieces saves.
+* 5.24's server lists its models by `ModelManager.list_models`, before by `get_gen_models` (`transformers_server`).
+* 5.24 crops static self-attention layers and allows assisted decoding with them. Here it is refused in every version.
+* 5.24's layers have no `dtype` any more: the tensors that they hold say it.
 * 5.17 asks `Cache.get_seq_length(i)` of a cross-attention layer whether it is empty, later versions look at
   `layers[i].keys` (`_has_cached_cross_attention_states`). `TrimmedCache` answers both.
 * 5.17 hands `generate` the caller's own `cache_config` dict, later versions a deep copy. It is never changed here.
@@ -11,54 +18,119 @@ Supported: transformers 5.17 – 5.x. Differences that matter here:
 * 5.17's `reset` zeroes a dynamic layer but keeps its length. `TrimmedCache.reset` empties it.
 * Later versions of transformers' server have handlers more (`transformers_server`); 5.17 knows `max_tokens` alone.
 * 5.17 slices a plain forward's `cross_attention_mask` after inverting it; the hooks see the same rows either way.
+
+Nothing that is used here changed in 5.24's masking (its functions take `cache` as well), and `modeling_attn_mask_utils`, which
+is gone, was never used.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
-#: What layers, models and `generate` call the cache that they take and return.
-CACHE = "cache" if Version(importlib.metadata.version("transformers")) >= Version("5.24.0.dev0") else "past_key_values"
+#: The oldest and the newest release series whose tests pass (`constraints-oldest.txt`, `constraints.txt`), and the first after.
+OLDEST, NEWEST, FIRST_UNTESTED = "5.17", "5.24", "5.25"
 
-OLDEST = "5.17"
-FIRST_UNSUPPORTED = "6"
+
+class UnsupportedTransformersError(ImportError):
+    """The installed transformers lacks something that trim_plugin hooks into; the message says which versions have it."""
+
+
+def unsupported(missing: Iterable[str], version: str | None = None) -> UnsupportedTransformersError:
+    """The error that names what a version of transformers, by default the installed one, does not have.
+
+    Example:
+        >>> print(unsupported(["GenerationMixin._prefill"], "5.30.0"))
+        trim_plugin cannot hook into transformers 5.30.0, in which it did not find: GenerationMixin._prefill. Supported is ...
+    """
+    version = version or importlib.metadata.version("transformers")
+    remedy = f"Install one of these: pip install 'transformers>={OLDEST},<{FIRST_UNTESTED}'."
+    if Version(OLDEST) <= Version(version) < Version(FIRST_UNTESTED):
+        remedy = f"{version} is one of these as released: something in this installation or program has changed it."
+    return UnsupportedTransformersError(
+        f"trim_plugin cannot hook into transformers {version}, in which it did not find: {'; '.join(missing)}. "
+        f"Supported is transformers {OLDEST} to {NEWEST}. {remedy}"
+    )
 
 
 def require_supported_transformers(version: str | None = None) -> None:
-    """Raise `ImportError` if `version` of transformers, by default the installed one, is outside the supported range.
+    """Raise if `version` of transformers, by default the installed one, is too old; warn once if it is newer than the tested.
+
+    Raises:
+        UnsupportedTransformersError: it is older than the oldest supported version; an `ImportError`.
 
     Example:
         >>> require_supported_transformers("5.23.0")
         >>> require_supported_transformers("4.57.1")
         Traceback (most recent call last):
         ...
-        ImportError: trim_plugin hooks into transformers 5.17 up to (not including) 6, but 4.57.1 is installed. ...
+        trim_plugin.compat.UnsupportedTransformersError: trim_plugin hooks into transformers 5.17 to 5.24, but 4.57.1 is ...
     """
     version = version or importlib.metadata.version("transformers")
-    found = Version(version)
-    if not Version(OLDEST) <= Version(found.base_version) < Version(FIRST_UNSUPPORTED):
-        raise ImportError(
-            f"trim_plugin hooks into transformers {OLDEST} up to (not including) {FIRST_UNSUPPORTED}, but {version} "
-            f"is installed. Install a supported one: pip install 'transformers>={OLDEST},<{FIRST_UNSUPPORTED}'."
+    base = Version(Version(version).base_version)
+    if base < Version(OLDEST):
+        raise UnsupportedTransformersError(
+            f"trim_plugin hooks into transformers {OLDEST} to {NEWEST}, but {version} is installed. Install a supported one: "
+            f"pip install 'transformers>={OLDEST},<{FIRST_UNTESTED}'."
         )
+    if base >= Version(FIRST_UNTESTED):
+        _warn_untested(version)
+
+
+@functools.cache
+def _warn_untested(version: str) -> None:
+    warnings.warn(
+        f"trim_plugin was tested with transformers {OLDEST} to {NEWEST}, and {version} is installed. What it hooks into is "
+        "checked before it is used; compare a few answers with stock transformers before relying on the rest.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _name_of_the_cache() -> str:
+    """What the installed transformers' layers call their cache, read in their source: importing them would take seconds.
+
+    `trim_plugin.contract` compares it with what was imported. Where there is no source to read, the version decides.
+    """
+    spec = importlib.util.find_spec("transformers")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        source = Path(folder, "models", "mllama", "modeling_mllama.py")
+        if source.is_file():
+            text = source.read_text(encoding="utf-8")
+            layer = re.search(r"class MllamaCrossAttentionDecoderLayer\b.*?def forward\((.*?)\)\s*->", text, re.DOTALL)
+            if layer is not None:
+                return "cache" if re.search(r"\bcache\b", layer[1]) else "past_key_values"
+    newer = Version(importlib.metadata.version("transformers")) >= Version("5.24.0.dev0")
+    return "cache" if newer else "past_key_values"
+
+
+#: What layers, models and `generate` call the cache that they take and return.
+CACHE = _name_of_the_cache()
 
 
 def cache_of(named: Any) -> Any:
     """The cache among arguments or an output's fields, by the installed transformers' name or by the older one; None if none.
 
-    Models take the older name until transformers 5.40, and their pre-hooks see it as the caller wrote it.
+    Models take the older name until transformers 5.40, and their pre-hooks see it as the caller wrote it. If both are given,
+    transformers ignores the older one.
 
     Example:
         >>> cache_of({"past_key_values": 1}), cache_of({CACHE: 2}), cache_of({})
         (1, 2, None)
     """
-    found = named.get(CACHE)
-    return named.get("past_key_values") if found is None else found
+    if CACHE in named:
+        return named[CACHE]
+    # Not by the output's own methods, which log that the older name is deprecated.
+    return dict.get(named, "past_key_values")
 
 
 @functools.cache
@@ -119,6 +191,8 @@ def transformers_server(model: Any, processor: Any, name: str) -> Any:
 
         def get_gen_models(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
             return [{"id": name, "object": "model", "created": 0, "owned_by": "trim-plugin"}]
+
+        list_models = get_gen_models  # as 5.24 calls it
 
         def shutdown(self) -> None:
             pass

@@ -9,7 +9,7 @@ import torch
 
 import trim_plugin
 from trim_plugin import TopKPerHead, TrimmedCache
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import CACHE, slices_mask_rows
 
 from ..exactness.conversations import Conversation
 from ..random_models import Sample, generate, random_inputs, random_model, trimmed
@@ -43,6 +43,17 @@ def test_cache_of_another_batch(model, inputs, forwards):
         before_work(forwards, ValueError, match, generate, model, given, **settings)
     assert cache.get_seq_length() == past
     generate(model, follow_up, past_key_values=cache)
+
+
+def test_cache_by_another_name(model, inputs, forwards):
+    cache = TrimmedCache(model)
+    forwards.clear()
+    if CACHE == "cache":  # the whole model takes both names, and takes its own from two
+        call, wrong = model.model, {"cache": None, "past_key_values": cache}
+    else:
+        call, wrong = model, {"cache": cache}
+    match = f"given as {list(wrong)[-1]}=, which transformers .* ignores. Give it as {CACHE}="
+    before_work(forwards, TypeError, match, call, **inputs, **wrong, use_cache=True)
 
 
 def test_cache_too_short(model, inputs, forwards):
@@ -108,7 +119,7 @@ def test_assisted_continuation(model, forwards, helper):
 
 def test_assisted_on_a_static_cache(model, forwards):
     inputs = random_inputs(model, SAMPLES[:1])
-    match = "takes rejected tokens back, which transformers' static cache layers cannot"
+    match = "takes rejected tokens back, which a static TrimmedCache does not"
     config = {"static": True}
     before_work(forwards, NotImplementedError, match, trimmed, model, inputs, config, prompt_lookup_num_tokens=3)
 

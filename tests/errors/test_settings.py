@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.mllama.modeling_mllama import MllamaTextModel
 
 from trim_plugin import TopKPerHead, TrimmedCache
-from trim_plugin.compat import require_supported_transformers
+from trim_plugin.compat import CACHE, UnsupportedTransformersError, require_supported_transformers
 
 from ..random_models import generate, trimmed
 from .checks import before_work
@@ -88,8 +89,19 @@ def test_both_caches(model, inputs, forwards):
 
 
 def test_unsupported_transformers():
-    for version in ("4.57.1", "5.16.3", "6.0.0", "6.1"):
-        with pytest.raises(ImportError, match=f"transformers 5.17 up to .*{re.escape(version)} is installed"):
+    for version in ("4.57.1", "5.16.3"):
+        with pytest.raises(ImportError, match=f"transformers 5.17 to 5.24, but {re.escape(version)} is installed"):
             require_supported_transformers(version)
-    for version in ("5.17.0", "5.23.0", "5.40.0.dev0"):
+    for version in ("5.17.0", "5.23.0", "5.24.0"):
         require_supported_transformers(version)
+    with pytest.warns(UserWarning, match="tested with transformers 5.17 to 5.24"):
+        require_supported_transformers("5.41.0")
+
+
+def test_changed_transformers(monkeypatch, model, inputs, forwards):
+    """One of many; the others are planted in tests/test_contract.py."""
+    match = f"cannot hook into transformers .* did not find: .*; {CACHE}= of MllamaTextModel.forward; .*Supported is"
+    with monkeypatch.context() as planted:
+        planted.setattr(MllamaTextModel, "forward", lambda self, input_ids=None, renamed=None, **kwargs: None)
+        before_work(forwards, UnsupportedTransformersError, match, trimmed, model, inputs, {})
+        before_work(forwards, UnsupportedTransformersError, match, TrimmedCache, model)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.compat import cache_of
+from trim_plugin.compat import CACHE, cache_of, unsupported
+from trim_plugin.contract import check_contract, check_layer
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.prefill import Prefill
 from trim_plugin.forward.step import Reading, Step
@@ -27,9 +29,12 @@ def attach(model: torch.nn.Module) -> Any:
     """Put the hooks on a model and its cross-attention decoder layers, once; return its `MllamaTextModel`.
 
     Raises:
+        UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
         ValueError: `model` holds no Mllama text model with cross-attention layers.
     """
+    check_contract()
     text_model = find_text_model(model)
+    check_layer(_cross_layers(text_model)[0])
     for layer in _cross_layers(text_model):
         if before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
@@ -106,8 +111,12 @@ def check_layers_get_caches(text_model: Any) -> None:
 
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
-    # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
-    if model.training and isinstance(cache_of(kwargs), HeldCache) and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(cache_of(kwargs), HeldCache):
+        _check_names(kwargs)
+    elif model.training:
+        # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
         check_layers_get_caches(find_text_model(model))
 
 
@@ -151,6 +160,8 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Forward pre-hook: hand the layer its visual states and mask."""
     cache = cache_of(kwargs)
     if not isinstance(cache, HeldCache):
+        if CACHE not in kwargs:
+            _check_names_within(layer, args, kwargs)
         return None
     first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
     if kwargs["cross_attention_states"] is None and cache.tokens is not None and hidden_states.shape[1] == 1:
@@ -181,6 +192,22 @@ def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         cache.step.finish()
         cache.step = cache.encoded = None
         cache.unfinished = False
+
+
+def _check_names(kwargs: dict[str, Any]) -> None:
+    """Raise `TypeError` if a trimmed cache is among arguments by a name that this transformers passes on without looking."""
+    wrong = [name for name, value in kwargs.items() if isinstance(value, HeldCache)]
+    if wrong:
+        raise TypeError(
+            f"A TrimmedCache was given as {wrong[0]}=, which transformers {transformers.__version__} ignores. "
+            f"Give it as {CACHE}=."
+        )
+
+
+def _check_names_within(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `UnsupportedTransformersError` if the model hands its layers a trimmed cache otherwise than by its name."""
+    if any(isinstance(value, HeldCache) for value in (*args, *kwargs.values())):
+        raise unsupported([f"a call of {type(layer).__name__} with {CACHE}="])
 
 
 def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:

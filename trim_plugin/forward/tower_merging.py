@@ -18,6 +18,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from trim_plugin.attention.masks import add_log_sizes, close, take_square
+from trim_plugin.contract import check_contract
 from trim_plugin.rules.merging import Merging
 from trim_plugin.rules.thinning import kinds_of_tokens, merge_alike
 
@@ -130,9 +131,14 @@ def merging_in_tower(tower: Any, share: float | None, aspect_ratio_mask: torch.T
 
 
 def attach_to_tower(tower: Any) -> None:
-    """Put the hooks on a vision tower, once. Outside of `merging_in_tower` they do nothing."""
+    """Put the hooks on a vision tower, once. Outside of `merging_in_tower` they do nothing.
+
+    Raises:
+        UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
+    """
     if before_global_layers in tower.global_transformer._forward_pre_hooks.values():
         return
+    check_contract()
     for layer in tower.transformer.layers:
         layer.register_forward_pre_hook(before_local_layer, with_kwargs=True)
     tower.global_transformer.register_forward_pre_hook(before_global_layers, with_kwargs=True)

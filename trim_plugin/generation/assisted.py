@@ -60,15 +60,15 @@ class _PromptFirst:
 
 
 def check_supported(cache: TrimmedCache, inputs: dict[str, Any]) -> None:
-    """Raise `NotImplementedError` for what transformers cannot do with any cache.
+    """Raise `NotImplementedError` for what transformers, or an older one, cannot do with any cache.
 
     Its assisted decoding reads the whole `input_ids` again on top of a cache that holds a part of them. And up to some
     version after 5.17 Mllama's mask grows by one row per forward, however many candidates there are.
     """
     if cache.config.static:
         raise NotImplementedError(
-            "Assisted decoding (prompt_lookup_num_tokens, assistant_model) takes rejected tokens back, which transformers' "
-            "static cache layers cannot. Use TrimConfig(static=False) for it, or generate without assistance."
+            "Assisted decoding (prompt_lookup_num_tokens, assistant_model) takes rejected tokens back, which a static "
+            "TrimmedCache does not. Use TrimConfig(static=False) for it, or generate without assistance."
         )
     if cache.get_seq_length() > 0:
         raise NotImplementedError(

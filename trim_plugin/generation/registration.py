@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from trim_plugin.compat import CACHE, cache_of
+from trim_plugin.compat import CACHE, UnsupportedTransformersError, cache_of, unsupported
+from trim_plugin.contract import CONFIGURATION as _NAMES_IN
+from trim_plugin.contract import MIXIN as _MIXIN_IN
+from trim_plugin.contract import check_contract, check_generation
 from trim_plugin.deferred import when_imported
 
 NAME = "trimmed"
-_NAMES_IN, _MIXIN_IN = "transformers.generation.configuration_utils", "transformers.generation.utils"
 _wanted = False
 #: Text tokens of the longest static cache that each model has had: a shorter generation takes as long a one, so that it reuses
 #: the compiled graph. Stock keeps this number on the model.
@@ -27,6 +30,10 @@ def register() -> None:
     `_prefill`, which reads the prompts, and `_get_candidate_generator`, which makes the helper of assisted decoding. For every
     other cache they do what they did.
 
+    Raises:
+        UnsupportedTransformersError: transformers is loaded and lacks what shall be wrapped (`trim_plugin.contract`); nothing is
+            touched. If it is loaded later, that works, a warning says so, and asking for a trimmed cache raises.
+
     Example:
         >>> from transformers.generation import configuration_utils
         >>> register()
@@ -36,6 +43,8 @@ def register() -> None:
     global _wanted
     if _wanted:
         return
+    if _MIXIN_IN in sys.modules:
+        check_generation()
     _wanted = True
     when_imported(_NAMES_IN, _allow_name)
     when_imported(_MIXIN_IN, _wrap_methods)
@@ -60,9 +69,10 @@ def unregister() -> None:
         module.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)  # type: ignore[attr-defined]
     if _MIXIN_IN in sys.modules:
         mixin = sys.modules[_MIXIN_IN].GenerationMixin
-        for name in _WRAPPERS:
-            wrapped = getattr(mixin, name)
-            setattr(mixin, name, getattr(wrapped, "_trim_plugin_original", wrapped))
+        for name in (*_WRAPPERS, "generate"):
+            original = getattr(getattr(mixin, name, None), "_trim_plugin_original", None)
+            if original is not None:
+                setattr(mixin, name, original)
 
 
 def is_registered() -> bool:
@@ -72,18 +82,40 @@ def is_registered() -> bool:
 
 def _allow_name() -> None:
     module = sys.modules[_NAMES_IN]
-    if _wanted and NAME not in module.ALL_CACHE_IMPLEMENTATIONS:
-        module.ALL_CACHE_IMPLEMENTATIONS = (*module.ALL_CACHE_IMPLEMENTATIONS, NAME)  # type: ignore[attr-defined]
+    names = getattr(module, "ALL_CACHE_IMPLEMENTATIONS", None)
+    if _wanted and isinstance(names, tuple) and NAME not in names:
+        module.ALL_CACHE_IMPLEMENTATIONS = (*names, NAME)  # type: ignore[attr-defined]
 
 
 def _wrap_methods() -> None:
-    mixin = sys.modules[_MIXIN_IN].GenerationMixin
-    for name, wrap in _WRAPPERS.items():
-        original = getattr(mixin, name)
-        if _wanted and not hasattr(original, "_trim_plugin_original"):
+    if not _wanted:
+        return
+    wrappers = _WRAPPERS
+    try:
+        check_generation()
+    except UnsupportedTransformersError as error:
+        # Not raised: this runs within somebody's import of transformers, who may not want a trimmed cache at all.
+        warnings.warn(f"{error} Generations with a trimmed cache are refused.", UserWarning, stacklevel=2)
+        wrappers = {"generate": functools.partial(_refusing, str(error))}
+    mixin = getattr(sys.modules[_MIXIN_IN], "GenerationMixin", None)
+    for name, wrap in wrappers.items():
+        original = getattr(mixin, name, None)
+        if original is not None and not hasattr(original, "_trim_plugin_original"):
             wrapped: Any = functools.wraps(original)(wrap(original))
             wrapped._trim_plugin_original = original
             setattr(mixin, name, wrapped)
+
+
+def _refusing(message: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate` where the other methods cannot be wrapped: without them "trimmed" would trim nothing, and say nothing."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.generation_config
+        if NAME in (kwargs.get("cache_implementation"), getattr(config, "cache_implementation", None)):
+            raise UnsupportedTransformersError(message)
+        return original(self, *args, **kwargs)
+
+    return generate
 
 
 def _is_trimmed(cache: Any) -> bool:
@@ -111,6 +143,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
+        check_contract()
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.compat import compiles_mllama_decoding
         from trim_plugin.config import TrimConfig
@@ -153,6 +186,9 @@ def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         cache = cache_of(model_kwargs)
         if cache is None or not _is_trimmed(cache):
+            if generation_config.cache_implementation == NAME and generation_config.use_cache is not False:
+                # What makes the cache was replaced after it had been wrapped, or by the model's class.
+                raise unsupported([f"trim_plugin's _prepare_cache_for_generation on {type(self).__name__}"])
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         from trim_plugin.generation.pieces import prefill_of_generate
 

@@ -1,0 +1,326 @@
+"""Planted changes of what trim_plugin hooks into: each is named by the contract's error, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+import timeit
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import cache_utils
+from transformers.generation import configuration_utils
+from transformers.generation.utils import GenerationMixin
+from transformers.models.mllama import modeling_mllama
+
+import trim_plugin
+from trim_plugin import TrimmedCache
+from trim_plugin.compat import CACHE, UnsupportedTransformersError
+from trim_plugin.contract import check_contract, check_generation
+
+from .random_models import Sample, generate, random_inputs, random_model, trimmed
+
+ROOT = Path(__file__).parents[1]
+ONE = [Sample((1, (6,), 6))]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A model that never carries hooks, and inputs."""
+    model = random_model()
+    return model, random_inputs(model, ONE)
+
+
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
+def renamed(function, argument, name="renamed"):
+    """The same function, which takes an argument by another name."""
+    signature = inspect.signature(function)
+    assert argument in signature.parameters
+
+    def planted(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    parameters = [one.replace(name=name) if one.name == argument else one for one in signature.parameters.values()]
+    planted.__signature__ = signature.replace(parameters=parameters)
+    return planted
+
+
+def refused(model, inputs, match):
+    """Neither a cache of one's own nor `generate` begins, the message names all, and no hook is left behind."""
+    ran = []
+    handle = model.model.register_forward_pre_hook(lambda *_: ran.append(1))
+    for call in (lambda: TrimmedCache(model), lambda: trimmed(model, inputs, {"top_k_ratio": 0.2})):
+        with pytest.raises(UnsupportedTransformersError, match=match) as caught:
+            call()
+        assert isinstance(caught.value, ImportError)
+        assert all(word in str(caught.value) for word in ("5.17 to 5.24", trim_plugin.compat.OLDEST, "did not find"))
+    handle.remove()
+    assert not ran
+    assert hooks_of(model) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "argument"),
+    [
+        ("MllamaCrossAttentionDecoderLayer", CACHE),
+        ("MllamaCrossAttentionDecoderLayer", "cross_attention_states"),
+        ("MllamaCrossAttentionDecoderLayer", "full_text_row_masked_out_mask"),
+        ("MllamaTextCrossAttention", CACHE),
+        ("MllamaTextModel", CACHE),
+        ("MllamaTextModel", "cross_attention_mask"),
+        ("MllamaModel", CACHE),
+        ("MllamaModel", "pixel_values"),
+        ("MllamaVisionModel", "aspect_ratio_mask"),
+        ("MllamaVisionEncoder", "attention_mask"),
+    ],
+)
+def test_a_renamed_argument_of_a_forward(monkeypatch, fresh, owner, argument):
+    model, inputs = fresh
+    expected = generate(model, inputs).sequences
+    found = getattr(modeling_mllama, owner)
+    monkeypatch.setattr(found, "forward", renamed(found.forward, argument))
+    refused(model, inputs, f"did not find: {argument}= of {owner}.forward")
+    assert torch.equal(generate(model, inputs).sequences, expected), "stock goes on"
+
+
+def test_a_layer_written_anew_with_another_name(monkeypatch, fresh):
+    layer = modeling_mllama.MllamaCrossAttentionDecoderLayer
+
+    def forward(
+        self, hidden_states, cross_attention_states, cross_attention_mask, attention_mask,
+        full_text_row_masked_out_mask, position_ids=None, kv=None, **kwargs,
+    ):  # fmt: skip
+        return hidden_states
+
+    monkeypatch.setattr(layer, "forward", forward)
+    refused(*fresh, f"did not find: {CACHE}= of MllamaCrossAttentionDecoderLayer.forward")
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_get_candidate_generator"])
+def test_a_removed_method(monkeypatch, fresh, name):
+    monkeypatch.delattr(GenerationMixin, name)
+    refused(*fresh, f"did not find: GenerationMixin.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        (
+            "_prefill",
+            "generation_config",
+            r"GenerationMixin._prefill\(input_ids, generation_config, model_kwargs, ...\)",
+        ),
+        ("_get_candidate_generator", "model_kwargs", "model_kwargs= of GenerationMixin._get_candidate_generator"),
+    ],
+)
+def test_a_renamed_argument_of_a_wrapped_method(monkeypatch, fresh, name, argument, message):
+    monkeypatch.setattr(GenerationMixin, name, renamed(getattr(GenerationMixin, name), argument))
+    refused(*fresh, message)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(cache_utils, "StaticLayer"), (cache_utils.Cache, "get_mask_sizes"), (cache_utils.DynamicLayer, "crop")],
+)
+def test_a_removed_name_of_cache_utils(monkeypatch, fresh, owner, name):
+    monkeypatch.delattr(owner, name)
+    refused(*fresh, name)
+
+
+def test_all_that_is_missing_is_named_at_once(monkeypatch, fresh):
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    layer = modeling_mllama.MllamaCrossAttentionDecoderLayer
+    monkeypatch.setattr(layer, "forward", renamed(layer.forward, CACHE))
+    refused(*fresh, f"GenerationMixin._prefill; {CACHE}= of MllamaCrossAttentionDecoderLayer.forward")
+
+
+def test_a_part_of_the_layers_is_gone(fresh):
+    model, _ = fresh
+    attention = model.model.language_model.layers[1].cross_attn
+    heads = attention.__dict__.pop("num_heads")
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: MllamaTextCrossAttention.num_heads\."):
+        TrimmedCache(model)
+    attention.num_heads = heads
+    assert hooks_of(model) == []
+
+
+def test_what_wraps_a_forward_without_changing_it_is_accepted(monkeypatch, model):
+    layer, text = modeling_mllama.MllamaCrossAttentionDecoderLayer, modeling_mllama.MllamaTextModel
+    inner, whole = layer.forward, text.forward
+
+    @functools.wraps(inner)
+    def decorated(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    def anything(*args, **kwargs):
+        return whole(*args, **kwargs)
+
+    inputs = random_inputs(model, ONE)
+    expected = trimmed(model, inputs, {"top_k_ratio": 0.2}).sequences
+    monkeypatch.setattr(layer, "forward", decorated)
+    monkeypatch.setattr(text, "forward", anything)
+    assert torch.equal(trimmed(model, inputs, {"top_k_ratio": 0.2}).sequences, expected)
+
+
+def test_a_cache_that_was_not_made_is_no_silent_stock_generation(monkeypatch, fresh):
+    model, inputs = fresh
+    unwrapped = inspect.unwrap(GenerationMixin._prepare_cache_for_generation)
+    monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", unwrapped)
+    with pytest.raises(UnsupportedTransformersError, match="_prepare_cache_for_generation on Mllama"):
+        trimmed(model, inputs, {})
+
+
+def test_registering_is_refused_and_touches_nothing(monkeypatch):
+    trim_plugin.unregister()
+    names, prepare = configuration_utils.ALL_CACHE_IMPLEMENTATIONS, GenerationMixin._prepare_cache_for_generation
+    with monkeypatch.context() as planted:
+        planted.delattr(GenerationMixin, "_prefill")
+        for _ in range(2):
+            with pytest.raises(UnsupportedTransformersError, match=r"GenerationMixin\._prefill"):
+                trim_plugin.register()
+        assert names == configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+        assert GenerationMixin._prepare_cache_for_generation is prepare
+    trim_plugin.register()
+    assert "trimmed" in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+
+
+def test_checking_again_costs_next_to_nothing():
+    check_contract()
+    assert min(timeit.repeat(check_contract, number=20, repeat=5)) / 20 < 2e-3
+
+
+# -- a transformers that is not there: its package is a few lines, and loading it takes no time --------------------
+
+CONFIGURATION = """
+ALL_CACHE_IMPLEMENTATIONS = ("dynamic",)
+class GenerationConfig:
+    use_cache = cache_implementation = cache_config = max_cache_len = disable_compile = None
+    num_beams = num_return_sequences = prefill_chunk_size = is_assistant = None
+"""
+UTILS = """
+class GenerationMixin:
+    generation_config = None
+    def generate(self, **kwargs): return "generated"
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length): ...
+    def _get_candidate_generator(self, input_ids, model_kwargs): ...
+    def _prefill(self, input_ids, generation_config, model_kwargs): ...
+"""
+LAYER = """
+class MllamaCrossAttentionDecoderLayer(Base):
+    def forward(self, hidden_states, {name}: Cache | None = None, **kwargs) -> None: ...
+"""
+
+
+@pytest.fixture
+def invented(tmp_path):
+    """Runs a program beside an invented transformers: `invented(version, program, file=text, ...)` → its output, all streams."""
+
+    def run(version, program, **files):
+        package = tmp_path / "transformers"
+        (package / "generation").mkdir(parents=True, exist_ok=True)
+        (package / "models" / "mllama").mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        (package / "generation" / "__init__.py").write_text("")
+        (package / "generation" / "configuration_utils.py").write_text(files.get("configuration", CONFIGURATION))
+        (package / "generation" / "utils.py").write_text(files.get("utils", UTILS))
+        (package / "models" / "mllama" / "modeling_mllama.py").write_text(files.get("mllama", ""))
+        (tmp_path / "transformers-0.dist-info").mkdir(exist_ok=True)
+        metadata = f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n"
+        (tmp_path / "transformers-0.dist-info" / "METADATA").write_text(metadata)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+            cwd=tmp_path,
+        )
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_a_newer_version_warns_once_and_works_if_the_contract_holds(invented):
+    program = (
+        "import trim_plugin; from transformers.generation import utils\n"
+        "print(hasattr(utils.GenerationMixin._prefill, '_trim_plugin_original'))\n"
+        "trim_plugin.compat.require_supported_transformers()"
+    )
+    for version in ("5.25.0", "6.1.0"):
+        output = invented(version, program)
+        assert output.count("UserWarning: trim_plugin was tested with transformers 5.17 to 5.24, and " + version) == 1
+        assert "True" in output
+        assert "Error" not in output
+
+
+def test_an_older_version_is_refused_when_the_package_is_imported(invented):
+    assert (
+        "UnsupportedTransformersError: trim_plugin hooks into transformers 5.17 to 5.24, but 5.16.9 is installed"
+        in (invented("5.16.9", "import trim_plugin"))
+    )
+
+
+LATER = "import trim_plugin\nfrom transformers.generation.utils import GenerationMixin\nprint(GenerationMixin().generate())\n"
+BROKEN = UTILS.replace("_prefill", "_read_prompt")
+
+
+def test_transformers_that_is_loaded_later_can_be_used_without_a_trimmed_cache(invented):
+    output = invented("5.25.0", LATER + "GenerationMixin().generate(cache_implementation='trimmed')", utils=BROKEN)
+    assert "UserWarning: trim_plugin cannot hook into transformers 5.25.0" in output
+    assert "\ngenerated\n" in f"\n{output}"
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(
+        "trim_plugin.compat.UnsupportedTransformersError: trim_plugin cannot hook into transformers 5.25.0"
+    )
+    assert "did not find: GenerationMixin._prefill. Supported is transformers 5.17 to 5.24. Install" in last
+
+
+def test_transformers_that_is_loaded_already_is_refused_when_the_package_is_imported(invented):
+    last = invented(
+        "5.25.0", "from transformers.generation import utils\nimport trim_plugin", utils=BROKEN
+    ).splitlines()[-1]
+    assert "UnsupportedTransformersError" in last
+    assert "GenerationMixin._prefill" in last
+
+
+@pytest.mark.parametrize("what", ["configuration", "utils"])
+def test_whole_modules_that_are_empty_are_named_too(invented, what):
+    assert "generated" in (
+        output := invented("5.24.0", LATER, **{what: UTILS if what == "utils" else "class GenerationConfig: ..."})
+    )
+    assert ("ALL_CACHE_IMPLEMENTATIONS, a tuple" in output) is (what == "configuration")
+
+
+@pytest.mark.parametrize(
+    ("version", "source", "name"),
+    [
+        ("5.24.0", LAYER.format(name="cache"), "cache"),
+        ("5.24.0.dev0", LAYER.format(name="past_key_values"), "past_key_values"),
+        ("5.23.0", "", "past_key_values"),
+        ("5.24.1", "", "cache"),
+    ],
+)
+def test_the_caches_name_is_what_the_layers_say_and_else_the_versions(invented, version, source, name):
+    program = "import sys, trim_plugin.compat; print(trim_plugin.compat.CACHE, 'transformers' in sys.modules)"
+    assert invented(version, program, mllama=source).splitlines()[-1] == f"{name} False"
+
+
+def test_public_names_that_cannot_be_imported_say_so(monkeypatch):
+    for name in ("trim_plugin.forward.trimmed_cache", "trim_plugin.cache.held"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(vars(trim_plugin), "TrimmedCache", raising=False)
+    monkeypatch.delattr(cache_utils, "StaticLayer")
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: StaticLayer in transformers\.cache_utils"):
+        _ = trim_plugin.TrimmedCache
+
+
+def test_the_installed_version_holds_the_contract():
+    check_generation()
+    check_contract()

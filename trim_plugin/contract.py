@@ -1,0 +1,224 @@
+"""The contract with transformers: what the hooks and the wrapped methods take for granted, checked before they are put in place.
+
+A name that a later version has changed would otherwise show far from its cause: a hook that looks for `past_key_values` where
+`cache` is passed finds no cache, and nothing is trimmed. So whatever the hooks read, replace, wrap or override stands in the
+tables below, and what is missing is named by an `UnsupportedTransformersError` before anything runs.
+
+Signatures are kept as long as their functions live; checking again costs some microseconds (`tests/test_contract.py`). What has
+been replaced since the last check is therefore found, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from trim_plugin.compat import CACHE, UnsupportedTransformersError, unsupported
+
+MIXIN, CONFIGURATION = "transformers.generation.utils", "transformers.generation.configuration_utils"
+MLLAMA, CACHES = "transformers.models.mllama.modeling_mllama", "transformers.cache_utils"
+
+#: Arguments of forwards, by class, that hooks read or replace, or that are passed by name.
+FORWARDS: dict[str, tuple[str, ...]] = {
+    "MllamaModel": (
+        *("input_ids", "inputs_embeds", "attention_mask", "use_cache", CACHE),
+        *("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_states", "cross_attention_mask"),
+    ),
+    "MllamaTextModel": (
+        *("input_ids", "inputs_embeds", "attention_mask", "use_cache", CACHE),
+        *("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask"),
+    ),
+    "MllamaCrossAttentionDecoderLayer": (
+        *("hidden_states", "attention_mask", CACHE),
+        *("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask"),
+    ),
+    "MllamaTextCrossAttention": ("hidden_states", "cross_attention_states", "attention_mask", CACHE),
+    "MllamaVisionModel": ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+    "MllamaVisionEncoder": ("hidden_states", "attention_mask"),
+    "MllamaVisionEncoderLayer": ("attention_mask",),
+}
+
+#: Arguments of the wrapped methods of `GenerationMixin`: those that come first, in this order, and those passed by name.
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "_prepare_cache_for_generation": (
+        ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
+        (),
+    ),
+    "_prefill": (("input_ids", "generation_config", "model_kwargs"), ()),
+    "_get_candidate_generator": ((), ("input_ids", "model_kwargs")),
+}
+
+#: Fields of `GenerationConfig` that the wrapped methods read.
+SETTINGS = (
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "disable_compile"),
+    *("num_beams", "num_return_sequences", "prefill_chunk_size", "is_assistant"),
+)
+
+#: Names of `cache_utils`, and the methods that a trimmed cache and its layers override or call.
+_LAYER = (
+    "update",
+    "lazy_initialization",
+    "get_seq_length",
+    "get_mask_sizes",
+    "get_max_length",
+    "reset",
+    "reorder_cache",
+)
+CACHE_CLASSES: dict[str, tuple[str, ...]] = {
+    "Cache": (
+        *("update", "get_seq_length", "get_query_offset", "get_mask_sizes", "get_max_length", "reset", "crop"),
+        *("reorder_cache", "batch_repeat_interleave", "batch_select_indices"),
+    ),
+    "DynamicLayer": (*_LAYER, "crop", "batch_repeat_interleave", "batch_select_indices"),
+    "StaticLayer": _LAYER,
+}
+
+#: What is imported from further modules.
+NAMES: dict[str, tuple[str, ...]] = {
+    "transformers.generation.candidate_generator": ("AssistedCandidateGenerator", "PromptLookupCandidateGenerator"),
+    "transformers.distributed.fsdp": ("is_fsdp_managed_module",),
+    "transformers.integrations.deepspeed": ("is_deepspeed_zero3_enabled",),
+}
+
+#: Attributes of a cross-attention decoder layer and of its attention, with which queries and keys are worked out again.
+LAYER = ("layer_idx", "cross_attn", "input_layernorm")
+ATTENTION = (
+    *("q_proj", "q_norm", "k_proj", "k_norm", "scaling"),
+    *("num_heads", "num_key_value_heads", "head_dim"),
+)
+
+
+def check_generation() -> None:
+    """Check what `generation.registration` wraps and reads. Loads transformers' generation alone.
+
+    Raises:
+        UnsupportedTransformersError: something is missing; it names all that is.
+    """
+    _raise_if([*_missing_in_generation()])
+
+
+def check_contract() -> None:
+    """Check all that does not depend on a model. Loads transformers' Mllama.
+
+    Raises:
+        UnsupportedTransformersError: something is missing; it names all that is.
+
+    Example:
+        >>> check_contract()
+    """
+    _raise_if([*_missing_in_generation(), *_missing_in_models()])
+
+
+def check_layer(layer: Any) -> None:
+    """Check a cross-attention decoder layer of a model.
+
+    Raises:
+        UnsupportedTransformersError: it lacks what queries and keys are worked out with.
+    """
+    attention = getattr(layer, "cross_attn", None)
+    missing = [f"{type(layer).__name__}.{name}" for name in LAYER if not hasattr(layer, name)]
+    if attention is not None:
+        missing += [f"{type(attention).__name__}.{name}" for name in ATTENTION if not hasattr(attention, name)]
+    _raise_if(missing)
+
+
+@contextlib.contextmanager
+def naming_missing_imports() -> Iterator[None]:
+    """Within this context an import from transformers that fails is raised as what it is: an unsupported transformers.
+
+    Example:
+        >>> with naming_missing_imports():
+        ...     from transformers.cache_utils import ForgetfulCache
+        Traceback (most recent call last):
+        ...
+        trim_plugin.compat.UnsupportedTransformersError: ... did not find: ForgetfulCache in transformers.cache_utils. ...
+    """
+    try:
+        yield
+    except UnsupportedTransformersError:
+        raise
+    except ImportError as error:
+        module = error.name or ""
+        if module.partition(".")[0] != "transformers":
+            raise
+        name = re.search(r"cannot import name '(\w+)'", str(error))
+        raise unsupported([f"{name[1]} in {module}" if name else module]) from error
+
+
+def _raise_if(missing: Sequence[str]) -> None:
+    if missing:
+        raise unsupported(missing)
+
+
+def _missing_in_generation() -> Iterator[str]:
+    configuration = importlib.import_module(CONFIGURATION)
+    if not isinstance(getattr(configuration, "ALL_CACHE_IMPLEMENTATIONS", None), tuple):
+        yield f"ALL_CACHE_IMPLEMENTATIONS, a tuple, in {CONFIGURATION}"
+    settings = getattr(configuration, "GenerationConfig", None)
+    if settings is None:
+        yield f"GenerationConfig in {CONFIGURATION}"
+    else:
+        yield from (f"GenerationConfig.{name}" for name in _settings_not_in(settings))
+    mixin = getattr(importlib.import_module(MIXIN), "GenerationMixin", None)
+    if mixin is None:
+        yield f"GenerationMixin in {MIXIN}"
+        return
+    for name, (first, by_name) in METHODS.items():
+        method = getattr(mixin, name, None)
+        if method is None:
+            yield f"GenerationMixin.{name}"
+            continue
+        found = _arguments(method)
+        if found is None:
+            continue
+        if found[: len(first)] != first:
+            yield f"GenerationMixin.{name}({', '.join(first)}, ...): it takes ({', '.join(found)})"
+        yield from (f"{argument}= of GenerationMixin.{name}" for argument in by_name if argument not in found)
+
+
+def _missing_in_models() -> Iterator[str]:
+    mllama = importlib.import_module(MLLAMA)
+    for name, arguments in FORWARDS.items():
+        found = getattr(mllama, name, None)
+        if found is None:
+            yield f"{name} in {MLLAMA}"
+            continue
+        taken = _arguments(found.forward)
+        if taken is not None:
+            yield from (f"{argument}= of {name}.forward" for argument in arguments if argument not in taken)
+    caches = importlib.import_module(CACHES)
+    for name, methods in CACHE_CLASSES.items():
+        found = getattr(caches, name, None)
+        if found is None:
+            yield f"{name} in {CACHES}"
+        else:
+            yield from (f"{name}.{method}" for method in methods if not hasattr(found, method))
+    for module, names in NAMES.items():
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            yield module
+            continue
+        yield from (f"{name} in {module}" for name in names if not hasattr(found, name))
+
+
+@functools.lru_cache(maxsize=256)
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The arguments of a method without the first, seen through decorators; None for a wrapper that hands on anything."""
+    parameters = list(inspect.signature(function).parameters.values())
+    named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    hands_on = {one.kind for one in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if hands_on and len(named) <= 1:
+        return None
+    return tuple(named[1:])
+
+
+@functools.cache
+def _settings_not_in(settings: type) -> tuple[str, ...]:
+    blank = settings()
+    return tuple(name for name in SETTINGS if not hasattr(blank, name))
