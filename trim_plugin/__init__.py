@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trim_plugin.generation.pieces import prefill
     from trim_plugin.pictures.encoded import Pictures
     from trim_plugin.pictures.encoding import encode_pictures
+    from trim_plugin.pictures.prompting import open_picture
     from trim_plugin.pictures.visualize import visualize
     from trim_plugin.rules.k_center import KCenter
     from trim_plugin.rules.processors import (
@@ -47,6 +48,7 @@ __all__ = [
     "VisualTokenProcessorList",
     "detach",
     "encode_pictures",
+    "open_picture",
     "prefill",
     "register",
     "unregister",
@@ -66,6 +68,7 @@ _MODULES = {
     "VisualTokenProcessorList": "rules.processors",
     "detach": "forward.hooks",
     "encode_pictures": "pictures.encoding",
+    "open_picture": "pictures.prompting",
     "prefill": "generation.pieces",
     "visualize": "pictures.visualize",
 }

@@ -1,22 +1,75 @@
-"""Files that interruptions leave whole: replaced at once, or grown by whole lines of JSON, and the settings they go with."""
+"""Files that interruptions leave whole: replaced at once, or grown by whole lines of JSON; and files opened without waiting."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
+import re
+import stat
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if sys.platform != "win32":
+    import fcntl
+
 #: How much is read at a time to find where the last whole line ends.
 BLOCK = 1 << 16
+#: What a draft is called: after its file, by chance, and after the machine that writes it.
+_DRAFT = re.compile(r"\..*\.([0-9a-f]{8})\.draft", re.DOTALL)
+_HOST = hashlib.blake2b(platform.node().encode(errors="replace"), digest_size=4).hexdigest()
+_DAY = 24 * 3600.0
+#: What else than a file may stand at a path.
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading. A pipe that nobody writes to, or a device, is an error at once instead of waiting for ever.
+
+    Raises:
+        OSError: it cannot be opened; `FileNotFoundError` if it is missing.
+        ValueError: something else than a file stands there.
+
+    Example:
+        >>> open_regular(os.curdir)
+        Traceback (most recent call last):
+        ...
+        ValueError: it is a folder, not a file
+    """
+    _check_regular(os.stat(path))  # opening alone can already do something to a device
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    opened = os.fdopen(os.open(path, flags), "rb")
+    try:
+        _check_regular(os.fstat(opened.fileno()))  # another may stand there by now
+    except ValueError:
+        opened.close()
+        raise
+    return opened
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a file")
 
 
 @contextlib.contextmanager
 def draft_of(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to. It takes the file's place when the block ends, and is gone if the block fails.
+
+    A process that is killed leaves its draft behind: the next one that writes to the same folder removes it. The block must
+    write into the file that it is given, not put another in its place.
 
     Example:
         >>> file = Path(tempfile.mkdtemp()) / "a.txt"
@@ -25,9 +78,8 @@ def draft_of(file: Path) -> Iterator[Path]:
         >>> file.read_text(), len(list(file.parent.iterdir()))
         ('all', 1)
     """
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    draft = Path(name)
+    _remove_abandoned(file.parent)
+    held, draft = _new_draft(file)
     try:
         yield draft
         umask = os.umask(0)
@@ -38,6 +90,54 @@ def draft_of(file: Path) -> Iterator[Path]:
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def _new_draft(file: Path) -> tuple[int | None, Path]:
+    """An empty file that this process holds locked, which tells others that it is being written."""
+    while True:
+        # A part of the name: with what is added, the whole may be longer than names may be.
+        held, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:40]}.", suffix=f".{_HOST}.draft")
+        if sys.platform == "win32":  # where a file that is open cannot be moved
+            os.close(held)
+            return None, Path(name)
+        _lock(held, wait=True)
+        if os.fstat(held).st_nlink:
+            return held, Path(name)
+        os.close(held)  # between making and locking it another process took it for abandoned
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove drafts that nobody holds any more; those of other machines, whose locks may not be seen here, a day later."""
+    with os.scandir(folder) as entries:
+        drafts = [entry for entry in entries if (found := _DRAFT.fullmatch(entry.name)) and _may_go(entry, found[1])]
+    for draft in drafts:
+        with contextlib.suppress(OSError):  # gone already, or somebody else's
+            held = os.open(draft.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if _lock(held, wait=False):
+                    os.unlink(draft.path)
+            finally:
+                os.close(held)
+
+
+def _may_go(entry: os.DirEntry[str], host: str) -> bool:
+    try:
+        return host == _HOST or time.time() - entry.stat().st_mtime > _DAY
+    except OSError:
+        return False  # gone already
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock a file for this process, until it ends or closes it. Whether that worked: some file systems know no locks."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_whole(file: Path, text: str) -> None:

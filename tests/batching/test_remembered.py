@@ -6,10 +6,10 @@ import copy
 
 import torch
 
+from trim_plugin import open_picture
 from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.batching.worker import Worker
 from trim_plugin.embedded import examples
-from trim_plugin.pictures.prompting import open_picture
 
 from ..scenes import scene_rows
 

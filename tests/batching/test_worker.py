@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ BROKEN = {
     "picture-missing": ({"images": ["nowhere.png"], "question": "?"}, "no such picture"),
     "picture-unreadable, cut off": ({"images": ["half.png"], "question": "?"}, "cannot read"),
     "picture-unreadable, a text": ({"images": ["text.png"], "question": "?"}, "cannot read"),
+    "picture-unreadable, postscript": ({"images": ["script.png"], "question": "?"}, "cannot read"),
+    "picture-unreadable, a pipe": ({"images": ["pipe.png"], "question": "?"}, "cannot read"),
     "picture-too-large": ({"images": ["huge.png"], "question": "?"}, "decompression bomb"),
     "question-or-messages, none": ({"images": ["0.png"]}, "give either 'question' or 'messages'"),
     "question-or-messages, both": ({"question": "?", "messages": []}, "give either 'question' or 'messages'"),
@@ -100,6 +103,8 @@ def broken_pictures(folder):
     whole = (folder / "0.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("not a picture")
+    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    os.mkfifo(folder / "pipe.png")
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trim_plugin import KCenter, Pictures, encode_pictures
+from trim_plugin import KCenter, Pictures, encode_pictures, open_picture
 from trim_plugin.cli import main
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.pictures.prompting import open_picture
 
 PAGES = [str(example.picture) for example in examples()[:3]]
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from trim_plugin import KCenter, Pictures, TopKPerHead, TrimmedCache, VisualTokenProcessor, encode_pictures
+from trim_plugin import (
+    KCenter,
+    Pictures,
+    TopKPerHead,
+    TrimmedCache,
+    VisualTokenProcessor,
+    encode_pictures,
+    open_picture,
+)
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.pictures import encoded, stored
 
@@ -39,6 +48,34 @@ def _nothing_ran(loaded, page, request):
     cache = TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=page)
     ours = model.generate(**page.inputs(processor, "Read all digits."), past_key_values=cache, max_new_tokens=3)
     assert ours.equal(model.generate(**ask(processor, "Read all digits.", PICTURE), max_new_tokens=3))
+
+
+def test_picture_file_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such picture"):
+        open_picture(tmp_path / "none.png")
+
+
+def test_picture_file_unreadable(loaded, tmp_path):
+    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:-200])
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, said in (("cut.png", "cannot read the picture .*cut.png"), ("text.png", "not a picture that Pillow can")):
+        for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
+            with pytest.raises(ValueError, match=said):
+                read(tmp_path / name)
+
+
+def test_picture_file_postscript(loaded, tmp_path):
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
+        with pytest.raises(ValueError, match="PostScript is not read, since Pillow would run Ghostscript on it"):
+            read(tmp_path / "x.png")
+
+
+def test_picture_file_not_a_file(loaded, tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
+        with pytest.raises(ValueError, match="it is a named pipe, not a file"):
+            read(tmp_path / "x.png")
 
 
 def test_pictures_file_missing(tmp_path):

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from trim_plugin import open_picture
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.evaluation import Answer, AnswerLog, Question, evaluate, ways_for
 from trim_plugin.evaluation.known import KnownPictures
-from trim_plugin.pictures.prompting import open_picture
 
 TEXTS = ("Read all digits.", "How many digits are there?", "Which digit is red?")
 

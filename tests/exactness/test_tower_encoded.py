@@ -10,12 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures
+from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures, open_picture
 from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.evaluation import AnswerLog, Question, evaluate, ways_for
 from trim_plugin.forward import tower_merging
-from trim_plugin.pictures.prompting import open_picture
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.rules.thinning import merge_alike
 

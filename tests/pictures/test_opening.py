@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import os
+import socket
+import struct
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image, ImageOps
 
+import trim_plugin
+from trim_plugin import open_picture
+from trim_plugin.batching.rows import RowError, decoded, read_row
 from trim_plugin.embedded import load_small_model
-from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.rgb import to_rgb
 
 #: Modes of which Mllama's processor makes what a user sees; the others it clips, or cannot read.
@@ -186,3 +198,127 @@ def test_a_picture_that_was_cut_off_is_said(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cannot read the picture .*cut\.jpg"):
         open_picture(tmp_path / "cut.jpg")
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 40 40
+%%EndComments
+showpage
+%%EOF
+"""
+#: The same with the header of a DOS file, which Pillow knows as well.
+DOS_EPS = struct.pack("<4sIIIIIIH", b"\xc5\xd0\xd3\xc6", 32, len(EPS), 0, 0, 0, 0, 0xFFFF) + b"\0\0" + EPS
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A Ghostscript that leaves a trace where it was run."""
+    trace, program = tmp_path / "it-ran", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch '{trace}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace
+
+
+@pytest.mark.parametrize("data", [EPS, DOS_EPS], ids=["eps", "dos"])
+def test_postscript_is_refused_and_no_program_runs(ghostscript, processor, tmp_path, data):
+    file = tmp_path / "x.png"
+    file.write_bytes(data)
+    for source in (file, str(file), data):
+        with pytest.raises(ValueError, match="PostScript is not read, since Pillow would run Ghostscript"):
+            open_picture(source)
+        with pytest.raises(RowError, match="PostScript is not read"):
+            read_row(processor, {"images": [source], "question": "?"}, tmp_path)
+    with Image.open(file) as not_decoded:
+        assert not_decoded.format == "EPS"
+        for read in (to_rgb, decoded, lambda picture: build_inputs(processor, "?", [picture])):
+            with pytest.raises(ValueError, match="PostScript is not read"):
+                read(not_decoded)
+    assert not ghostscript.exists()
+    with Image.open(file) as not_decoded, pytest.raises(OSError):  # noqa: PT011 - whatever Pillow says of this Ghostscript
+        not_decoded.load()
+    assert ghostscript.exists(), "it would have been found"
+
+
+def test_pictures_from_outside_are_opened_in_one_place():
+    package = Path(trim_plugin.__file__).parent
+    found = [
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    ]
+    assert found == ["pictures/prompting.py"]
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a device", "a socket"])
+def test_what_is_no_file_is_said_at_once(tmp_path, monkeypatch, processor, kind):
+    path, listening = tmp_path / "x.png", socket.socket(socket.AF_UNIX)
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        monkeypatch.chdir(tmp_path)  # names of sockets must be short
+        listening.bind("x.png")
+    with pytest.raises(ValueError, match=f"cannot read the picture .*x.png: it is {kind}, not a file"):
+        open_picture(path)
+    with pytest.raises(RowError, match=f"cannot read .*x.png: it is {kind}"):
+        read_row(processor, {"images": ["x.png"], "question": "?"}, tmp_path)
+    listening.close()
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "x" * 5000])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises((ValueError, FileNotFoundError), match="picture"):
+        open_picture(tmp_path / name)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb() -> bytes:
+    """A PNG whose header promises 50,000 x 50,000 pixels."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+
+
+def test_a_decompression_bomb_is_not_decoded():
+    with pytest.raises(ValueError, match="decompression bomb"):
+        open_picture(bomb())
+
+
+def test_a_file_and_its_bytes_are_the_same_picture(tmp_path):
+    gradient("RGB").save(tmp_path / "a.webp")
+    assert open_picture(tmp_path / "a.webp").tobytes() == open_picture((tmp_path / "a.webp").read_bytes()).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "PCX"])
+def test_what_people_have_is_read(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    stream = io.BytesIO()
+    gradient("L" if kind == "PCX" else "RGB").save(stream, kind)
+    assert open_picture(stream.getvalue()).mode == "RGB"
+
+
+@settings(max_examples=60)
+@given(
+    data=st.binary(max_size=400),
+    kind=st.sampled_from([b"", b"%!PS", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF", b"II*\0"]),
+)
+def test_any_bytes_are_a_picture_or_a_value_error(data, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            mode = open_picture(kind + data).mode
+        except ValueError:
+            mode = "RGB"
+    assert mode == "RGB"

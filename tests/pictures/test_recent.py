@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trim_plugin import KCenter, encode_pictures
+from trim_plugin import KCenter, encode_pictures, open_picture
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.pictures.prompting import open_picture
 from trim_plugin.pictures.recent import RecentPictures
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,28 +11,12 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
-from trim_plugin.pictures.prompting import open_picture
+from trim_plugin.pictures.prompting import BROKEN, open_picture, opened
 from trim_plugin.pictures.rgb import to_rgb
 
 FIELDS = ("id", "images", "question", "messages", "max_new_tokens")
 #: A picture: a file, a file's bytes, or the picture itself.
 Source = Path | bytes | Image.Image
-#: What Pillow's decoders raise on broken files besides what `open_picture` turns into errors of its own.
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    MemoryError,
-    Image.DecompressionBombError,
-)
 
 
 class RowError(ValueError):
@@ -115,9 +96,6 @@ def decoded(source: Source) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        if isinstance(source, bytes):
-            with Image.open(io.BytesIO(source)) as picture:
-                return to_rgb(picture)
         return open_picture(source)
     except BROKEN as error:
         raise RowError(_said(error)) from None
@@ -195,7 +173,7 @@ def _tiles(source: Source, image_processor: Any) -> int:
         if isinstance(source, Image.Image):
             width, height = source.size
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            with opened(source) as picture:
                 width, height = picture.size
     except FileNotFoundError:
         raise RowError(f"no such picture: {source!s}") from None

@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from trim_plugin.pictures.rgb import to_rgb
+from trim_plugin.durable import open_regular
+from trim_plugin.pictures.rgb import POSTSCRIPT, to_rgb
+
+#: What is read, where Pillow or a plugin of it can: formats of pictures alone. For PostScript Pillow runs another program.
+FORMATS = (
+    *(
+        "PNG",
+        "JPEG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "DIB",
+        "TIFF",
+        "PPM",
+        "JPEG2000",
+        "AVIF",
+        "HEIF",
+        "ICO",
+        "ICNS",
+        "PSD",
+        "QOI",
+    ),
+    *("DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
+)
+_POSTSCRIPT_BEGINS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+#: What Pillow's decoders raise on broken files.
+BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 
 
-def open_picture(path: Path | str) -> Image.Image:
+def open_picture(source: Path | str | bytes) -> Image.Image:
     """Open a picture file as RGB, upright, transparency over white (`to_rgb`).
 
-    Of an animation or a file of several pages the first is read, with a `UserWarning` that says so.
+    Of an animation or a file of several pages the first is read, with a `UserWarning` that says so. Nothing but regular files
+    is opened, and no program is run: PostScript is refused, which Pillow gives to Ghostscript.
+
+    Args:
+        source: a file, or a file's bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: Pillow cannot read it as a picture.
+        ValueError: it cannot be read as a picture.
 
     Example:
         >>> open_picture("nowhere.png")
@@ -27,18 +76,53 @@ def open_picture(path: Path | str) -> Image.Image:
         ...
         FileNotFoundError: no such picture: nowhere.png
     """
+    name = "the picture" if isinstance(source, bytes) else f"the picture {source}"
     try:
-        with Image.open(path) as picture:
+        with opened(source) as picture:
             # A phone's MPO file is a photo with previews beside it, nothing that a user would call several pictures.
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
-                warnings.warn(f"{path} holds {picture.n_frames} pictures: the first is read", UserWarning, stacklevel=2)  # type: ignore[attr-defined]
+                warnings.warn(f"{name} holds {picture.n_frames} pictures: the first is read", UserWarning, stacklevel=2)  # type: ignore[attr-defined]
             return to_rgb(picture)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no such picture: {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"not a picture that Pillow can read: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {path}: {error}") from None
+        raise FileNotFoundError(f"no such picture: {source!s}") from None
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{error}: {'its bytes' if isinstance(source, bytes) else source}") from None
+    except BROKEN as error:
+        raise ValueError(f"cannot read {name}: {error or type(error).__name__}") from None
+
+
+@contextlib.contextmanager
+def opened(source: Path | str | bytes) -> Iterator[Image.Image]:
+    """A picture of which the header alone has been read: its size is known, its pixels are decoded once they are asked for.
+
+    Every picture that comes from outside is opened here.
+
+    Args:
+        source: a file, or a file's bytes.
+
+    Raises:
+        UnidentifiedImageError: of none of the formats `FORMATS`.
+        OSError, ValueError and others: `BROKEN`, what Pillow raises on broken files, and `open_regular`.
+
+    Example:
+        >>> stream = io.BytesIO()
+        >>> Image.new("RGB", (3, 2)).save(stream, "PNG")
+        >>> with opened(stream.getvalue()) as picture:
+        ...     picture.size
+        (3, 2)
+    """
+    Image.init()
+    # A stream, never a name: Pillow maps files that it opens itself into memory, which kills the process if one is cut off.
+    stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    with stream:
+        begin = stream.read(4)
+        try:
+            picture = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            said = POSTSCRIPT if begin in _POSTSCRIPT_BEGINS else "not a picture that Pillow can read"
+            raise UnidentifiedImageError(said) from None
+        with picture:
+            yield picture
 
 
 def build_inputs(

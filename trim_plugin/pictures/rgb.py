@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
+POSTSCRIPT = "PostScript is not read, since Pillow would run Ghostscript on it; convert it to PNG"
 #: Modes of one number a pixel that Pillow clips to 0 … 255 instead of scaling.
 _WIDE = ("I", "F")
 #: What white may be in them. A picture whose numbers fit none of these is stretched from its least to its largest.
@@ -21,7 +22,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture: of any mode; not changed. Of an animation the current frame.
 
     Raises:
-        ValueError: a float picture that holds NaN or inf.
+        ValueError: a float picture that holds NaN or inf, or PostScript that is not decoded yet (`POSTSCRIPT`).
 
     Example:
         >>> to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0))
@@ -29,6 +30,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         >>> to_rgb(Image.new("I;16", (1, 1), 0x8080)).getpixel((0, 0))
         (128, 128, 128)
     """
+    if picture.format == "EPS" and getattr(picture, "tile", None):
+        raise ValueError(POSTSCRIPT)
     upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith(_WIDE):
         upright = _eight_bits(upright, picture.format)

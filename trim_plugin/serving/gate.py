@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from trim_plugin.pictures.prompting import opened
 from trim_plugin.serving.limits import Limits, RequestError
 from trim_plugin.serving.requests import check_model, read_request
 
@@ -118,7 +119,7 @@ class Gate:
 
 def _data_uri(data: bytes, picture: Image.Image) -> str:
     """A picture that transformers reads as this package does: the file itself where both agree, else what was read of it."""
-    with Image.open(io.BytesIO(data)) as seen:
+    with opened(data) as seen:
         same = seen.mode in ("RGB", "L") and "transparency" not in seen.info
         kind = str(seen.format or "png").lower()
     if not same:

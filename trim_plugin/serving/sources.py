@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
 import urllib.parse
 from pathlib import Path
 
 from PIL import Image
 
-from trim_plugin.batching.rows import BROKEN, RowError, decoded
+from trim_plugin.batching.rows import RowError, decoded
+from trim_plugin.durable import open_regular
+from trim_plugin.pictures.prompting import BROKEN, opened
 from trim_plugin.serving.limits import Limits, RequestError
 
 _DATA = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,")
@@ -62,7 +63,7 @@ def checked_picture(data: bytes, limits: Limits) -> Image.Image:
         RequestError: it is no picture, is cut off, or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with opened(data) as picture:
             width, height = picture.size
     except Image.DecompressionBombError:
         raise RequestError(413, f"a picture has more than {limits.pixels} pixels, this server's most") from None
@@ -84,11 +85,15 @@ def _read(name: str, folder: Path, most: int) -> bytes:
     try:
         root = folder.resolve(strict=True)
         path = (root / name).resolve(strict=True)
-        if not path.is_relative_to(root) or not path.is_file() or path.stat().st_size > most:
+        if not path.is_relative_to(root):
             raise refused
-        return path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read(most + 1)
     except (OSError, ValueError):
         raise refused from None
+    if len(data) > most:
+        raise refused
+    return data
 
 
 def _fetched(address: urllib.parse.SplitResult, limits: Limits) -> bytes:
