@@ -125,6 +125,12 @@ def test_a_renamed_argument_of_a_wrapped_method(monkeypatch, fresh, name, argume
     refused(*fresh, message)
 
 
+def test_a_renamed_argument_of_what_writes_settings(monkeypatch, fresh):
+    written = configuration_utils.GenerationConfig.to_json_string
+    monkeypatch.setattr(configuration_utils.GenerationConfig, "to_json_string", renamed(written, "ignore_metadata"))
+    refused(*fresh, r"GenerationConfig.to_json_string\(use_diff, ignore_metadata, ...\)")
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(cache_utils, "StaticLayer"), (cache_utils.Cache, "get_mask_sizes"), (cache_utils.DynamicLayer, "crop")],
@@ -203,6 +209,8 @@ ALL_CACHE_IMPLEMENTATIONS = ("dynamic",)
 class GenerationConfig:
     use_cache = cache_implementation = cache_config = max_cache_len = disable_compile = None
     num_beams = num_return_sequences = prefill_chunk_size = is_assistant = None
+    def to_json_string(self, use_diff=True, ignore_metadata=False): ...
+    def to_json_file(self, json_file_path): ...
 """
 UTILS = """
 class GenerationMixin:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
 from trim_plugin.rules.thinning import checked_share
+from trim_plugin.rules.written import read_rule, written
 
 #: The smallest that lost no accuracy on the small model, second questions, bfloat16, a quantized cache and an adapter included
 #: (benchmarks/quality): at 0.1 one second question in 45 is answered otherwise than by stock.
@@ -21,13 +22,15 @@ SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 class TrimConfig:
     """Settings of a `TrimmedCache`.
 
-    `generate(cache_implementation="trimmed", cache_config=...)` takes the fields as a dict, or a `TrimConfig`.
+    `generate(cache_implementation="trimmed", cache_config=...)` takes the fields as a dict, or a `TrimConfig`. Either may stand
+    in a model's `generation_config.cache_config`, is saved with it, and comes back as a dict that makes an equal one.
 
     Args:
         top_k_ratio: share of a visibility group's visual tokens that each head keeps, in (0, 1]; 0.15 unless
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
-        processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`.
+        processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`. A rule may be given as it
+            is saved, for instance `{"rule": "KCenter", "kept_share": 0.1}` (`rules.written`).
         kv_quantization: "int8" or "nf4" stores the kept visual tokens' keys and values in 8 or 4 bits with bitsandbytes,
             quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included, and
             with `static`.
@@ -124,7 +127,7 @@ class TrimConfig:
 
         Raises:
             TypeError: neither a mapping nor a `TrimConfig`.
-            ValueError: an unknown field, or a value that is not allowed.
+            ValueError: an unknown field, a value that is not allowed, or a saved rule that cannot be made again.
 
         Example:
             >>> TrimConfig.of({"top_k_ratio": 0.5}).top_k_ratio
@@ -150,9 +153,43 @@ class TrimConfig:
                 )
         return cls(**settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that say something else than the defaults, as JSON has them: `of` makes an equal one of it.
+
+        Transformers calls it when it saves or prints a generation configuration.
+
+        Raises:
+            ValueError: one of the rules is the user's own and cannot be saved; the message says why.
+
+        Example:
+            >>> TrimConfig(top_k_ratio=0.5, merge=False).to_dict()
+            {'top_k_ratio': 0.5, 'merge': False}
+            >>> TrimConfig.of(TrimConfig(processors=[TopKPerHead(0.5)]).to_dict()).processors
+            (TopKPerHead(0.5),)
+        """
+        return as_json(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
+
+
+def as_json(
+    settings: TrimConfig | Mapping[str, Any], write: Callable[[ProcessorLike], Any] = written
+) -> dict[str, Any]:
+    """Settings of either kind as JSON has them; `write` is how rules are written.
+
+    Example:
+        >>> as_json({"processors": [TopKPerHead(0.5)]})
+        {'processors': [{'rule': 'TopKPerHead', 'ratio': 0.5}]}
+    """
+    if isinstance(settings, TrimConfig):
+        fields = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
+        settings = {name: value for name, (value, default) in fields.items() if value != default}
+    saved = dict(settings)
+    if isinstance(saved.get("processors"), list | tuple):
+        saved["processors"] = [write(rule) if callable(rule) else rule for rule in saved["processors"]]
+    return saved
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
@@ -183,12 +220,22 @@ def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
         raise ValueError(
             f"processors must be a list of visual token processors, got the single {processor_name(processors)}."
         )
-    if not isinstance(processors, list | tuple) or not processors:
+    found = tuple(_each_processor(processors)) if isinstance(processors, list | tuple) else ()
+    if not found:
         raise ValueError(
             f"processors must be a non-empty list of visual token processors, got {processors!r}. "
             "To keep everything that can be read, use top_k_ratio=1.0."
         )
+    return found
+
+
+def _each_processor(processors: Any) -> Iterator[ProcessorLike]:
     for processor in processors:
-        if isinstance(processor, type) or not callable(processor):
+        if type(processor) is VisualTokenProcessorList:  # a chain in a chain
+            yield from _each_processor(processor)
+        elif isinstance(processor, Mapping):
+            yield read_rule(processor)
+        elif isinstance(processor, type) or not callable(processor):
             raise ValueError(f"processors must hold callables processor(scores, visible) -> scores, got {processor!r}.")
-    return tuple(processors)
+        else:
+            yield processor

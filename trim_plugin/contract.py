@@ -53,6 +53,12 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_get_candidate_generator": ((), ("input_ids", "model_kwargs")),
 }
 
+#: The same of `GenerationConfig`.
+CONFIGURATION_METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "to_json_string": (("use_diff", "ignore_metadata"), ()),
+    "to_json_file": ((), ()),
+}
+
 #: Fields of `GenerationConfig` that the wrapped methods read.
 SETTINGS = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "disable_compile"),
@@ -164,21 +170,26 @@ def _missing_in_generation() -> Iterator[str]:
         yield f"GenerationConfig in {CONFIGURATION}"
     else:
         yield from (f"GenerationConfig.{name}" for name in _settings_not_in(settings))
+        yield from _missing_methods(settings, CONFIGURATION_METHODS)
     mixin = getattr(importlib.import_module(MIXIN), "GenerationMixin", None)
     if mixin is None:
         yield f"GenerationMixin in {MIXIN}"
         return
-    for name, (first, by_name) in METHODS.items():
-        method = getattr(mixin, name, None)
+    yield from _missing_methods(mixin, METHODS)
+
+
+def _missing_methods(owner: type, methods: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> Iterator[str]:
+    for name, (first, by_name) in methods.items():
+        method = getattr(owner, name, None)
         if method is None:
-            yield f"GenerationMixin.{name}"
+            yield f"{owner.__name__}.{name}"
             continue
         found = _arguments(method)
         if found is None:
             continue
         if found[: len(first)] != first:
-            yield f"GenerationMixin.{name}({', '.join(first)}, ...): it takes ({', '.join(found)})"
-        yield from (f"{argument}= of GenerationMixin.{name}" for argument in by_name if argument not in found)
+            yield f"{owner.__name__}.{name}({', '.join(first)}, ...): it takes ({', '.join(found)})"
+        yield from (f"{argument}= of {owner.__name__}.{name}" for argument in by_name if argument not in found)
 
 
 def _missing_in_models() -> Iterator[str]:

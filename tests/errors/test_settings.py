@@ -46,6 +46,36 @@ def test_processors_not_a_list(model, inputs, forwards, processors):
     before_work(forwards, ValueError, "processors must", trimmed, model, inputs, {"processors": processors})
 
 
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        ({"rule": "KCentre", "kept_share": 0.1}, "Unknown rule 'KCentre' in processors. Shipped: TopKPerHead"),
+        ({"rule": "KCenter"}, "The rule 'KCenter' cannot be made with {}"),
+        ({"rule": f"{__name__}:Gone"}, "There is no rule"),
+        ({"rule": "torch:nn"}, "is no rule"),
+    ],
+)
+def test_rule_unknown(model, inputs, forwards, rule, match):
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {"processors": [rule]})
+
+
+def test_rule_not_imported(model, inputs, forwards):
+    match = "The rule 'my_rules:TwoHeadsAgree' lies in a module that is not imported.*`import my_rules` before"
+    config = {"processors": [{"rule": "my_rules:TwoHeadsAgree", "minimum": 8}]}
+    before_work(forwards, ValueError, match, trimmed, model, inputs, config)
+
+
+def test_rule_cannot_be_saved(model, forwards, tmp_path, monkeypatch):
+    settings = model.generation_config
+    settings.save_pretrained(tmp_path)
+    before = (tmp_path / "generation_config.json").read_bytes()
+    monkeypatch.setattr(settings, "cache_config", {"processors": [lambda scores, visible: scores]})
+    for saved in (settings, model):
+        match = "The visual token processor <lambda> cannot be saved"
+        before_work(forwards, ValueError, match, saved.save_pretrained, tmp_path)
+        assert (tmp_path / "generation_config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("field", ["kv_quantization", "self_kv_quantization"])
 def test_field_not_allowed(model, inputs, forwards, field):
     before_work(forwards, ValueError, f"{field} must be one of .*, got 'int9'", trimmed, model, inputs, {field: "int9"})

@@ -6,7 +6,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trim_plugin.compat import CACHE, UnsupportedTransformersError, cache_of, unsupported
@@ -14,8 +14,11 @@ from trim_plugin.contract import CONFIGURATION as _NAMES_IN
 from trim_plugin.contract import MIXIN as _MIXIN_IN
 from trim_plugin.contract import check_contract, check_generation
 from trim_plugin.deferred import when_imported
+from trim_plugin.generation.saving import writing_json, writing_json_file
 
 NAME = "trimmed"
+#: Makes what takes a method's place of the method.
+_Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 _wanted = False
 #: Text tokens of the longest static cache that each model has had: a shorter generation takes as long a one, so that it reuses
 #: the compiled graph. Stock keeps this number on the model.
@@ -25,10 +28,10 @@ _longest: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def register() -> None:
     """Register `cache_implementation="trimmed"`. Importing trim_plugin does it; doing it again changes nothing.
 
-    Four places of transformers are touched, at once or as soon as it loads them: the tuple of names that
-    `GenerationConfig.validate` allows, and of `GenerationMixin` `_prepare_cache_for_generation`, which makes the cache,
-    `_prefill`, which reads the prompts, and `_get_candidate_generator`, which makes the helper of assisted decoding. For every
-    other cache they do what they did.
+    Six places of transformers are touched, at once or as soon as it loads them: the tuple of names that
+    `GenerationConfig.validate` allows, its `to_json_string` and `to_json_file`, which write settings with rules in them, and of
+    `GenerationMixin` `_prepare_cache_for_generation`, which makes the cache, `_prefill`, which reads the prompts, and
+    `_get_candidate_generator`, which makes the helper of assisted decoding. For every other cache they do what they did.
 
     Raises:
         UnsupportedTransformersError: transformers is loaded and lacks what shall be wrapped (`trim_plugin.contract`); nothing is
@@ -47,6 +50,7 @@ def register() -> None:
         check_generation()
     _wanted = True
     when_imported(_NAMES_IN, _allow_name)
+    when_imported(_NAMES_IN, _wrap_configuration)
     when_imported(_MIXIN_IN, _wrap_methods)
 
 
@@ -67,12 +71,8 @@ def unregister() -> None:
         module = sys.modules[_NAMES_IN]
         names = module.ALL_CACHE_IMPLEMENTATIONS
         module.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)  # type: ignore[attr-defined]
-    if _MIXIN_IN in sys.modules:
-        mixin = sys.modules[_MIXIN_IN].GenerationMixin
-        for name in (*_WRAPPERS, "generate"):
-            original = getattr(getattr(mixin, name, None), "_trim_plugin_original", None)
-            if original is not None:
-                setattr(mixin, name, original)
+    _unwrap(_NAMES_IN, "GenerationConfig", _CONFIGURATION_WRAPPERS)
+    _unwrap(_MIXIN_IN, "GenerationMixin", (*_WRAPPERS, "generate"))
 
 
 def is_registered() -> bool:
@@ -87,6 +87,11 @@ def _allow_name() -> None:
         module.ALL_CACHE_IMPLEMENTATIONS = (*names, NAME)  # type: ignore[attr-defined]
 
 
+def _wrap_configuration() -> None:
+    if _wanted:
+        _wrap(_NAMES_IN, "GenerationConfig", _CONFIGURATION_WRAPPERS)
+
+
 def _wrap_methods() -> None:
     if not _wanted:
         return
@@ -97,13 +102,25 @@ def _wrap_methods() -> None:
         # Not raised: this runs within somebody's import of transformers, who may not want a trimmed cache at all.
         warnings.warn(f"{error} Generations with a trimmed cache are refused.", UserWarning, stacklevel=2)
         wrappers = {"generate": functools.partial(_refusing, str(error))}
-    mixin = getattr(sys.modules[_MIXIN_IN], "GenerationMixin", None)
-    for name, wrap in wrappers.items():
-        original = getattr(mixin, name, None)
+    _wrap(_MIXIN_IN, "GenerationMixin", wrappers)
+
+
+def _wrap(module: str, name: str, wrappers: dict[str, _Wrapper]) -> None:
+    owner = getattr(sys.modules[module], name, None)
+    for method, wrap in wrappers.items():
+        original = getattr(owner, method, None)
         if original is not None and not hasattr(original, "_trim_plugin_original"):
             wrapped: Any = functools.wraps(original)(wrap(original))
             wrapped._trim_plugin_original = original
-            setattr(mixin, name, wrapped)
+            setattr(owner, method, wrapped)
+
+
+def _unwrap(module: str, name: str, methods: Iterable[str]) -> None:
+    owner = getattr(sys.modules.get(module), name, None)
+    for method in methods:
+        original = getattr(getattr(owner, method, None), "_trim_plugin_original", None)
+        if original is not None:
+            setattr(owner, method, original)
 
 
 def _refusing(message: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,8 +232,9 @@ def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_candidate_generator
 
 
-_WRAPPERS = {
+_WRAPPERS: dict[str, _Wrapper] = {
     "_prepare_cache_for_generation": _preparing_caches,
     "_prefill": _reading_prompts,
     "_get_candidate_generator": _making_candidates,
 }
+_CONFIGURATION_WRAPPERS: dict[str, _Wrapper] = {"to_json_string": writing_json, "to_json_file": writing_json_file}

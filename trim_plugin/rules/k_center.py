@@ -95,6 +95,11 @@ class KCenter(VisualTokenProcessor):
         tokens = positions.gather(1, torch.where(wanted, order, order[:, :1]))
         return chosen.scatter_(1, tokens, True) & members
 
+    @property
+    def arguments(self) -> dict[str, float | None]:
+        """What makes an equal one."""
+        return {"kept_share": self.kept_share} if self.radius is None else {"radius": self.radius}
+
     def __repr__(self) -> str:
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -47,6 +48,26 @@ class VisualTokenProcessor(ABC):
         Returns:
             Scores of the same shape.
         """
+
+    @property
+    def arguments(self) -> Mapping[str, Any] | None:
+        """Keyword arguments that make an equal one: what is saved with a model, and what `==` compares.
+
+        A class with an `__init__` of its own says them, in values that JSON holds, for instance `{"minimum": self.minimum}`.
+        None where nobody said them: such a rule cannot be saved, and equals itself alone.
+        """
+        plain = type(self).__init__ is object.__init__ and not vars(self)
+        return {} if plain else None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other) or not isinstance(other, VisualTokenProcessor) or self.arguments is None:
+            return NotImplemented
+        return self.arguments == other.arguments
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 class VisualTokenProcessorList(list[ProcessorLike]):
@@ -110,6 +131,11 @@ class TopKPerHead(VisualTokenProcessor):
             kept[sample].scatter_(-1, best, candidates.gather(-1, best))
         return kept
 
+    @property
+    def arguments(self) -> dict[str, float]:
+        """What makes an equal one."""
+        return {"ratio": self.ratio}
+
     def __repr__(self) -> str:
         return f"TopKPerHead({self.ratio})"
 
@@ -143,6 +169,11 @@ class TopPPerHead(VisualTokenProcessor):
         wanted[..., 0] = True
         keep = torch.zeros_like(wanted).scatter_(-1, ranked.indices, wanted)
         return candidates.masked_fill(~keep, -math.inf)
+
+    @property
+    def arguments(self) -> dict[str, float]:
+        """What makes an equal one."""
+        return {"mass": self.mass}
 
     def __repr__(self) -> str:
         return f"TopPPerHead({self.mass})"
