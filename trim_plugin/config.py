@@ -18,7 +18,7 @@ DEFAULT_STATIC_BUCKET = 256
 SELF_KV_QUANTIZATIONS = ("fp8", "quanto")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrimConfig:
     """Settings of a `TrimmedCache`.
 
@@ -59,6 +59,8 @@ class TrimConfig:
         0.15
         >>> TrimConfig(top_k_ratio=1.0).exact
         True
+        >>> TrimConfig(merge=False)
+        TrimConfig(top_k_ratio=0.15, merge=False)
         >>> TrimConfig(top_k_ratio=2)
         Traceback (most recent call last):
         ...
@@ -169,6 +171,14 @@ class TrimConfig:
         """
         return as_json(self)
 
+    def _said(self) -> dict[str, Any]:
+        """The fields that say something else than the defaults."""
+        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in fields.items() if value != default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._said().items())})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
@@ -183,10 +193,7 @@ def as_json(
         >>> as_json({"processors": [TopKPerHead(0.5)]})
         {'processors': [{'rule': 'TopKPerHead', 'ratio': 0.5}]}
     """
-    if isinstance(settings, TrimConfig):
-        fields = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
-        settings = {name: value for name, (value, default) in fields.items() if value != default}
-    saved = dict(settings)
+    saved = settings._said() if isinstance(settings, TrimConfig) else dict(settings)
     if isinstance(saved.get("processors"), list | tuple):
         saved["processors"] = [write(rule) if callable(rule) else rule for rule in saved["processors"]]
     return saved

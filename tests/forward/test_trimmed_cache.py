@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from trim_plugin import TrimmedCache
+from trim_plugin.cache.report import format_bytes
 
-from ..random_models import PAIR, generate, random_inputs, random_model, trimmed
+from ..random_models import PAIR, Sample, generate, random_inputs, random_model, trimmed
 
 
 def test_by_hand_equals_by_name(model):
@@ -36,3 +37,29 @@ def test_models_without_cross_attention_are_refused():
         TrimmedCache(llama)
     with pytest.raises(ValueError, match="needs an Mllama model"):
         llama.generate(torch.tensor([[1, 2]]), max_new_tokens=1, cache_implementation="trimmed")
+
+
+@pytest.mark.parametrize("config", [{"top_k_ratio": 0.2}, {"top_k_ratio": 1.0, "static": True, "max_cache_len": 64}])
+def test_its_repr_says_what_it_holds(model, config):
+    cache = TrimmedCache(model, config)
+    settings = ", ".join(f"{name}={value}" for name, value in config.items())
+    assert repr(cache) == f"TrimmedCache(new; {settings})"
+    inputs = random_inputs(model, PAIR)
+    generate(model, inputs, 2, past_key_values=cache)
+    report = cache.report()
+    text = inputs["input_ids"].shape[1] + 1  # the last token that was generated has not been read
+    kept, visible = sum(report.kept_tokens), sum(report.visible_tokens)
+    size = format_bytes(report.cross_kv_bytes + report.self_kv_bytes)
+    said = f"{text} text tokens; {kept} of {visible} visible visual tokens kept; {size}; {settings})"
+    assert repr(cache) == f"TrimmedCache(2 samples: {said}"
+    if "static" not in config:
+        cache.batch_select_indices(torch.tensor([1]))
+        assert repr(cache).startswith(f"TrimmedCache(1 sample: {text} text tokens; {report.kept_tokens[1]} of")
+    cache.reset()
+    assert repr(cache) == f"TrimmedCache(new; {settings})"
+
+
+def test_its_repr_without_a_picture(model):
+    inputs = random_inputs(model, [Sample((4,))])
+    output = trimmed(model, inputs, {}, 1)
+    assert repr(output.past_key_values).startswith("TrimmedCache(1 sample: 4 text tokens; no visual tokens; ")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trim_plugin.cache.held import HeldCache
+from trim_plugin.cache.report import format_bytes
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.encoded import EncodedSample, check_samples
 from trim_plugin.forward.hooks import attach, find_text_model
@@ -44,6 +45,8 @@ class TrimmedCache(HeldCache):
         >>> output = model.generate(**ask(processor), past_key_values=cache, max_new_tokens=4)
         >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
         (1, True)
+        >>> cache
+        TrimmedCache(1 sample: 10 text tokens; ... of 65 visible visual tokens kept; ... KiB; top_k_ratio=0.25)
     """
 
     def __init__(
@@ -80,3 +83,18 @@ class TrimmedCache(HeldCache):
             for sample in samples:
                 sample.check_fits(model, known)
         self.encoded = samples
+
+    def __repr__(self) -> str:
+        settings = repr(self.config).partition("(")[2].removesuffix(")")
+        samples, text, report = self.batch_size, int(self.get_seq_length()), self.report()
+        visual = sum(report.total_tokens)
+        if not (text or visual):
+            return f"{type(self).__name__}(new; {settings})"
+        kept = f"{sum(report.kept_tokens)} of {sum(report.visible_tokens)} visible visual tokens kept"
+        parts = (
+            f"{samples} sample{'s' * (samples != 1)}: {text} text tokens",
+            kept if visual else "no visual tokens",
+            format_bytes(report.cross_kv_bytes + report.self_kv_bytes),
+            settings,
+        )
+        return f"{type(self).__name__}({'; '.join(parts)})"
