@@ -62,7 +62,6 @@ TESTED_IN = {
     "pictures.fingerprint": "pictures/test_encoded.py",
     "pictures.layout": "pictures/test_encoded.py",
     "pictures.rgb": "pictures/test_opening.py",
-    "pictures.stored": "pictures/test_encoded.py",
     "forward.encoded": "exactness/test_encoded.py",
 }
 MOST_LINES = 350

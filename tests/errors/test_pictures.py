@@ -87,7 +87,10 @@ def test_pictures_file_damaged(page, tmp_path):
     page.save(tmp_path / "page")
     (tmp_path / "cut").write_bytes((tmp_path / "page").read_bytes()[:-100])
     (tmp_path / "text").write_text("not a file of tensors")
-    for name in ("cut", "text"):
+    flipped = bytearray((tmp_path / "page").read_bytes())
+    flipped[-1000] ^= 1
+    (tmp_path / "flipped").write_bytes(flipped)
+    for name in ("cut", "text", "flipped"):
         with pytest.raises(ValueError, match="is cut off or damaged"):
             Pictures.load(tmp_path / name)
     dataclasses.replace(page, index=page.index + page.total).save(tmp_path / "odd")
@@ -107,6 +110,20 @@ def test_pictures_file_of_a_later_version(page, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="was written by a later version of trim_plugin"):
         Pictures.load(tmp_path / "page")
+
+
+def test_pictures_file_of_an_earlier_version(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "VERSION", stored.VERSION - 1)
+    page.save(tmp_path / "page")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was written by an earlier version of trim_plugin"):
+        Pictures.load(tmp_path / "page")
+
+
+def test_pictures_file_not_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is a named pipe, not a file"):
+        Pictures.load(tmp_path / "pipe")
 
 
 def test_pictures_of_another_model(loaded, page):

@@ -1,17 +1,14 @@
-"""Files of encoded pictures, and which model they are of."""
+"""Encoded pictures: which model they are of, and prompts about them."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from trim_plugin import KCenter, Pictures, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures
+from trim_plugin import KCenter, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.pictures import encoded, stored
+from trim_plugin.pictures import encoded
 from trim_plugin.pictures.fingerprint import difference, fingerprint
 from trim_plugin.pictures.layout import prompt_inputs
 
@@ -24,99 +21,6 @@ def small():
 @pytest.fixture
 def page(small):
     return encode_pictures(*small, [examples()[4].picture], rule=KCenter(0.25))
-
-
-def metadata_of(path):
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def test_what_is_loaded_is_what_was_saved(page, tmp_path):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    again = Pictures.load(path)
-    for name in ("states", "index", "sizes", "mark"):
-        assert torch.equal(getattr(page, name), getattr(again, name))
-        assert getattr(page, name).dtype == getattr(again, name).dtype
-    for name in stored.NUMBERS:
-        assert getattr(page, name) == getattr(again, name)
-    assert [file.name for file in tmp_path.iterdir()] == ["page.safetensors"]
-
-
-def test_a_quarter_takes_a_quarter_of_the_room(small, tmp_path):
-    picture = next(example.picture for example in examples() if Image.open(example.picture).size[0] > 60)
-    sizes = []
-    for name, rule in (("whole", None), ("quarter", KCenter(0.25))):
-        pictures = encode_pictures(*small, [picture], rule=rule)
-        pictures.save(tmp_path / name)
-        sizes.append(pictures.states.nbytes)
-        assert (tmp_path / name).stat().st_size < pictures.nbytes + 2000
-    assert sizes[1] <= 0.26 * sizes[0]
-
-
-def test_a_failed_write_leaves_the_old_file(page, tmp_path, monkeypatch):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    before = path.read_bytes()
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(stored, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        (page + page).save(path)
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def rewritten(path, change_tensors=lambda tensors: tensors, **metadata):
-    tensors, before = load_file(path), metadata_of(path)
-    save_file(change_tensors(tensors), path, metadata={**before, **metadata})
-
-
-WRONG = {
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is cut off or damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "is cut off or damaged"),
-    "text": (lambda path: path.write_text("hello"), "is cut off or damaged"),
-    "weights": (lambda path: save_file({"a": torch.ones(1)}, path), "not one of encoded pictures"),
-    "later version": (lambda path: rewritten(path, version="2"), "written by a later version"),
-    "a tensor is missing": (
-        lambda path: rewritten(path, lambda tensors: {n: t for n, t in tensors.items() if n != "sizes"}),
-        "is cut off or damaged",
-    ),
-    "fields are missing": (lambda path: rewritten(path, pictures="{}"), "is cut off or damaged"),
-    "tensors don't fit": (
-        lambda path: rewritten(path, lambda tensors: tensors | {"index": tensors["index"][1:].contiguous()}),
-        "its tensors don't fit together",
-    ),
-    "an index beyond the pictures": (
-        lambda path: rewritten(path, lambda tensors: tensors | {"index": tensors["index"] + 1000}),
-        "its tensors don't fit together",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_file_is_said(page, tmp_path, spoil, message):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    spoil(path)
-    with pytest.raises(ValueError, match=message):
-        Pictures.load(path)
-
-
-def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of encoded pictures"):
-        Pictures.load(tmp_path / "page.safetensors")
-
-
-def test_an_older_layout_is_read(page, tmp_path):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    assert int(metadata_of(path)["version"]) == stored.VERSION
-    assert json.loads(metadata_of(path)["pictures"])["rule"] == "KCenter(0.25)"
 
 
 def test_another_model_is_told(small, page):

@@ -76,7 +76,7 @@ class Pictures(EncodedSample):
 
     @classmethod
     def load(cls, path: Path | str, device: str | torch.device = "cpu") -> Pictures:
-        """Read what `save` wrote.
+        """Read what `save` wrote, into memory: what happens to the file afterwards changes nothing here.
 
         Args:
             path: the file.
@@ -84,7 +84,8 @@ class Pictures(EncodedSample):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is cut off, of another kind, or of a later version.
+            OSError: it cannot be read.
+            ValueError: it is cut off, damaged in any byte (a checksum tells), of another kind or version, or no file.
         """
         return cls(**stored.read(Path(path), device))
 

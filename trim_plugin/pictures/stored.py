@@ -1,38 +1,64 @@
-"""Encoded pictures as a safetensors file."""
+"""Encoded pictures as a safetensors file, with a checksum: what is read is what was written, or an error says so.
+
+A file is read into memory as a whole and never mapped: what happens to it afterwards changes nothing that was loaded.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from trim_plugin.durable import draft_of
+from trim_plugin.durable import draft_of, open_regular
 
-#: Of the file's metadata: what it is, and how it is laid out. A reader knows all versions up to its own.
-KIND, VERSION = "trim_plugin.pictures", 1
-TENSORS = ("states", "index", "sizes", "mark")
+#: Of the file's metadata: what it is, and how it is laid out.
+KIND, VERSION = "trim_plugin.pictures", 2
+#: Names of the tensors, and the dtypes that they may have in a file, by safetensors' names.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+TENSORS: dict[str, dict[str, torch.dtype]] = {
+    "index": {"I32": torch.int32},
+    "sizes": {"I32": torch.int32},
+    "mark": {"F32": torch.float32},
+    "states": FLOATS,
+}
 NUMBERS = ("total", "tiles", "most_tiles", "tile_tokens", "rule")
+#: A header is read before anything is known of a file. Those of this package take a few kilobytes.
+_MOST_HEADER = 1 << 24
+_MOST = 2**48
+AGAIN = "Encode the pictures again: encode_pictures(...).save(...)."
 
 
 def write(path: Path, pictures: Any) -> None:
     """Write a `Pictures`; no reader ever sees half of it."""
-    tensors = {name: getattr(pictures, name).detach().cpu().contiguous() for name in TENSORS}
+    tensors = {name: getattr(pictures, name).detach().cpu() for name in TENSORS}
     tensors |= {name: tensors[name].to(torch.int32) for name in ("index", "sizes")}
-    fields = {name: getattr(pictures, name) for name in (*NUMBERS, "tower_share")}
-    metadata = {"kind": KIND, "version": str(VERSION), "pictures": json.dumps(fields)}
-    with draft_of(path) as draft:
-        save_file(tensors, draft, metadata=metadata)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    fields = json.dumps({name: getattr(pictures, name) for name in (*NUMBERS, "tower_share")})
+    metadata = {"kind": KIND, "version": str(VERSION), "pictures": fields, "checksum": _checksum(fields, tensors)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _name_of(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    # By hand, since safetensors writes a file of its own beside the draft, which stays behind if the process is killed.
+    with draft_of(path) as draft, draft.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
 
 
 def read(path: Path, device: str | torch.device) -> dict[str, Any]:
     """The fields of a `Pictures` from a file.
 
     Raises:
-        FileNotFoundError, ValueError: as for `Pictures.load`.
+        OSError, ValueError: as for `Pictures.load`.
 
     Example:
         >>> read(Path("nowhere.safetensors"), "cpu")
@@ -40,46 +66,156 @@ def read(path: Path, device: str | torch.device) -> dict[str, Any]:
         ...
         FileNotFoundError: no such file of encoded pictures: nowhere.safetensors
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of encoded pictures: {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-        fields = json.loads(metadata["pictures"])
-        # Files from before pictures could be merged inside the tower say nothing of it.
-        numbers = {name: fields[name] for name in NUMBERS} | {"tower_share": fields.get("tower_share")}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is cut off or damaged ({error}). Encode the pictures again: encode_pictures(...).save(...)."
-        ) from None
-    _check_shapes(path, tensors, numbers)
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file of encoded pictures: {path}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}. Give a file that Pictures.save wrote.") from None
+    with file:
+        try:
+            header = _header(file)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"it does not begin as a safetensors file does: {_short(error)}") from None
+        metadata: Any = header.get("__metadata__")
+        _check_kind(path, metadata if isinstance(metadata, dict) else {})
+        try:
+            tensors = _tensors(header, file)
+            fields = metadata["pictures"]
+            if metadata["checksum"] != _checksum(fields, tensors):
+                raise ValueError("its bytes are not those that were written: the checksum differs")
+            numbers = _numbers(json.loads(fields))
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(path, _short(error)) from None
+    _check_fit(path, tensors, numbers)
     return {
         **numbers,
-        "states": tensors["states"],
-        "index": tensors["index"].long(),
-        "sizes": tensors["sizes"].long(),
-        "mark": tensors["mark"].cpu(),
+        "states": tensors["states"].to(device),
+        "index": tensors["index"].to(device).long(),
+        "sizes": tensors["sizes"].to(device).long(),
+        "mark": tensors["mark"].clone(),
     }
 
 
-def _check_kind(path: Path, metadata: dict[str, str]) -> None:
+def _header(file: BinaryIO) -> dict[str, Any]:
+    """What stands in front of the tensors' bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MOST_HEADER:
+        raise ValueError("its header would be longer than any")
+    data = file.read(length)
+    if length == 0 or len(data) < length:
+        raise ValueError("its header is cut off")
+    header = json.loads(data)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header
+
+
+def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
     if metadata.get("kind") != KIND:
         raise ValueError(
             f"{path} is a safetensors file, but not one of encoded pictures. Pictures.save writes such files."
         )
-    version = metadata.get("version", "")
-    if not version.isdigit() or int(version) > VERSION:
+    version = metadata.get("version")
+    if not isinstance(version, str) or not (version.isascii() and version.isdigit()) or not version.strip("0"):
+        raise _damaged(path, "its version is no number")
+    if len(version) > 9 or int(version) > VERSION:
         raise ValueError(
-            f"{path} was written by a later version of trim_plugin (layout {version}, this one knows up to {VERSION}). Upgrade "
+            f"{path} was written by a later version of trim_plugin (layout {version[:20]}, this one knows {VERSION}). Upgrade "
             "trim-plugin, or encode the pictures again."
+        )
+    if int(version) < VERSION:
+        raise ValueError(
+            f"{path} was written by an earlier version of trim_plugin (layout {version}), whose files have no checksum and don't "
+            f"tell all of what shaped the pictures. {AGAIN}"
         )
 
 
-def _check_shapes(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+def _tensors(header: Mapping[str, Any], file: BinaryIO) -> dict[str, torch.Tensor]:
+    """The tensors, which share one piece of memory that nobody else has."""
+    entries = {name: _entry(name, header[name]) for name in TENSORS}
+    wanted = max(end for _, _, _, end in entries.values())
+    data = bytearray(_left(file, wanted))
+    if len(data) > file.readinto(data):  # type: ignore[attr-defined]
+        raise ValueError("it was cut off while it was read")
+    return {
+        name: torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
+        for name, (dtype, shape, begin, _) in entries.items()
+    }
+
+
+def _left(file: BinaryIO, wanted: int) -> int:
+    """`wanted`, if so many bytes are left: a damaged number must not take memory that a file could not fill."""
+    at = file.tell()
+    left = file.seek(0, 2) - at
+    file.seek(at)
+    if left != wanted:
+        raise ValueError(f"{wanted} bytes of tensors should follow its header, and {left} do")
+    return wanted
+
+
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """A tensor's dtype and shape, and where its bytes begin and end."""
+    dtype = TENSORS[name].get(entry["dtype"])
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if dtype is None or not isinstance(shape, list) or not all(_is_count(size) for size in (*shape, begin, end)):
+        raise ValueError(f"{name} has a dtype, shape or place that it cannot have")
+    if end - begin != math.prod(shape) * dtype.itemsize or end == begin or begin % dtype.itemsize:
+        raise ValueError(f"{name} has another length than its shape")
+    return dtype, shape, begin, end
+
+
+def _numbers(fields: Any) -> dict[str, Any]:
+    """The fields that are no tensors, each checked for itself."""
+    numbers = {name: fields[name] for name in (*NUMBERS, "tower_share")}
+    tiles, share = numbers["tiles"], numbers["tower_share"]
+    counts = [numbers[name] for name in ("total", "most_tiles", "tile_tokens")]
+    fits = isinstance(tiles, list) and all(_is_count(number) and number > 0 for number in (*counts, *tiles))
+    fits = fits and bool(tiles) and max(tiles) <= numbers["most_tiles"] and isinstance(numbers["rule"], str)
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    fits = fits and (share is None or (is_number and 0 < share <= 1))
+    if not fits:
+        raise ValueError("its fields hold what they cannot hold")
+    return numbers
+
+
+def _check_fit(path: Path, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
     states, index, sizes = (tensors[name] for name in ("states", "index", "sizes"))
-    fits = states.ndim == 2 and index.shape == sizes.shape == states.shape[:1] and len(index) > 0
+    fits = states.ndim == tensors["mark"].ndim == 2 and index.shape == sizes.shape == states.shape[:1]
     fits = fits and len(numbers["tiles"]) * numbers["most_tiles"] * numbers["tile_tokens"] == numbers["total"]
-    if not fits or int(index.min()) < 0 or int(index.max()) >= numbers["total"] or int(sizes.min()) < 1:
-        raise ValueError(f"{path} is damaged: its tensors don't fit together. Encode the pictures again.")
+    fits = fits and bool((index[1:] > index[:-1]).all())
+    if not fits or int(index[0]) < 0 or int(index[-1]) >= numbers["total"] or int(sizes.min()) < 1:
+        raise ValueError(f"{path} is damaged: its tensors don't fit together. {AGAIN}")
+
+
+def _checksum(fields: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of all that a file holds, however it is laid out there."""
+    value = zlib.crc32(fields.encode())
+    for name in TENSORS:
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {_name_of(tensor.dtype)} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(_bytes(tensor), value)
+    return f"{value:08x}"
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype."""
+    return next(name for names in TENSORS.values() for name, known in names.items() if known == dtype)
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= _MOST
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is cut off or damaged ({why}). {AGAIN}")
+
+
+def _short(error: BaseException) -> str:
+    """An error in one short line that can be printed, whatever stands in a damaged file."""
+    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ascii(said)[1:-1][:200] or type(error).__name__
