@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 
 from trim_plugin.commands import AFTER_INTERRUPTION, COMMANDS, UserError
 
-#: Exit statuses, as shells use them: a mistake in the call, an interruption, a reader that went away.
-MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+#: Exit statuses, as shells use them: an interruption, a reader that went away.
+INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 1 if rows failed, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     # The first word without a dash: options of the program itself take no values.
     name = next((word for word in words if not word.startswith("-")), "")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
     except UserError as error:
         say(error)
-        return MISTAKE
+        return error.status
     except KeyboardInterrupt:
         _let_a_second_interruption_end_at_once()
         say("; ".join(filter(None, ["interrupted", AFTER_INTERRUPTION.get(name)])))

@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 if sys.platform != "win32":
     import fcntl
 
-#: How much is read at a time to find where the last whole line ends.
-BLOCK = 1 << 16
 #: What a draft is called: after its file, by chance, and after the machine that writes it.
 _DRAFT = re.compile(r"\..*\.([0-9a-f]{8})\.draft", re.DOTALL)
 _HOST = hashlib.blake2b(platform.node().encode(errors="replace"), digest_size=4).hexdigest()
@@ -164,30 +162,18 @@ def whole_lines(data: bytes) -> tuple[list[bytes], int]:
     return [line for line in data[:end].split(b"\n") if line.strip()], end
 
 
-def append_lines(file: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Append a line of JSON for each entry; they are on disk when this returns.
-
-    A line that somebody who was killed while writing has left unfinished is cut off first, so only one may write at a time.
-    """
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    with file.open("ab+") as opened:
-        opened.truncate(_end_of_whole_lines(opened))
-        opened.write("".join(lines).encode("utf-8", errors="replace"))
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _end_of_whole_lines(opened: BinaryIO) -> int:
-    """Bytes up to the last line's end, found from the end of the file, which may be long."""
-    at = opened.seek(0, os.SEEK_END)
-    while at > 0:
-        start = max(0, at - BLOCK)
-        opened.seek(start)
-        found = opened.read(at - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        at = start
-    return 0
+def append_lines(file: Path, lines: Iterable[bytes]) -> None:
+    """Append lines; they are on disk when this returns, or none of them is if the disk is full. Only one may write at a time."""
+    data = memoryview(b"".join(line + b"\n" for line in lines))
+    with file.open("ab", buffering=0) as opened:
+        before = opened.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[opened.write(data) :]
+            os.fsync(opened.fileno())
+        except OSError:
+            opened.truncate(before)
+            raise
 
 
 def check_settings(before: Path, settings: Mapping[str, Any], whose: str, another: str) -> None:

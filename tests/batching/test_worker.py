@@ -79,7 +79,7 @@ BROKEN = {
     "message-role": ({"messages": [{"content": "?"}]}, "a message must have a 'role' and a 'content'"),
     "message-content": ({"messages": [{"role": "user", "content": 7}]}, "'content' must be a text or a list of parts"),
     "message-part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message must be"),
-    "unknown-field": ({"image": "0.png", "question": "?"}, "unknown field 'image'. Allowed: "),
+    "unknown-field": ({"img": "0.png", "question": "?"}, "unknown field 'img'. Allowed: "),
     "images-not-a-list": ({"images": "0.png", "question": "?"}, "'images' must be a list"),
     "image-of-another-type": (
         {"images": [7], "question": "?"},
@@ -93,7 +93,17 @@ BROKEN = {
         {"images": ["0.png", "0.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "the prompt names 1 pictures (<|image|>), but 2",
     ),
+    "picture-unreadable, a folder": ({"images": ["."], "question": "?"}, "cannot read"),
     "too-long": ({"question": "digit " * 600}, "but the model reads"),
+    "too-long, very": ({"question": "digit " * 2_000_000}, "but the model reads"),
+    "surrogate": ({"question": "\ud800"}, "half of a surrogate pair is no character"),
+    "surrogate, in a chat": (
+        {"messages": [{"role": "user", "content": "\udfff?"}]},
+        "half of a surrogate pair is no character",
+    ),
+    "images-twice": ({"image": "0.png", "images": ["0.png"], "question": "?"}, "are both given: they mean the same"),
+    "images-none": ({"pictures": [], "question": "?"}, "names no picture"),
+    "answer-of-another-type": ({"question": "?", "answer": {}}, "'answer' must be a text or a list of texts"),
     "length-not-positive": ({"question": "?", "max_new_tokens": 0}, "'max_new_tokens' must be a positive number"),
     "not-an-object": (["0.png"], "a row must be an object"),
 }

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from trim_plugin.cli import main
+from trim_plugin.commands import FAILED_ROWS
 from trim_plugin.embedded import load_small_model
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 
@@ -84,8 +85,10 @@ def test_killed_three_times_every_row_is_answered_once_and_as_alone(tmp_path):
         file.write('{"id": "row 299", "answer": "se')  # killed while it wrote
     process, out = start(tmp_path)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    assert process.returncode == FAILED_ROWS, said
     assert "310 rows have a result" in said
+    assert said.splitlines()[-1].startswith("trim-plugin batch: 10 of 310 rows are errors. ")
+    assert "--retry-errors" in said.splitlines()[-1]
     lines = out.read_text().splitlines()
     results = read(out)
     assert len(lines) == len(results) == 310
@@ -107,6 +110,95 @@ def test_processes_share_the_rows_and_the_file(tmp_path):
     assert {result["id"]: result["answer"] for result in results} == one_by_one(rows, tmp_path)
 
 
+def test_the_last_process_to_end_says_that_rows_failed(tmp_path, monkeypatch):
+    """Launchers end the other processes when one of them fails."""
+    write(tmp_path, [*scene_rows(tmp_path, 2), {"id": "broken", "images": ["gone.png"], "question": "?"}])
+    words, _ = command(tmp_path)
+    for rank, status in ((0, 0), (1, FAILED_ROWS), (0, FAILED_ROWS)):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main(words) == status
+
+
+def test_answers_stay_with_what_was_asked_when_the_file_is_edited(tmp_path, capsys):
+    rows = [{name: row[name] for name in ("images", "question")} for row in scene_rows(tmp_path, 5)]
+    named = {**rows[3], "id": "mine"}
+    words, out = command(tmp_path)
+    write(tmp_path, [*rows[:2], named])
+    assert main(words) == 0
+    before = read(out)
+    write(tmp_path, [rows[4], *rows[:2], {**named, "question": "How many digits are there?"}])
+    assert main(words) == 0
+    assert (
+        "1 results are of rows that are not in the file any more, or have changed: "
+        in capsys.readouterr().err.replace("\n", "")
+    )
+    after = read(out)
+    assert len(out.read_text().splitlines()) == 4
+    assert [after[name]["answer"] for name in "23"] == [before[name]["answer"] for name in "12"]
+    asked = [{**rows[4], "id": "1"}, {**named, "question": "How many digits are there?"}]
+    assert {row["id"]: after[row["id"]]["answer"] for row in asked} == one_by_one(asked, tmp_path)
+
+
+def test_a_file_of_eval_is_answered(data, tmp_path):
+    """Its rows have "picture" and "answer"."""
+    words, out = command(tmp_path)
+    assert main([*words, "--questions", str(data / "questions.jsonl")]) == 0
+    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    asked = [{"id": str(number), "images": [row["picture"]], **row} for number, row in enumerate(rows, start=1)]
+    assert {name: result["answer"] for name, result in read(out).items()} == one_by_one(asked, data)
+
+
+@pytest.mark.parametrize("link", ["the same", "symlink_to", "hardlink_to"])
+def test_out_is_the_questions(tmp_path, capsys, link):
+    file = write(tmp_path, scene_rows(tmp_path, 1))
+    before, out = file.read_bytes(), file
+    if link != "the same":
+        out = tmp_path / "link.jsonl"
+        getattr(out, link)(file)
+    words, _ = command(tmp_path)
+    assert main([*words, "--out", str(out)]) == 2
+    assert "is the file of questions; results need a file of their own" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert not list(tmp_path.glob("*.settings.json"))
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        (".", "is a folder, a pipe or a device"),
+        ("/dev/full", "is a folder, a pipe or a device"),
+        ("nowhere/out.jsonl", "no such folder"),
+        ("0.png/out.jsonl", "no such folder"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_out_cannot_be_written(tmp_path, capsys, monkeypatch, out, said):
+    write(tmp_path, scene_rows(tmp_path, 1))
+    monkeypatch.chdir(tmp_path)
+    words, _ = command(tmp_path)
+    assert main([*words, "--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trim-plugin batch: ")
+    assert said in line
+
+
+def test_a_disk_that_gets_full(tmp_path):
+    write(tmp_path, scene_rows(tmp_path, 40))
+    words, out = command(tmp_path)
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)); "
+    limited += "sys.argv[0] = 'trim-plugin'; runpy.run_module('trim_plugin.cli', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", limited, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"trim-plugin batch: cannot write {out}: ")
+    lines = out.read_text().splitlines()
+    assert 0 < len(lines) < 40
+    assert main(words) == 0
+    assert out.read_text().splitlines()[: len(lines)] == lines
+    assert len(read(out)) == 40
+
+
 def test_the_second_time_nothing_is_left_to_do(tmp_path, capsys, monkeypatch):
     write(tmp_path, scene_rows(tmp_path, 3))
     words, out = command(tmp_path)
@@ -118,16 +210,19 @@ def test_the_second_time_nothing_is_left_to_do(tmp_path, capsys, monkeypatch):
     assert "3 of them before" in capsys.readouterr().err
 
 
-def test_errors_are_results_unless_they_are_to_be_tried_again(tmp_path, capsys):
+def test_rows_that_failed(tmp_path, capsys):
     rows = scene_rows(tmp_path, 2)
     (tmp_path / "1.png").rename(tmp_path / "later.png")
     write(tmp_path, rows)
     words, out = command(tmp_path)
-    assert main(words) == 0
+    assert main(words) == FAILED_ROWS
     assert "no such picture" in read(out)["row 1"]["error"]
-    assert "row 1: no such picture" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].startswith("row 1: no such picture")
+    assert said[-1].startswith("trim-plugin batch: 1 of 2 rows are errors. ")
+    assert "--retry-errors" in said[-1]
     (tmp_path / "later.png").rename(tmp_path / "1.png")
-    assert main(words) == 0
+    assert main(words) == FAILED_ROWS
     assert "error" in read(out)["row 1"]
     assert main([*words, "--retry-errors"]) == 0
     assert "answer" in read(out)["row 1"]

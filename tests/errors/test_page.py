@@ -14,6 +14,7 @@ PAGE = TESTS.parent / "docs" / "errors.md"
 #: Where a row's test may stand, by its name: `test_` and the row's.
 FILES = (
     *(TESTS / "errors").glob("test_*.py"),
+    *(TESTS / "asking").glob("test_*.py"),
     *(TESTS / "batching").glob("test_*.py"),
     TESTS / "commands" / "test_batch.py",
     TESTS / "commands" / "test_serve.py",

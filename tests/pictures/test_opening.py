@@ -20,7 +20,8 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 import trim_plugin
 from trim_plugin import open_picture
-from trim_plugin.batching.rows import RowError, decoded, read_row
+from trim_plugin.asking.prompts import decoded, read_prompt
+from trim_plugin.asking.rows import RowError
 from trim_plugin.embedded import load_small_model
 from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.rgb import to_rgb
@@ -230,7 +231,7 @@ def test_postscript_is_refused_and_no_program_runs(ghostscript, processor, tmp_p
         with pytest.raises(ValueError, match="PostScript is not read, since Pillow would run Ghostscript"):
             open_picture(source)
         with pytest.raises(RowError, match="PostScript is not read"):
-            read_row(processor, {"images": [source], "question": "?"}, tmp_path)
+            read_prompt(processor, {"images": [source], "question": "?"}, tmp_path)
     with Image.open(file) as not_decoded:
         assert not_decoded.format == "EPS"
         for read in (to_rgb, decoded, lambda picture: build_inputs(processor, "?", [picture])):
@@ -268,7 +269,7 @@ def test_what_is_no_file_is_said_at_once(tmp_path, monkeypatch, processor, kind)
     with pytest.raises(ValueError, match=f"cannot read the picture .*x.png: it is {kind}, not a file"):
         open_picture(path)
     with pytest.raises(RowError, match=f"cannot read .*x.png: it is {kind}"):
-        read_row(processor, {"images": ["x.png"], "question": "?"}, tmp_path)
+        read_prompt(processor, {"images": ["x.png"], "question": "?"}, tmp_path)
     listening.close()
 
 

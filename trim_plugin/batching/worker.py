@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trim_plugin.batching.rows import Prompt, RowError, decoded, read_row
+from trim_plugin.asking.prompts import Prompt, decoded, read_prompt
+from trim_plugin.asking.rows import Row, RowError
 from trim_plugin.batching.sizing import pictures_at_a_time
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
@@ -81,13 +82,14 @@ class Worker:
             raise ValueError(
                 "encode and static=True are both given, but a static cache is made by generate. Choose one."
             )
+        self._most_tokens = int(model.config.get_text_config().max_position_embeddings)
         self.batch_size = batch_size or pictures_at_a_time(model, self.config, max_new_tokens)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, rows: Sequence[Row | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The results of rows, in their order.
 
         Args:
-            rows: see `batching.rows.read_row`.
+            rows: see `asking.rows.Row.of`.
 
         Returns:
             For every row its "id", if it has one, and either "error", a sentence, or "answer" with "tokens" (generated),
@@ -97,14 +99,13 @@ class Worker:
         placed = [answer for answers in self.answers(rows) for answer in answers]
         return [result for _, result in sorted(placed, key=lambda answer: answer[0])]
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    def answers(self, rows: Sequence[Row | Mapping[str, Any]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         """The same as they come, some at a time: each with the row's place in `rows`."""
         prompts: list[Placed] = []
         refused: list[tuple[int, dict[str, Any]]] = []
         for place, row in enumerate(rows):
             try:
-                prompt = read_row(self.processor, row, self.folder)
-                self._check_length(prompt)
+                prompt = read_prompt(self.processor, row, self.folder, self._most_tokens, self.max_new_tokens)
                 prompts.append((place, prompt))
             except RowError as error:
                 refused.append((place, {**_id(row), "error": str(error)}))
@@ -244,15 +245,10 @@ class Worker:
         inputs = prompt_inputs(self.processor, tiles, texts, most, self.model.device)
         return {**inputs, CACHE: TrimmedCache(self.model, self.config, pictures=encoded)}
 
-    def _check_length(self, prompt: Prompt) -> None:
-        most = int(self.model.config.get_text_config().max_position_embeddings)
-        new = prompt.max_new_tokens or self.max_new_tokens
-        if prompt.tokens + new > most:
-            raise RowError(f"a prompt of {prompt.tokens} tokens and {new} new ones, but the model reads {most} at most")
-
 
 def _id(row: Any) -> dict[str, Any]:
-    return {"id": row["id"]} if isinstance(row, Mapping) and "id" in row else {}
+    name = row.id if isinstance(row, Row) else row.get("id") if isinstance(row, Mapping) else None
+    return {} if name is None else {"id": name}
 
 
 def _likeness(prompt: Prompt) -> tuple[int, int, int]:

@@ -18,5 +18,18 @@ COMMANDS = {
 AFTER_INTERRUPTION = dict.fromkeys(("batch", "eval"), "the same command goes on where it stopped")
 
 
+#: Exit statuses: a mistake in the call, and a run that went through while some rows are errors.
+MISTAKE, FAILED_ROWS = 2, 1
+
+
 class UserError(Exception):
-    """Something the user can mend: shown as one line on stderr, exit status 2, no traceback."""
+    """Something the user can mend: shown as one line on stderr, no traceback.
+
+    Args:
+        message: the line.
+        status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int = MISTAKE) -> None:
+        super().__init__(message)
+        self.status = status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
@@ -12,15 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from trim_plugin.batching.questions import read_rows
+from trim_plugin.asking.results import Results
+from trim_plugin.asking.rows import Row, read_rows
 from trim_plugin.batching.remembered import PictureFolder
-from trim_plugin.batching.results import Results
 from trim_plugin.batching.worker import Worker
-from trim_plugin.commands import UserError
+from trim_plugin.commands import FAILED_ROWS, UserError
 from trim_plugin.commands.common import (
     add_command,
     add_generation_options,
     check_counts,
+    check_folder_of,
+    check_is_not,
     one_way,
     progress,
     user_errors,
@@ -36,7 +39,7 @@ from trim_plugin.commands.loading import (
 )
 from trim_plugin.evaluation import Way
 
-Rows = list[dict[str, Any]]
+Answers = list[dict[str, Any]]
 #: So many batches' rows are sorted at a time: enough for batches of like rows, few enough to begin at once.
 WINDOW = 32
 ENGINES = ("local", "ray")
@@ -101,37 +104,40 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "max_new_tokens", "batch_size", "actors")
     process, processes = process_of(os.environ)
     with user_errors(OSError, ValueError):
-        rows = read_rows(arguments.questions)[process::processes]
+        check_folder_of(arguments.out)
+        check_is_not(arguments.out, arguments.questions, "--out")
+        rows = read_rows(arguments.questions)
     if arguments.engine == "ray" and arguments.pictures_cache is not None:
         raise UserError("--pictures-cache goes with --engine local")
     if arguments.engine == "local":  # a cluster's devices are not this machine's
         check_device(device_of(arguments.device, os.environ))
+    share = rows[process::processes]
     with user_errors(OSError, ValueError):
-        results = Results(arguments.out, settings_of(arguments) | {"rule": way.name})
-    if arguments.retry_errors:
-        results.forget_errors({row["id"] for row in rows})
-    done = sum(row["id"] in results.ids for row in rows)
-    missing = [row for row in rows if row["id"] not in results.ids]
-    results.add({"id": row["id"], "error": row["broken"]} for row in missing if "broken" in row)
-    missing = [row for row in missing if "broken" not in row]
-    errors: Rows = []
+        results = Results(arguments.out, settings_of(arguments) | {"rule": way.name}, rows)
+        if arguments.retry_errors:
+            results.forget_errors({row.id for row in share})
+        missing = [row for row in share if not results.has(row.id)]
+        results.add({"id": row.id, "error": row.error} for row in missing if row.error)
+    _say_what_was_set_aside(console, results)
+    before = len(share) - len(missing)
+    missing = [row for row in missing if not row.error]
     if missing:
         answered = _answered_by_ray if arguments.engine == "ray" else _answered_here
         with progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
-            task = bar.add_task("rows", total=len(rows), completed=len(rows) - len(missing), speed="")
-            pictures = {row["id"]: _pictures(row) for row in missing}
+            task = bar.add_task("rows", total=len(share), completed=len(share) - len(missing), speed="")
+            pictures = {row.id: len(row.images) for row in missing}
             seen = 0
             for batch in answered(arguments, way, missing):
-                results.add(batch)
+                with user_errors(OSError, ValueError):
+                    results.add(batch)
                 seen += sum(pictures[result["id"]] for result in batch)
-                errors += [result for result in batch if "error" in result]
                 elapsed = bar.tasks[task].elapsed or 0.0
                 speed = f"{seen / elapsed:.3g} pictures/s" if elapsed else ""
                 bar.update(task, advance=len(batch), speed=speed)
-    _sum_up(console, arguments.out, rows, results, done, errors)
+    _sum_up(console, arguments.out, rows, share, results, before)
 
 
-def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
+def _answered_here(arguments: argparse.Namespace, way: Way, rows: list[Row]) -> Iterator[Answers]:
     model, processor = load_model(arguments)
     encode = None
     if arguments.pictures_cache is not None:
@@ -153,7 +159,7 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: Rows) -> Itera
             yield [result for _, result in batch]
 
 
-def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: Rows) -> Iterator[Rows]:
+def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row]) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
     found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
     with user_errors(ImportError):
@@ -173,18 +179,39 @@ def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: Rows) -> Ite
         )
 
 
-def _pictures(row: dict[str, Any]) -> int:
-    images = row.get("images")
-    return len(images) if isinstance(images, list) else 0
+def _say_what_was_set_aside(console: Console, results: Results) -> None:
+    if results.set_aside:
+        console.print(
+            f"{results.set_aside} results are of rows that are not in the file any more, or have changed: {results.aside}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _sum_up(
-    console: Console, file: Path, rows: Sequence[dict[str, Any]], results: Results, done: int, errors: Rows
+    console: Console, file: Path, rows: Sequence[Row], share: Sequence[Row], results: Results, before: int
 ) -> None:
-    failed = sum(row["id"] in results.failed for row in rows)
-    before = f", {done} of them before" if done else ""
-    console.print(f"{len(rows)} rows have a result{before}; {failed} are errors: {file}", highlight=False, markup=False)
-    for result in errors[:SHOWN_ERRORS]:
-        console.print(f"{result['id']}: {result['error']}", style="red", highlight=False, markup=False)
-    if len(errors) > SHOWN_ERRORS:
-        console.print(f"and {len(errors) - SHOWN_ERRORS} more", style="red", highlight=False)
+    """Say what there is now.
+
+    Raises:
+        UserError: all rows have a result, and some are errors. Of several processes the last one says it, since launchers end the
+            others when one fails.
+    """
+    with user_errors(OSError, ValueError):
+        found = {result["id"]: result for result in results.read()}
+    ended = [found[row.id] for row in share if row.id in found]
+    failed = [result for result in ended if "error" in result]
+    earlier = f", {before} of them before" if before else ""
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{len(ended)} rows have a result{earlier}; {len(failed)} are errors: {file}")
+    for result in failed[:SHOWN_ERRORS]:
+        say(f"{result['id']}: {result['error']}", style="red")
+    if len(failed) > SHOWN_ERRORS:
+        say(f"and {len(failed) - SHOWN_ERRORS} more", style="red")
+    in_all = sum("error" in found[row.id] for row in rows if row.id in found)
+    if in_all and all(row.id in found for row in rows):
+        raise UserError(
+            f"{in_all} of {len(rows)} rows are errors. Mend what they say, then give the same command and --retry-errors",
+            FAILED_ROWS,
+        )

@@ -257,6 +257,12 @@ def check_folder_of(out: Path) -> None:
         raise UserError(f"--out: no such folder: {folder}")
 
 
+def check_is_not(out: Path, read: Path, option: str) -> None:
+    """Raise `UserError` if what is to be written is a file that is read, perhaps by another name."""
+    if out.exists() and read.exists() and out.samefile(read):
+        raise UserError(f"{option} {out} is the file of questions; results need a file of their own")
+
+
 def option_of(name: str) -> str:
     """An argument's name as the user writes it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ class AnswerLog:
         self._file = folder / f"answers-{process}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(dict(settings))
+        if self._file.is_file():
+            os.truncate(self._file, whole_lines(self._file.read_bytes())[1])
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / "settings.json"
@@ -110,7 +113,7 @@ class AnswerLog:
 
     def add(self, answer: Answer) -> None:
         """Append an answer; it is on disk when this returns."""
-        append_lines(self._file, [dataclasses.asdict(answer)])
+        append_lines(self._file, [json.dumps(dataclasses.asdict(answer)).encode()])
 
     def answers(self) -> list[Answer]:
         """The answers of all processes, one for each question and way; an answer counts more than an error."""

@@ -13,11 +13,13 @@ import ray
 import ray.data
 import torch
 
-from trim_plugin.batching.rows import FIELDS
+from trim_plugin.asking.rows import Row
 from trim_plugin.batching.worker import Worker
 from trim_plugin.config import TrimConfig
 from trim_plugin.integrations.accelerate import load
 
+#: Columns that a worker reads; "id" and others stay as they are.
+COLUMNS = ("images", "question", "messages", "max_new_tokens")
 #: What a worker's result adds to a row. Every row has all of them, None where they don't apply, as columns have to.
 RESULT = ("answer", "error", "tokens", "prompt_tokens", "visible", "kept", "seconds")
 #: Rows that an actor gets at a time: enough to sort them into like batches, few enough to lose little with an actor.
@@ -74,20 +76,17 @@ class Answerer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Columns in, the same columns and those of `RESULT` out."""
         count = len(next(iter(batch.values())))
-        rows = [
-            {name: _plain(batch[name][place]) for name in FIELDS if name in batch and name != "id"}
-            for place in range(count)
-        ]
+        rows = [{name: _plain(batch[name][place]) for name in COLUMNS if name in batch} for place in range(count)]
         results = self.worker([{name: value for name, value in row.items() if value is not None} for row in rows])
         return {**batch, **{name: [result.get(name) for result in results] for name in RESULT}}
 
 
 class JsonAnswerer(Answerer):
-    """The same for rows that are JSON texts, which may differ from each other in any way."""
+    """The same for a file's rows as JSON texts, which may differ from each other in any way."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A column "row" in, a column "result" out."""
-        results = self.worker([json.loads(row) for row in batch["row"]])
+        results = self.worker([Row(**json.loads(row)) for row in batch["row"]])
         return {"result": [json.dumps(result) for result in results]}
 
 
@@ -126,7 +125,7 @@ def answer(
 
 
 def answer_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     model: str,
     *,
     actors: int | None = None,
@@ -136,7 +135,7 @@ def answer_rows(
     """The engine of `trim-plugin batch --engine ray`: results some at a time, in the order in which they come.
 
     Args:
-        rows: see `batching.rows.read_row`; names and texts only.
+        rows: of `asking.rows.read_rows`.
         model: a folder or hub id.
         actors: as for `answer`.
         num_cpus: as for `answer`.
@@ -147,7 +146,9 @@ def answer_rows(
     recipe = Recipe(model, **settings)
     # Small pieces: every result is on disk as soon as its piece is done.
     size = max(1, min(ROWS, -(-len(rows) // (4 * (actors or _gpus() or 1)))))
-    dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=-(-len(rows) // size))
+    dataset = ray.data.from_items(
+        [{"row": json.dumps(dataclasses.asdict(row))} for row in rows], override_num_blocks=-(-len(rows) // size)
+    )
     answered = _mapped(dataset, JsonAnswerer, recipe, actors, num_cpus, None, size)
     for batch in answered.iter_batches(batch_size=None, batch_format="numpy"):
         yield [json.loads(result) for result in batch["result"]]

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from trim_plugin.batching.rows import Prompt, RowError, read_row
+from trim_plugin.asking.prompts import Prompt, read_prompt
+from trim_plugin.asking.rows import RowError
 from trim_plugin.cache.quantized import require_bitsandbytes
 from trim_plugin.config import TrimConfig
 from trim_plugin.serving.limits import Limits, RequestError
@@ -103,7 +104,7 @@ def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
     files = tuple(picture_bytes(url, limits) for url in urls)
     pictures = tuple(checked_picture(data, limits) for data in files)
     try:
-        prompt = read_row(processor, {"images": pictures, "messages": messages}, Path())
+        prompt = read_prompt(processor, {"images": pictures, "messages": messages}, Path())
     except RowError as error:
         raise RequestError(400, str(error)) from None
     room = limits.tokens - prompt.tokens

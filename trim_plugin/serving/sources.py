@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from trim_plugin.batching.rows import RowError, decoded
+from trim_plugin.asking.prompts import decoded
+from trim_plugin.asking.rows import RowError
 from trim_plugin.durable import open_regular
 from trim_plugin.pictures.prompting import BROKEN, opened
 from trim_plugin.serving.limits import Limits, RequestError
