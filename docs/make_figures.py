@@ -97,7 +97,7 @@ def draw_kept_share(model: Any, processor: Any, chosen: list[Example]) -> None:
         for example in chosen:
             cache = trim_plugin.TrimmedCache(model, {"top_k_ratio": ratio})
             with torch.no_grad():
-                model(**ask(processor, example.question, example.picture), past_key_values=cache, use_cache=True)
+                model(**ask(processor, example.question, example.picture), cache=cache, use_cache=True)
             kept.append(cache.report().kept_share)
         shares.append(100 * float(np.mean(kept)))
     figure = Figure(figsize=(6, 4), layout="constrained")

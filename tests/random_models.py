@@ -9,6 +9,7 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import CACHE
 
 TILES = 4
 ASPECT_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -151,10 +152,12 @@ def _tokens(sample: Sample, generator: torch.Generator) -> tuple[list[int], list
     return ids, spans
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], new: int = 8, **settings: Any) -> Any:
-    """Greedy generation with logits, as a dict output."""
+def generate(model: Any, inputs: dict[str, torch.Tensor], new: int = 8, cache: Any = None, **settings: Any) -> Any:
+    """Greedy generation with logits, as a dict output; with a cache of one's own by the name that this transformers gives it."""
+    given = {} if cache is None else {CACHE: cache}
     return model.generate(
         **inputs,
+        **given,
         max_new_tokens=new,
         **{"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **settings},
     )
@@ -176,7 +179,7 @@ def prefilled(
     inputs = random_inputs(model, samples)
     cache = TrimmedCache(model, {"top_k_ratio": ratio, **settings})
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     return inputs, cache
 
 

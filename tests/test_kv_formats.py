@@ -5,6 +5,7 @@ import torch
 
 from trim_plugin import TrimConfig
 from trim_plugin.cli import main
+from trim_plugin.compat import cache_of
 from trim_plugin.kv_formats import BLOCK, KV_FORMATS, FourBits
 from trim_plugin.planning.model_sizes import cross_kv_bytes
 
@@ -40,7 +41,7 @@ def test_a_new_format_is_one_entry(model, monkeypatch, capsys):
         output = trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": "fp4", **more}, 3)
         assert output.sequences.shape == generate(model, inputs, 3).sequences.shape
         planned = cross_kv_bytes(model.config, 1, 20, "fp4")
-        assert output.past_key_values.report().cross_kv_bytes == planned
+        assert cache_of(output).report().cross_kv_bytes == planned
     assert main(["plan", "--kv-quantization", "fp4", "--json"]) == 0
     assert '"kv_quantization": "fp4"' in capsys.readouterr().out
     for command in ("eval", "generate"):

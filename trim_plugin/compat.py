@@ -9,6 +9,8 @@ contract (`trim_plugin.contract`). Differences that matter here:
   leaves it out: holding the tower's output of every piece would cost what reading in pieces saves.
 * 5.24's server lists its models by `ModelManager.list_models`, before by `get_gen_models` (`transformers_server`).
 * 5.24 crops static self-attention layers and allows assisted decoding with them. Here it is refused in every version.
+* 5.24 keeps the cache in training mode with gradient checkpointing, unless gradients are computed; before, it is dropped
+  (`checkpointing_keeps_caches`).
 * 5.24's layers have no `dtype` any more: the tensors that they hold say it.
 * 5.17 asks `Cache.get_seq_length(i)` of a cross-attention layer whether it is empty, later versions look at
   `layers[i].keys` (`_has_cached_cross_attention_states`). `TrimmedCache` answers both.
@@ -162,6 +164,25 @@ def compiles_mllama_decoding() -> bool:
     from transformers import MllamaForConditionalGeneration
 
     return "_prepare_static_cache" in vars(MllamaForConditionalGeneration)
+
+
+@functools.cache
+def checkpointing_keeps_caches() -> bool:
+    """Whether decoder layers in training mode with gradient checkpointing are given their cache where no gradients are computed.
+
+    Example:
+        >>> checkpointing_keeps_caches() in (True, False)
+        True
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    class Layer(GradientCheckpointingLayer):
+        """Its forward is wrapped as those of all such layers are."""
+
+        def forward(self) -> None:
+            pass
+
+    return "is_grad_enabled" in Layer.forward.__code__.co_names
 
 
 def transformers_server(model: Any, processor: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """The contract with transformers: what the hooks and the wrapped methods take for granted, checked before they are put in place.
 
-A name that a later version has changed would otherwise show far from its cause: a hook that looks for `past_key_values` where
-`cache` is passed finds no cache, and nothing is trimmed. So whatever the hooks read, replace, wrap or override stands in the
+A name that a later version has changed would otherwise show far from its cause: a hook that looks for a cache under its
+former name finds none, and nothing is trimmed. So whatever the hooks read, replace, wrap or override stands in the
 tables below, and what is missing is named by an `UnsupportedTransformersError` before anything runs.
 
 Signatures are kept as long as their functions live; checking again costs some microseconds (`tests/test_contract.py`). What has

@@ -20,7 +20,7 @@ class Decoding:
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
         """Read the prompt; returns the first tokens (batch, 1)."""
-        output = self.model(**self._inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**self._inputs, cache=self.cache, use_cache=True, logits_to_keep=1)
         self.token = output.logits[:, -1:].argmax(-1)
         return self.token
 
@@ -33,7 +33,7 @@ class Decoding:
             attention_mask=self._mask,
             cross_attention_mask=self._cross_mask,
             position_ids=self._mask.sum(dim=1, keepdim=True) - 1,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         self.token = output.logits[:, -1:].argmax(-1)

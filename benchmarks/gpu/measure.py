@@ -198,7 +198,7 @@ def first_token(bench: Bench) -> list[dict[str, Any]]:
 
         def answer(sample: EncodedSample = sample) -> Any:
             cache = TrimmedCache(bench.model, TrimConfig(top_k_ratio=1.0), pictures=sample)
-            return bench.model.generate(**prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            return bench.model.generate(**prompt, cache=cache, max_new_tokens=1, do_sample=False)
 
         ways[name] = answer
     seconds = {name: median_seconds(way, bench.device, bench.repeats(5)) for name, way in ways.items()}

@@ -37,7 +37,7 @@ def decoded_logits(
     """Logits (batch, answer tokens, vocabulary) after each token of a given answer, read from a trimmed cache."""
     cache = TrimmedCache(model, config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, cache=cache, use_cache=True)
         seen = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
         mask = inputs["cross_attention_mask"][:, -1:].expand(-1, answer.shape[1], -1, -1)
         positions = (seen.cumsum(1) - 1)[:, -answer.shape[1] :]
@@ -46,7 +46,7 @@ def decoded_logits(
             attention_mask=seen,
             cross_attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits
 
@@ -107,7 +107,7 @@ def held_bytes(ratio: float) -> dict[str, int]:
     for name in FORMATS:
         cache = TrimmedCache(model, {"top_k_ratio": ratio, "kv_quantization": name})
         with torch.no_grad():
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, cache=cache, use_cache=True)
         held[name or "bf16"] = cache.report().cross_kv_bytes
         held["stock"] = cache.report().stock_cross_kv_bytes
     return held

@@ -133,7 +133,7 @@ def held(model: Any, name: str, bucket: int) -> dict[str, Any]:
         ways["static, int8"] = static | {"kv_quantization": "int8"}
     for title, extra in ways.items():
         cache = TrimmedCache(model, {"processors": [EvenlySpaced(KEPT)], **extra})
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, cache=cache, use_cache=True)
         report: TrimReport = cache.report()
         found[title] = {"cross_kv": report.cross_kv_bytes, "self_kv": report.self_kv_bytes}
         found["kept_tokens"] = report.kept_tokens[0]

@@ -69,7 +69,7 @@ def measure(shape: str, rounds: int, device: str) -> dict[str, Any]:
 
         def answer(pictures: Pictures) -> torch.Tensor:
             cache = TrimmedCache(model, TrimConfig(top_k_ratio=1.0), pictures=pictures)
-            return model.generate(**asked, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            return model.generate(**asked, cache=cache, max_new_tokens=1, do_sample=False)
 
         def stock() -> torch.Tensor:
             return model.generate(**inputs, max_new_tokens=1, do_sample=False)

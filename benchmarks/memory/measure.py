@@ -161,7 +161,7 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how)
     synchronize(device)
     highest = peak(device)
-    cache = output.past_key_values
+    cache = output.cache
     if settings is not None:
         report = cache.report()
         cross, own = report.cross_kv_bytes, report.self_kv_bytes

@@ -81,7 +81,7 @@ def measure(model: Any, case: Case, device: str) -> dict[str, Any]:
             raise
         return dataclasses.asdict(case) | {"fits": False}
     synchronize(device)
-    held = output.past_key_values
+    held = output.cache
     return dataclasses.asdict(case) | {
         "fits": True,
         "before": before,

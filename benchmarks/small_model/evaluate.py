@@ -87,7 +87,7 @@ def answers(model: Any, processor: Any, inputs: dict[str, torch.Tensor], **setti
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **settings
     )
     texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts], output.past_key_values
+    return [text.strip() for text in texts], output.cache
 
 
 def evaluate(

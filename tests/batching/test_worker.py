@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trim_plugin.batching.worker import Worker
+from trim_plugin.compat import cache_of
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 
 from ..scenes import scene_rows
@@ -23,7 +24,7 @@ def alone(small, row, folder, **settings):
         **inputs, cache_implementation="trimmed", max_new_tokens=24, return_dict_in_generate=True, **settings
     )
     text = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return text, output.past_key_values.report()
+    return text, cache_of(output).report()
 
 
 def test_same_answers_and_counts_as_one_by_one(worker, small, tmp_path):

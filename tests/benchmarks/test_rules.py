@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.common.given_share import EvenlySpaced
 from benchmarks.quality import rules
+from trim_plugin.compat import cache_of
 
 from ..random_models import Sample, random_inputs, random_model, trimmed
 
@@ -35,7 +36,7 @@ def held(context, merge=True):
     model = random_model(seed=3, image_size=16)
     inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (2,), 3))])
     with context():
-        cache = trimmed(model, inputs, {"top_k_ratio": 0.1, "merge": merge}, 1).past_key_values
+        cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1, "merge": merge}, 1))
     real = cache.tokens.valid[:, None, :, None]  # padding between the samples may hold anything
     return cache.layers[cache.cross_layers[0]].keys * real, cache
 

@@ -33,7 +33,7 @@ def test_reset_makes_it_as_new(model):
     inputs, cache = prefilled(model, PAIR)
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = generate(model, inputs, past_key_values=cache)
+    again = generate(model, inputs, cache=cache)
     assert torch.equal(again.sequences, trimmed(model, inputs, {"top_k_ratio": 0.2}).sequences)
 
 

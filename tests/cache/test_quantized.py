@@ -14,6 +14,7 @@ from transformers import cache_utils
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens, require_bitsandbytes
+from trim_plugin.compat import CACHE, cache_of
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
@@ -156,7 +157,7 @@ def test_generation_equals_decoding_from_rounded_tensors(model, format, ratio, m
     ours = trimmed(model, inputs, {"top_k_ratio": ratio, "kv_quantization": format}, **mode)
     torch.manual_seed(1)
     cache = with_round_trip_layers(model, {"top_k_ratio": ratio}, format)
-    theirs = generate(model, inputs, past_key_values=cache, **mode)
+    theirs = generate(model, inputs, cache=cache, **mode)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert largest_difference(ours, theirs) <= 1e-5
 
@@ -165,7 +166,7 @@ def test_prompt_lookup_equals_decoding_from_rounded_tensors(model):
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
     ours = trimmed(model, inputs, {"kv_quantization": "int8"}, prompt_lookup_num_tokens=2)
     cache = with_round_trip_layers(model, {}, "int8")
-    theirs = generate(model, inputs, past_key_values=cache, prompt_lookup_num_tokens=2)
+    theirs = generate(model, inputs, cache=cache, prompt_lookup_num_tokens=2)
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
@@ -176,8 +177,8 @@ def test_prefill_is_untouched_and_decoding_close(model, format, limit, ratio):
     plain = trimmed(model, inputs, {"top_k_ratio": ratio})
     ours = trimmed(model, inputs, {"top_k_ratio": ratio, "kv_quantization": format})
     assert torch.equal(ours.logits[0], plain.logits[0])
-    assert [kept.tolist() for kept in ours.past_key_values.kept_indices] == [
-        kept.tolist() for kept in plain.past_key_values.kept_indices
+    assert [kept.tolist() for kept in cache_of(ours).kept_indices] == [
+        kept.tolist() for kept in cache_of(plain).kept_indices
     ]
     assert 0 < relative_error(ours.logits[1], plain.logits[1]) < limit
 
@@ -193,7 +194,7 @@ def test_each_tensor_is_dequantized_once_a_step(model, monkeypatch):
     )
     inputs = random_inputs(model, PAIR)
     output = trimmed(model, inputs, {"top_k_ratio": 0.1, "kv_quantization": "int8"}, new=6)
-    longest = max(len(kept) for kept in output.past_key_values.kept_indices)
+    longest = max(len(kept) for kept in cache_of(output).kept_indices)
     assert quantized == [longest] * 4  # keys and values of two layers, the kept tokens only, once
     assert len(calls) == 5 * 4
 
@@ -209,7 +210,7 @@ def test_a_picture_in_a_later_turn(model):
         TrimmedCache(model, {"top_k_ratio": 0.5, "kv_quantization": "int8"}),
     ):
         with torch.no_grad():
-            model(**first, past_key_values=cache, use_cache=True)
+            model(**first, **{CACHE: cache}, use_cache=True)
             turn = {
                 "input_ids": second["input_ids"][:, length:],
                 "attention_mask": second["attention_mask"],
@@ -217,9 +218,9 @@ def test_a_picture_in_a_later_turn(model):
                 **{name: second[name][:, 1:] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
             }
             turn["cross_attention_mask"][..., :1, :] = 1  # the earlier picture stays in sight
-            logits = model(**turn, past_key_values=cache, use_cache=True).logits
+            logits = model(**turn, **{CACHE: cache}, use_cache=True).logits
             step = model(
-                input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True,
+                input_ids=torch.tensor([[5]]), **{CACHE: cache}, use_cache=True,
                 cross_attention_mask=turn["cross_attention_mask"][:, -1:],
             ).logits  # fmt: skip
         results.append((logits, step, cache))
@@ -236,7 +237,7 @@ def test_the_report_counts_codes_and_scales():
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     settings = {"top_k_ratio": 0.25}
     reports = {
-        name: trimmed(model, inputs, {**settings, "kv_quantization": name}).past_key_values.report()
+        name: cache_of(trimmed(model, inputs, {**settings, "kv_quantization": name})).report()
         for name in (None, *FORMATS)
     }
     full = reports[None].cross_kv_bytes
@@ -288,14 +289,14 @@ def test_self_attention_layers_can_be_quantized_by_transformers(model):
     ours = trimmed(model, inputs, {"self_kv_quantization": "fp8"})
     assert torch.equal(ours.logits[0], plain.logits[0])
     assert 0 < relative_error(ours.logits[1], plain.logits[1]) < 0.2
-    report, full = ours.past_key_values.report(), plain.past_key_values.report()
+    report, full = cache_of(ours).report(), cache_of(plain).report()
     assert report.cross_kv_bytes == full.cross_kv_bytes
     assert report.self_kv_bytes < 0.3 * full.self_kv_bytes
     for method, argument in [("crop", -1), ("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([0]))]:
         with pytest.raises(ValueError, match=f"{method} is not possible with self_kv_quantization='fp8'"):
-            getattr(ours.past_key_values, method)(argument)
+            getattr(cache_of(ours), method)(argument)
     text = trimmed(model, random_inputs(model, [Sample((6,)), Sample((3,))]), {"self_kv_quantization": "fp8"})
-    assert [kept.numel() for kept in text.past_key_values.kept_indices] == [0, 0]
+    assert [kept.numel() for kept in cache_of(text).kept_indices] == [0, 0]
 
 
 def test_stock_trimmed_and_quantized_alternate_and_run_in_threads(model):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from trim_plugin.cache.report import TrimReport, format_bytes, held_bytes
+from trim_plugin.compat import cache_of
 
 from ..random_models import PAIR, Sample, generate, prefilled, random_inputs, trimmed
 
@@ -14,7 +15,7 @@ def test_report_counts_tensors(model):
     assert report.total_tokens == [20, 20]
     assert report.visible_tokens == [20, 5]
     assert report.kept_tokens == [len(kept) for kept in cache.kept_indices]
-    stock = model(**random_inputs(model, PAIR), use_cache=True).past_key_values
+    stock = cache_of(model(**random_inputs(model, PAIR), use_cache=True))
     assert report.stock_cross_kv_bytes == sum(
         stock.layers[index].keys.nbytes + stock.layers[index].values.nbytes for index in (1, 3)
     )
@@ -28,7 +29,7 @@ def test_text_only(model):
     inputs = random_inputs(model, [Sample((6,)), Sample((3,))])
     ours = trimmed(model, inputs, {"top_k_ratio": 0.1})
     assert torch.equal(ours.sequences, generate(model, inputs).sequences)
-    cache = ours.past_key_values
+    cache = cache_of(ours)
     assert [kept.numel() for kept in cache.kept_indices] == [0, 0]
     report = cache.report()
     assert (report.total_tokens, report.visible_tokens, report.kept_tokens) == ([0, 0], [0, 0], [0, 0])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import CompileConfig
 
 from trim_plugin import TrimConfig, TrimmedCache, compat
+from trim_plugin.compat import CACHE, cache_of
 
 from ..exactness.strategies import mixed_batches, model_settings
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -54,10 +55,10 @@ def test_static_equals_dynamic_and_stock(model_kwargs, samples, seed, ratio, buc
     for reference in references:
         assert torch.equal(reference.sequences, static.sequences)
         assert largest_difference(reference, static) <= 1e-5
-    kept = zip(dynamic.past_key_values.kept_indices, static.past_key_values.kept_indices, strict=True)
+    kept = zip(cache_of(dynamic).kept_indices, cache_of(static).kept_indices, strict=True)
     assert all(torch.equal(first, second) for first, second in kept)
-    for index in static.past_key_values.cross_layers:
-        layer = static.past_key_values.layers[index]
+    for index in cache_of(static).cross_layers:
+        layer = cache_of(static).layers[index]
         assert not layer.is_initialized or layer.keys.shape[2] % bucket == 0
 
 
@@ -73,7 +74,7 @@ def test_a_prompt_of_one_token_reads_no_empty_buffer(attention, copies):
     assert largest_difference(stock, static) <= 1e-5
     cache = TrimmedCache(model, TrimConfig(static=True, max_cache_len=16))
     with torch.no_grad():
-        by_hand = model(**inputs, past_key_values=cache, use_cache=True).logits
+        by_hand = model(**inputs, **{CACHE: cache}, use_cache=True).logits
     assert float((by_hand - model(**inputs).logits).abs().max()) <= 1e-5
 
 
@@ -85,7 +86,7 @@ def test_where_transformers_does_not_compile_mllama_nothing_is_compiled(given):
     settings = {"top_k_ratio": 0.2, "static": True, "static_bucket": 8, "max_cache_len": 64}
     inputs, what = random_inputs(model, ONE), {"compile_config": compile_config}
     if given:
-        generate(model, inputs, 4, past_key_values=TrimmedCache(model, settings), **what)
+        generate(model, inputs, 4, cache=TrimmedCache(model, settings), **what)
     else:
         trimmed(model, inputs, settings, 4, **what)
     assert graphs == []
@@ -187,7 +188,7 @@ def test_buffers_are_kept_and_filled_again(model, kv_quantization):
     pointers, held = [], []
     for seed in (0, 1):
         inputs = random_inputs(model, [Sample((1, (1 + seed,), 6))], seed)
-        ours = generate(model, inputs, past_key_values=cache, disable_compile=True)
+        ours = generate(model, inputs, cache=cache, disable_compile=True)
         assert torch.equal(ours.sequences, trimmed(model, inputs, what).sequences)
         layers = [cache.layers[index].held_tensors() for index in cache.cross_layers]
         pointers.append([tensor.data_ptr() for tensors in layers for tensor in tensors])
@@ -204,7 +205,7 @@ def test_quantized_buffers_hold_as_few_bytes_as_a_dynamic_cache_of_that_width(fo
     reports = []
     for extra in ({}, {"static": True, "static_bucket": 4}):
         settings = {"top_k_ratio": 1.0, "kv_quantization": format, **extra}
-        reports.append(trimmed(model, inputs, settings, 4, disable_compile=True).past_key_values.report())
+        reports.append(cache_of(trimmed(model, inputs, settings, 4, disable_compile=True)).report())
     dynamic, static = reports
     width = -(-dynamic.kept_tokens[0] // 4) * 4
     assert static.cross_kv_bytes * dynamic.kept_tokens[0] == dynamic.cross_kv_bytes * width
@@ -246,8 +247,8 @@ def test_a_follow_up_with_a_new_picture_fills_the_buffers_anew(model):
     for extra in ({}, {"static": True, "static_bucket": 16, "max_cache_len": 40}):
         cache = TrimmedCache(model, TrimConfig(top_k_ratio=1.0, **extra))
         with torch.no_grad():
-            model(**first, past_key_values=cache, use_cache=True)
-        out = generate(model, second, past_key_values=cache, disable_compile=True)
+            model(**first, **{CACHE: cache}, use_cache=True)
+        out = generate(model, second, cache=cache, disable_compile=True)
         sequences.append(out.sequences)
         assert len(cache.kept_indices[0]) == 5
     assert torch.equal(*sequences)
@@ -313,9 +314,9 @@ def test_a_call_that_is_refused_is_not_remembered():
         trimmed(model, {name: tensor for name, tensor in inputs.items() if name != "aspect_ratio_ids"}, config, 500)
     lengths = []
     for new in (8, 20, 4):
-        cache = trimmed(model, inputs, config, new, disable_compile=True).past_key_values
+        cache = cache_of(trimmed(model, inputs, config, new, disable_compile=True))
         lengths.append(cache.get_max_length())
     assert lengths[1] - lengths[0] == 12
     assert lengths[2] == lengths[1]
-    other = trimmed(random_model(seed=3), inputs, config, 4, disable_compile=True).past_key_values
+    other = cache_of(trimmed(random_model(seed=3), inputs, config, 4, disable_compile=True))
     assert other.get_max_length() == lengths[0] - 4, "another model starts anew"

@@ -5,6 +5,7 @@ import torch
 
 from trim_plugin import TrimmedCache
 from trim_plugin.cache.tokens import CachedTokens, Storage
+from trim_plugin.compat import cache_of
 
 from ..random_models import PAIR, Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
@@ -16,7 +17,7 @@ def test_decoding_passes_no_mask_where_none_is_needed():
     model.model.language_model.layers[3].cross_attn.register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    generate(model, inputs, 4, past_key_values=cache)
+    generate(model, inputs, 4, cache=cache)
     assert masks[0] is not None
     assert masks[1:] == [None] * 3
 
@@ -29,7 +30,7 @@ def test_padding_between_samples_is_masked_while_decoding(kv_heads):
     model.model.language_model.layers[3].cross_attn.register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    generate(model, inputs, 3, past_key_values=cache)
+    generate(model, inputs, 3, cache=cache)
     kept = [len(indices) for indices in cache.kept_indices]
     assert kept[0] != kept[1]
     assert ((masks[-1][:, 0, 0] >= 0).sum(dim=1)).tolist() == kept
@@ -40,7 +41,7 @@ def test_shared_heads_get_an_open_mask_on_a_cpu():
     shared, plain = (random_model(heads=4, kv_heads=heads) for heads in (2, 4))
     for model, masked in ((shared, True), (plain, False)):
         inputs = random_inputs(model, [Sample((1, (6,), 6))])
-        tokens = trimmed(model, inputs, {"top_k_ratio": 0.2, "merge": False}, 2).past_key_values.tokens
+        tokens = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2, "merge": False}, 2)).tokens
         assert (tokens.decode_mask is not None) is masked
         assert not masked or bool((tokens.decode_mask == 0).all())
     storage = Storage(8, torch.float32, shared_heads=True)
@@ -54,7 +55,7 @@ def test_shared_heads_without_a_mask_as_on_a_gpu_equal_stock(monkeypatch):
     for samples in ([Sample((1, (6,), 6))], PAIR):
         inputs = random_inputs(model, samples)
         ours, stock = trimmed(model, inputs, {"top_k_ratio": 1.0}), generate(model, inputs)
-        assert (ours.past_key_values.tokens.decode_mask is None) is (len(samples) == 1)
+        assert (cache_of(ours).tokens.decode_mask is None) is (len(samples) == 1)
         assert torch.equal(ours.sequences, stock.sequences)
         assert largest_difference(ours, stock) <= 1e-5
 

@@ -23,7 +23,7 @@ def in_the_prefill(model, inputs, error, match, config):
         trimmed(model, inputs, config)
     cache = TrimmedCache(model, config)
     with pytest.raises(error, match=match):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, cache=cache)
     with pytest.raises(ValueError, match="left over from a forward that failed"):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, cache=cache)
     return cache

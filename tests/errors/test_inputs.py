@@ -11,7 +11,7 @@ import torch
 
 from trim_plugin import TrimmedCache
 from trim_plugin.attention import masks
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import CACHE, checkpointing_keeps_caches, slices_mask_rows
 from trim_plugin.forward import prefill
 
 from ..exactness.conversations import Conversation
@@ -48,7 +48,7 @@ def test_scores_not_finite(model, inputs):
     inputs["pixel_values"][0, 0] = float("nan")
     cache = TrimmedCache(model)
     with pytest.raises(ValueError, match="attention scores of the visual tokens are NaN"), torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
 
 
 def test_attention_mask_zeros(model, inputs, forwards):
@@ -82,49 +82,45 @@ def test_mask_columns(model, inputs, forwards):
         before_work(forwards, ValueError, match, trimmed, model, dict(inputs, cross_attention_mask=wrong), {})
     conversation = Conversation(model)
     cache = TrimmedCache(model)
-    conversation.hear(generate(model, conversation.say(Sample(((6,), 4))).inputs(), past_key_values=cache).sequences)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 4))).inputs(), cache=cache).sequences)
     conversation.say(Sample(((2,), 4)))
     past = cache.get_seq_length()
     forwards.clear()
     match = "but there are 3 of 4 \\(1 from earlier turns and 2 new: in a follow-up, pixel_values hold the new"
-    before_work(forwards, ValueError, match, generate, model, conversation.inputs(), past_key_values=cache)
+    before_work(forwards, ValueError, match, generate, model, conversation.inputs(), cache=cache)
     assert cache.get_seq_length() == past
-    generate(model, conversation.inputs(earlier_pictures=1), past_key_values=cache)
+    generate(model, conversation.inputs(earlier_pictures=1), cache=cache)
 
 
 def test_mask_columns_in_a_forward(model, inputs):
     inputs["cross_attention_mask"] = inputs["cross_attention_mask"][:, :, :1]
     cache = TrimmedCache(model)
     with pytest.raises(ValueError, match=r"covers 20 visual tokens, but the pictures .* are 60"), torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     with pytest.raises(ValueError, match="left over"):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, cache=cache)
 
 
 def test_mask_reads_lost_tokens(model, forwards):
     conversation = Conversation(model)
     cache = TrimmedCache(model, {"top_k_ratio": 1.0})
-    conversation.hear(
-        generate(model, conversation.say(Sample(((6,), 3, (2,), 4))).inputs(), past_key_values=cache).sequences
-    )
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 3, (2,), 4))).inputs(), cache=cache).sequences)
     inputs = conversation.say(Sample((4,))).inputs(earlier_pictures=2)
     wrong = dict(inputs, cross_attention_mask=inputs["cross_attention_mask"].clone())
     wrong["cross_attention_mask"][:, -2:, 0] = 1  # the first picture, which only the text before the second could read
     past = cache.get_seq_length()
     forwards.clear()
-    before_work(forwards, ValueError, re.escape(masks.LOST_TOKENS), generate, model, wrong, past_key_values=cache)
+    before_work(forwards, ValueError, re.escape(masks.LOST_TOKENS), generate, model, wrong, cache=cache)
     assert cache.get_seq_length() == past
     new = {name: tensor[:, past:] if name != "attention_mask" else tensor for name, tensor in wrong.items()}
     if not slices_mask_rows():
         new["cross_attention_mask"] = wrong["cross_attention_mask"]
     branch = copy.deepcopy(cache)
     with pytest.raises(ValueError, match=re.escape(masks.LOST_TOKENS)), torch.no_grad():
-        model(**new, past_key_values=branch, use_cache=True)
+        model(**new, **{CACHE: branch}, use_cache=True)
     with pytest.raises(ValueError, match="left over"):
-        generate(model, inputs, past_key_values=branch)
-    assert torch.equal(
-        generate(model, conversation.inputs()).sequences, generate(model, inputs, past_key_values=cache).sequences
-    )
+        generate(model, inputs, cache=branch)
+    assert torch.equal(generate(model, conversation.inputs()).sequences, generate(model, inputs, cache=cache).sequences)
 
 
 def test_no_mask(model, inputs, monkeypatch):
@@ -142,18 +138,30 @@ def test_no_mask(model, inputs, monkeypatch):
 def test_gradient_checkpointing(model, inputs, forwards):
     text = random_inputs(model, [Sample((4,))])
     caches = [TrimmedCache(model, {"top_k_ratio": ratio}) for ratio in (0.3, 1.0)]
+    expected = {
+        (given is text, cache.config.exact): trimmed(model, given, cache.config).sequences
+        for given in (inputs, text)
+        for cache in caches
+    }
+    forwards.clear()
     model.train()
     model.gradient_checkpointing_enable()
     try:
         match = "in training mode with gradient checkpointing"
         for given in (inputs, text):
             for cache in caches:
-                before_work(forwards, ValueError, match, trimmed, model, given, cache.config)
-                before_work(forwards, ValueError, match, generate, model, given, past_key_values=cache)
-                before_work(forwards, ValueError, match, model, **given, past_key_values=cache, use_cache=True)
+                before_work(forwards, ValueError, match, model, **given, **{CACHE: cache}, use_cache=True)
+                if checkpointing_keeps_caches():  # where no gradients are computed
+                    assert torch.equal(
+                        trimmed(model, given, cache.config).sequences, expected[given is text, cache.config.exact]
+                    )
+                    forwards.clear()
+                else:
+                    before_work(forwards, ValueError, match, trimmed, model, given, cache.config)
+                    before_work(forwards, ValueError, match, generate, model, given, cache=cache)
         model.train(False)  # checkpointing alone changes nothing
         for cache in caches:
-            generate(model, inputs, past_key_values=cache)
+            generate(model, inputs, cache=cache)
         model.train()
         model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 32, -100)).loss.backward()
     finally:

@@ -18,6 +18,7 @@ from trim_plugin import (
     encode_pictures,
     open_picture,
 )
+from trim_plugin.compat import CACHE
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.pictures import encoded, stored
 
@@ -46,7 +47,7 @@ def _nothing_ran(loaded, page, request):
         handle.remove()
     assert ran == [] or request.node.name == "test_rule_empties_a_picture", "nothing ran"
     cache = TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=page)
-    ours = model.generate(**page.inputs(processor, "Read all digits."), past_key_values=cache, max_new_tokens=3)
+    ours = model.generate(**page.inputs(processor, "Read all digits."), **{CACHE: cache}, max_new_tokens=3)
     assert ours.equal(model.generate(**ask(processor, "Read all digits.", PICTURE), max_new_tokens=3))
 
 
@@ -148,14 +149,14 @@ def test_pictures_of_two_models(page):
 def test_pictures_and_pixels(loaded, page):
     model, processor = loaded
     with pytest.raises(ValueError, match="was given encoded pictures, and the call brings pixel_values as well"):
-        model.generate(**ask(processor, "?", PICTURE), past_key_values=TrimmedCache(model, pictures=page))
+        model.generate(**ask(processor, "?", PICTURE), **{CACHE: TrimmedCache(model, pictures=page)})
 
 
 def test_pictures_of_another_batch(loaded, page):
     model, processor = loaded
     cache = TrimmedCache(model, pictures=[page, page])
     with pytest.raises(ValueError, match="was given encoded pictures of 2 samples, but input_ids has 1"):
-        model.generate(**page.inputs(processor, "?"), past_key_values=cache)
+        model.generate(**page.inputs(processor, "?"), **{CACHE: cache})
 
 
 def test_pictures_not_encoded(loaded):

@@ -62,7 +62,7 @@ def test_processor_nan(model, inputs):
     cache = in_the_prefill(model, inputs, ValueError, "returned NaN", {"processors": wrong})
     cache.reset()
     with pytest.raises(ValueError, match="returned NaN"):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, cache=cache)
 
 
 def test_processor_empties_a_group(model, inputs):

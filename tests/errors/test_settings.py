@@ -114,8 +114,8 @@ def test_no_cross_attention(forwards):
 def test_both_caches(model, inputs, forwards):
     cache = TrimmedCache(model)
     match = "Passing both `cache_implementation`"
-    before_work(forwards, ValueError, match, trimmed, model, inputs, {}, past_key_values=cache)
-    generate(model, inputs, past_key_values=cache)
+    before_work(forwards, ValueError, match, trimmed, model, inputs, {}, cache=cache)
+    generate(model, inputs, cache=cache)
 
 
 def test_unsupported_transformers():

@@ -99,7 +99,7 @@ def converse(
     for turn in turns:
         earlier = conversation.pixels.shape[1]
         conversation.say(*turn)
-        output = generate(model, conversation.inputs(earlier), new, past_key_values=cache, **settings)
+        output = generate(model, conversation.inputs(earlier), new, cache=cache, **settings)
         played.append((conversation.inputs(), output))
         conversation.hear(output.sequences)
     return played

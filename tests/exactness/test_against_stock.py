@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import trim_plugin
 from trim_plugin import compat
+from trim_plugin.compat import cache_of
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -35,7 +36,7 @@ def test_exact_equals_stock(model_kwargs, samples, seed, pad_rows_see):
 def test_kept_indices_follow_the_rule(model_kwargs, samples, seed, ratio, pad_rows_see):
     model = random_model(**model_kwargs)
     inputs = random_inputs(model, samples, seed, pad_rows_see)
-    cache = trimmed(model, inputs, {"top_k_ratio": ratio}, 2).past_key_values
+    cache = cache_of(trimmed(model, inputs, {"top_k_ratio": ratio}, 2))
     if "pixel_values" not in inputs:
         assert [len(kept) for kept in cache.kept_indices] == [0] * len(samples)
         return
@@ -62,7 +63,7 @@ def test_a_sample_is_trimmed_alike_alone_and_in_a_batch(model_kwargs, samples, s
             },
         }
         single = trimmed(model, alone, {"top_k_ratio": 0.2}, 4)
-        assert torch.equal(single.past_key_values.kept_indices[0], whole.past_key_values.kept_indices[index])
+        assert torch.equal(cache_of(single).kept_indices[0], cache_of(whole).kept_indices[index])
         assert torch.equal(single.sequences[0, -4:], whole.sequences[index, -4:])
 
 
@@ -83,7 +84,7 @@ def test_where_layer_0_is_a_cross_layer_the_reference_is_no_cache():
     inputs = random_inputs(model, [Sample((1, (6,), 4)), Sample(((1,), 7))])
     stock = generate(model, inputs, 6, use_cache=False)
     assert_same(stock, trimmed(model, inputs, {"top_k_ratio": 1.0}, 6))
-    kept = trimmed(model, inputs, {"top_k_ratio": 0.1}, 2).past_key_values.kept_indices
+    kept = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1}, 2)).kept_indices
     assert [indices.tolist() for indices in kept] == kept_by_rule(model, inputs, 0.1)
     text = random_inputs(model, [Sample((7,))])
     assert_same(generate(model, text, 6, use_cache=False), trimmed(model, text, {"top_k_ratio": 0.1}, 6))
@@ -104,7 +105,7 @@ def test_exact_mode_is_small_and_equal_for_64_tokens(parts, limit):
     inputs = random_inputs(model, [Sample(parts)])
     ours = trimmed(model, inputs, {"top_k_ratio": 1.0}, 64)
     assert_same(generate(model, inputs, 64), ours)
-    report = ours.past_key_values.report()
+    report = cache_of(ours).report()
     assert 0 < report.cross_kv_bytes <= limit * report.stock_cross_kv_bytes
 
 
@@ -113,7 +114,7 @@ def test_sdpa_and_eager_keep_the_same():
     for attention in ("sdpa", "eager"):
         model = random_model(seed=5, attention=attention)
         inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (3,), 2))])
-        kept.append(trimmed(model, inputs, {"top_k_ratio": 0.2}, 2).past_key_values.kept_indices)
+        kept.append(cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2}, 2)).kept_indices)
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
@@ -121,7 +122,7 @@ def test_bfloat16_keeps_nearly_what_the_rule_keeps():
     model = random_model(seed=5, image_size=16).to(torch.bfloat16)
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    ours = set(trimmed(model, inputs, {"top_k_ratio": 0.2}, 2).past_key_values.kept_indices[0].tolist())
+    ours = set(cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2}, 2)).kept_indices[0].tolist())
     theirs = set(kept_by_rule(model, inputs, 0.2)[0])
     assert len(ours & theirs) / len(ours | theirs) > 0.9
 
@@ -146,4 +147,4 @@ def test_other_caches_are_untouched_by_import_and_hooks(model):
         again = generate(model, inputs, cache_implementation=name, disable_compile=True)
         assert torch.equal(stock.sequences, again.sequences)
         assert largest_difference(stock, again) == 0.0
-        assert type(stock.past_key_values) is type(again.past_key_values)
+        assert type(cache_of(stock)) is type(cache_of(again))

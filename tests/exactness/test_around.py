@@ -13,6 +13,7 @@ from transformers import MllamaForConditionalGeneration
 
 import trim_plugin
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import cache_of
 from trim_plugin.forward.hooks import after_layer, before_layer, find_text_model
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -39,9 +40,9 @@ def inputs(model):
 def test_gradient_modes(model, inputs, mode):
     with mode():
         ours = trimmed(model, inputs, EXACT)
-        follow_up = trimmed(model, inputs, {"top_k_ratio": 0.2}).past_key_values.kept_indices
+        follow_up = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2})).kept_indices
     assert torch.equal(generate(model, inputs).sequences, ours.sequences)
-    expected = trimmed(model, inputs, {"top_k_ratio": 0.2}).past_key_values.kept_indices
+    expected = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2})).kept_indices
     assert all(torch.equal(a, b) for a, b in zip(follow_up, expected, strict=True))
 
 
@@ -51,8 +52,8 @@ def test_autocast_bfloat16(model, inputs):
         lossy = trimmed(model, inputs, {"top_k_ratio": 0.2})
     assert torch.equal(stock.sequences, ours.sequences)
     assert largest_difference(stock, ours) <= 0.05  # an ulp or two of logits in bfloat16: other kernels, other order
-    full = trimmed(model, inputs, {"top_k_ratio": 0.2}).past_key_values
-    for mine, theirs in zip(lossy.past_key_values.kept_indices, full.kept_indices, strict=True):
+    full = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2}))
+    for mine, theirs in zip(cache_of(lossy).kept_indices, full.kept_indices, strict=True):
         mine, theirs = set(mine.tolist()), set(theirs.tolist())
         assert len(mine & theirs) / len(mine | theirs) > 0.7
 
@@ -64,7 +65,7 @@ def test_changing_dtype_after_attaching(model, inputs, dtype):
     cast = dict(inputs, pixel_values=inputs["pixel_values"].to(dtype))
     ours = trimmed(model, cast, EXACT)
     assert torch.equal(generate(model, cast).sequences, ours.sequences)
-    cache = trimmed(model, cast, {"top_k_ratio": 0.2}).past_key_values
+    cache = cache_of(trimmed(model, cast, {"top_k_ratio": 0.2}))
     assert cache.layers[1].keys.dtype == dtype
     assert 0 < cache.report().cross_kv_ratio < 1
 
@@ -76,7 +77,7 @@ def test_deep_copied_model(model, inputs):
     assert torch.equal(expected.sequences, ours.sequences)
     assert len(hooks_of(twin)) == len(hooks_of(model)) == 4, "copied hooks are found, not put on twice"
     with pytest.raises(ValueError, match="made for another model"):
-        generate(twin, inputs, past_key_values=TrimmedCache(model, {}))
+        generate(twin, inputs, cache=TrimmedCache(model, {}))
     trim_plugin.detach(twin)
     assert hooks_of(twin) == []
     assert len(hooks_of(model)) == 4
@@ -109,8 +110,8 @@ def test_saved_generation_config_names_the_cache(model, inputs, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path).eval()
     again = generate(loaded, inputs, pad_token_id=0)
-    assert isinstance(again.past_key_values, TrimmedCache)
-    assert again.past_key_values.config.top_k_ratio == 0.2
+    assert isinstance(cache_of(again), TrimmedCache)
+    assert cache_of(again).config.top_k_ratio == 0.2
     assert torch.equal(ours.sequences, again.sequences)
 
 
@@ -150,7 +151,7 @@ def test_threads_with_different_configurations(model, inputs):
     for (index, _), output in results.items():
         assert torch.equal(expected[index].sequences, output.sequences)
         if jobs[index][1] is not None:
-            kept = zip(expected[index].past_key_values.kept_indices, output.past_key_values.kept_indices, strict=True)
+            kept = zip(cache_of(expected[index]).kept_indices, cache_of(output).kept_indices, strict=True)
             assert all(torch.equal(a, b) for a, b in kept)
 
 
@@ -158,10 +159,10 @@ def test_nothing_keeps_a_dropped_cache_or_model_alive():
     model = random_model()
     inputs = random_inputs(model, SAMPLES)
     output = trimmed(model, inputs, {"top_k_ratio": 0.2})
-    cache = weakref.ref(output.past_key_values)
-    keys = weakref.ref(output.past_key_values.layers[1].keys)
+    cache = weakref.ref(cache_of(output))
+    keys = weakref.ref(cache_of(output).layers[1].keys)
     by_hand = TrimmedCache(model, {})
-    generate(model, inputs, past_key_values=by_hand)
+    generate(model, inputs, cache=by_hand)
     del output
     assert cache() is None, "freed at once, without the garbage collector"
     assert keys() is None
@@ -192,7 +193,7 @@ def test_unregister_and_register(model, inputs):
     trim_plugin.unregister()
     with pytest.raises(ValueError, match="trimmed"):
         trimmed(model, inputs, {})
-    by_hand = generate(model, inputs, past_key_values=TrimmedCache(model, {"top_k_ratio": 0.2}))
+    by_hand = generate(model, inputs, cache=TrimmedCache(model, {"top_k_ratio": 0.2}))
     assert torch.equal(expected, by_hand.sequences)
     trim_plugin.register()
     trim_plugin.register()

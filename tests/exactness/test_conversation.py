@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from trim_plugin import TrimmedCache
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import CACHE, cache_of, slices_mask_rows
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from .conversations import PICTURE_INPUTS, Conversation, converse
@@ -74,13 +74,13 @@ def test_a_new_picture_is_selected_as_in_a_full_prefill(ratio):
     kept = []
     for turn in turns:
         earlier = conversation.pixels.shape[1]
-        output = generate(model, conversation.say(*turn).inputs(earlier), 5, past_key_values=cache)
+        output = generate(model, conversation.say(*turn).inputs(earlier), 5, cache=cache)
         whole = trimmed(model, conversation.inputs(), {"top_k_ratio": ratio}, 2)
         kept.append([indices.tolist() for indices in cache.kept_indices])
         if turn is not turns[2]:  # there the full prefill has more voters than the turn that brought the picture
-            assert kept[-1] == [indices.tolist() for indices in whole.past_key_values.kept_indices]
-        assert cache.report().total_tokens == whole.past_key_values.report().total_tokens
-        assert cache.report().visible_tokens == whole.past_key_values.report().visible_tokens
+            assert kept[-1] == [indices.tolist() for indices in cache_of(whole).kept_indices]
+        assert cache.report().total_tokens == cache_of(whole).report().total_tokens
+        assert cache.report().visible_tokens == cache_of(whole).report().visible_tokens
         conversation.hear(output.sequences)
     per_picture = 4 * 17
     assert all(index >= per_picture for sample in kept[1] for index in sample), "the first picture is out of reach"
@@ -91,7 +91,7 @@ def test_several_groups_in_a_follow_up_are_selected_as_in_a_full_prefill(model):
     turns = [[Sample(((6,), 3))], [Sample((1, (2,), 4, (6,), 3))]]
     (_, _), (inputs, output) = converse(model, TrimmedCache(model, {"top_k_ratio": 0.2}), turns)
     whole = trimmed(model, inputs, {"top_k_ratio": 0.2}, 1)
-    assert torch.equal(output.past_key_values.kept_indices[0], whole.past_key_values.kept_indices[0])
+    assert torch.equal(cache_of(output).kept_indices[0], cache_of(whole).kept_indices[0])
 
 
 @pytest.mark.parametrize("config", [EXACT, {"top_k_ratio": 0.2}])
@@ -101,7 +101,7 @@ def test_out_of_reach_pictures_are_freed(model, config):
     sizes, keys = [], []
     for _ in range(5):
         earlier = conversation.pixels.shape[1]
-        output = generate(model, conversation.say(Sample(((6,), 3))).inputs(earlier), 3, past_key_values=cache)
+        output = generate(model, conversation.say(Sample(((6,), 3))).inputs(earlier), 3, cache=cache)
         conversation.hear(output.sequences)
         sizes.append(cache.report().cross_kv_bytes / cache.tokens.storage.token_bytes / len(cache.cross_layers))
         keys.append(weakref.ref(cache.layers[cache.cross_layers[0]].keys))
@@ -117,16 +117,16 @@ def test_out_of_reach_pictures_are_freed(model, config):
 def test_deep_copies_branch_a_conversation(model, config):
     cache = TrimmedCache(model, config)
     conversation = Conversation(model)
-    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, cache=cache).sequences)
     questions = [Sample((3,)), Sample((2, (2,), 4)), Sample((3,))]
     before = copy.deepcopy(cache)
     answers = []
     for question in questions:
         branch, talk = copy.deepcopy(cache), copy.deepcopy(conversation)
         talk.say(question)
-        answers.append(generate(model, talk.inputs(earlier_pictures=1), 5, past_key_values=branch))
+        answers.append(generate(model, talk.inputs(earlier_pictures=1), 5, cache=branch))
         alone = copy.deepcopy(before)
-        again = generate(model, talk.inputs(earlier_pictures=1), 5, past_key_values=alone)
+        again = generate(model, talk.inputs(earlier_pictures=1), 5, cache=alone)
         assert torch.equal(answers[-1].sequences, again.sequences)
         if config is EXACT:
             assert torch.equal(answers[-1].sequences, generate(model, talk.inputs(), 5).sequences)
@@ -140,7 +140,7 @@ def test_prefix_cache_serves_many_prompts(model):
     prefix = conversation.say(Sample(((6,), 4))).inputs()
     cache = TrimmedCache(model, EXACT)
     with torch.no_grad():
-        model(**prefix, past_key_values=cache, use_cache=True)
+        model(**prefix, **{CACHE: cache}, use_cache=True)
     batch = copy.deepcopy(cache)
     batch.batch_repeat_interleave(3)
     length = prefix["input_ids"].shape[1]
@@ -148,7 +148,7 @@ def test_prefix_cache_serves_many_prompts(model):
     whole = {name: tensor.repeat_interleave(3, dim=0) for name, tensor in whole.items()}
     whole["input_ids"][:, length:] = torch.arange(12).view(3, 4) + 5
     questions = {name: tensor for name, tensor in whole.items() if name not in PICTURE_INPUTS}
-    output = generate(model, questions, 5, past_key_values=batch)
+    output = generate(model, questions, 5, cache=batch)
     assert torch.equal(generate(model, whole, 5).sequences, output.sequences)
     assert len(batch.kept_indices) == 3
     assert cache.get_seq_length() == length, "the prefix is as it was"
@@ -157,34 +157,34 @@ def test_prefix_cache_serves_many_prompts(model):
 def test_only_the_new_tokens_may_be_given(model):
     cache = TrimmedCache(model, EXACT)
     conversation = Conversation(model)
-    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, cache=cache).sequences)
     inputs = conversation.say(Sample((4,))).inputs(earlier_pictures=1)
     whole = generate(model, conversation.inputs(), 5)
     past = cache.get_seq_length()
     new = dict(inputs, input_ids=inputs["input_ids"][:, past:])
     branch = copy.deepcopy(cache)
-    assert torch.equal(generate(model, new, 5, past_key_values=branch).sequences[0, -5:], whole.sequences[0, -5:])
+    assert torch.equal(generate(model, new, 5, cache=branch).sequences[0, -5:], whole.sequences[0, -5:])
     if not slices_mask_rows():
         return  # the mask must be whole then
     new["cross_attention_mask"] = new["cross_attention_mask"][:, past:]
-    assert torch.equal(generate(model, new, 5, past_key_values=cache).sequences[0, -5:], whole.sequences[0, -5:])
+    assert torch.equal(generate(model, new, 5, cache=cache).sequences[0, -5:], whole.sequences[0, -5:])
 
 
 def test_beams_and_chunks_in_a_follow_up(model):
     cache = TrimmedCache(model, EXACT)
     conversation = Conversation(model)
-    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, cache=cache).sequences)
     inputs = conversation.say(Sample((7,))).inputs(earlier_pictures=1)
     beams = copy.deepcopy(cache)
     beams.batch_repeat_interleave(3)
-    ours = generate(model, inputs, 5, past_key_values=beams, num_beams=3)
+    ours = generate(model, inputs, 5, cache=beams, num_beams=3)
     assert torch.equal(generate(model, conversation.inputs(), 5, num_beams=3).sequences, ours.sequences)
     for size in (2, 3):
         if not slices_mask_rows():
             with pytest.raises(ValueError, match="newer versions of transformers"):
-                generate(model, inputs, 5, past_key_values=copy.deepcopy(cache), prefill_chunk_size=size)
+                generate(model, inputs, 5, cache=copy.deepcopy(cache), prefill_chunk_size=size)
             continue
-        chunks = generate(model, inputs, 5, past_key_values=copy.deepcopy(cache), prefill_chunk_size=size)
+        chunks = generate(model, inputs, 5, cache=copy.deepcopy(cache), prefill_chunk_size=size)
         assert torch.equal(generate(model, conversation.inputs(), 5).sequences, chunks.sequences)
 
 
@@ -194,11 +194,11 @@ def test_assisted_decoding_does_not_continue_a_cache(model, assistance):
     helper = {"prompt_lookup_num_tokens": 3} if assistance == "prompt_lookup_num_tokens" else {"assistant_model": model}
     cache = TrimmedCache(model, EXACT)
     conversation = Conversation(model)
-    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, past_key_values=cache).sequences)
+    conversation.hear(generate(model, conversation.say(Sample(((6,), 5))).inputs(), 4, cache=cache).sequences)
     inputs = conversation.say(Sample((7,))).inputs(earlier_pictures=1)
     with pytest.raises(NotImplementedError, match="cannot continue a cache"):
-        generate(model, inputs, 5, past_key_values=cache, **helper)
-    again = generate(model, inputs, 5, past_key_values=cache)
+        generate(model, inputs, 5, cache=cache, **helper)
+    again = generate(model, inputs, 5, cache=cache)
     assert torch.equal(generate(model, conversation.inputs(), 5).sequences, again.sequences)
 
 
@@ -206,20 +206,20 @@ def test_reset_is_as_new(model):
     first = random_inputs(model, [Sample((1, (6,), 5)), Sample((2, (1,), 3))])
     second = random_inputs(model, [Sample((1, (2,), 4))], seed=5)
     cache = TrimmedCache(model, {"top_k_ratio": 0.3})
-    generate(model, first, past_key_values=cache)
+    generate(model, first, cache=cache)
     cache.reset()
     assert cache.kept_indices == []
     assert cache.get_seq_length() == 0
     assert cache.report().cross_kv_bytes == cache.report().self_kv_bytes == 0
-    again = generate(model, second, past_key_values=cache)
+    again = generate(model, second, cache=cache)
     fresh = trimmed(model, second, {"top_k_ratio": 0.3})
     assert torch.equal(again.sequences, fresh.sequences)
-    assert torch.equal(again.past_key_values.kept_indices[0], fresh.past_key_values.kept_indices[0])
+    assert torch.equal(cache_of(again).kept_indices[0], cache_of(fresh).kept_indices[0])
 
 
 def test_select_and_repeat_carry_the_kept_tokens(model):
     inputs = random_inputs(model, [Sample((1, (6,), 5)), Sample((2, (1,), 3)), Sample((2, (2, 3), 3))])
-    cache = trimmed(model, inputs, {"top_k_ratio": 0.3}).past_key_values
+    cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.3}))
     kept = [indices.tolist() for indices in cache.kept_indices]
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert [indices.tolist() for indices in cache.kept_indices] == [kept[2], kept[0]]
@@ -246,7 +246,7 @@ def test_a_follow_up_that_reads_every_picture_reads_no_padding_between_samples(r
         cache, answers = TrimmedCache(model, {"top_k_ratio": ratio}), []
         for inputs in turns:
             own = {name: tensor[samples] for name, tensor in inputs.items()}
-            answers.append(generate(model, own, 1 if len(answers) == 0 else 6, past_key_values=cache))
+            answers.append(generate(model, own, 1 if len(answers) == 0 else 6, cache=cache))
         return cache, answers[-1]
 
     together, both = play(slice(None))
@@ -267,9 +267,9 @@ def test_a_picture_without_a_mask_does_not_bring_back_what_was_out_of_reach(mode
     pixels = {name: inputs[name] for name in PICTURE_INPUTS}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a mask is missing is said once in a process
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         before = cache.tokens.reachable[0].clone()
-        model(input_ids=inputs["input_ids"][:, -3:], **pixels, past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, -3:], **pixels, **{CACHE: cache})
     total = len(before)
     assert not before.all()
     assert torch.equal(cache.tokens.reachable[0, :total], before)
@@ -291,9 +291,9 @@ def test_a_plain_forward_with_a_new_picture_may_not_read_what_is_gone(model):
             -1, more["attention_mask"].shape[1], -1, -1
         )
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         with pytest.raises(ValueError, match="cache has dropped them"):
-            model(**more, past_key_values=cache)
+            model(**more, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -304,16 +304,16 @@ def test_a_text_turn_that_reads_fewer_pictures_decodes_without_the_others(kv_hea
     answers = []
     for cache in (TrimmedCache(model, EXACT), DynamicCache(config=model.config.text_config)):
         conversation = Conversation(model, 2, seed=1).say(Sample(((6, 1), 4)), Sample(((1, 2), 4)))
-        first = generate(model, conversation.inputs(), 3, past_key_values=cache)
+        first = generate(model, conversation.inputs(), 3, cache=cache)
         follow_up = conversation.hear(first.sequences).say(Sample((3,)), Sample((3,))).inputs(2)
         follow_up["cross_attention_mask"][:, -3:, left_out] = 0
-        answers.append(generate(model, follow_up, 6, past_key_values=cache))
+        answers.append(generate(model, follow_up, 6, cache=cache))
     ours, stock = answers
     assert torch.equal(ours.sequences, stock.sequences)
     assert largest_difference(ours, stock) <= 1e-5
     # Five tokens a tile; the second picture's begin after the four tiles that the first is padded to.
     begin, tiles = (20, (1, 2)) if left_out == 0 else (0, (4, 1))
-    kept = [indices.tolist() for indices in ours.past_key_values.kept_indices]
+    kept = [indices.tolist() for indices in cache_of(ours).kept_indices]
     assert kept == [list(range(begin, begin + 5 * own)) for own in tiles]
 
 
@@ -323,12 +323,12 @@ def test_a_text_turn_brings_back_no_token_that_the_rule_has_dropped(left_out):
     model = random_model(seed=6, image_size=16)
     cache = TrimmedCache(model, {"top_k_ratio": 0.1})
     conversation = Conversation(model, 2, seed=1).say(Sample(((6, 1), 4)), Sample(((1, 1), 4)))
-    first = generate(model, conversation.inputs(), 3, past_key_values=cache)
+    first = generate(model, conversation.inputs(), 3, cache=cache)
     before = [set(indices.tolist()) for indices in cache.kept_indices]
     assert len(before[0]) != len(before[1])
     follow_up = conversation.hear(first.sequences).say(Sample((3,)), Sample((3,))).inputs(2)
     follow_up["cross_attention_mask"][:, -3:, left_out] = 0
-    generate(model, follow_up, 3, past_key_values=cache)
+    generate(model, follow_up, 3, cache=cache)
     picture = 4 * 17
     own = set(range(picture, 2 * picture)) if left_out == 0 else set(range(picture))
     assert [set(indices.tolist()) for indices in cache.kept_indices] == [kept & own for kept in before]

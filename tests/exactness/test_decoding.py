@@ -10,7 +10,7 @@ from transformers import GenerationConfig, MllamaForCausalLM, StoppingCriteriaLi
 from transformers.generation.streamers import BaseStreamer
 
 from trim_plugin import TrimmedCache
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import cache_of, slices_mask_rows
 
 from ..random_models import VOCABULARY, Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
@@ -97,8 +97,8 @@ def test_trimmed_beams_equal_one_beam_at_a_time(shared_model, batch, mode):
 
 
 def test_cache_of_beams_holds_the_beams(shared_model, batch):
-    cache = trimmed(shared_model, batch, {"top_k_ratio": 0.2}, num_beams=3).past_key_values
-    greedy = trimmed(shared_model, batch, {"top_k_ratio": 0.2}).past_key_values
+    cache = cache_of(trimmed(shared_model, batch, {"top_k_ratio": 0.2}, num_beams=3))
+    greedy = cache_of(trimmed(shared_model, batch, {"top_k_ratio": 0.2}))
     assert len(cache.kept_indices) == 6
     for beam, kept in enumerate(cache.kept_indices):
         assert torch.equal(kept, greedy.kept_indices[beam // 3])
@@ -122,7 +122,7 @@ def test_prompt_lookup_equals_greedy(shared_model, sample, ratio):
     ours = trimmed(shared_model, inputs, {"top_k_ratio": ratio}, 16, prompt_lookup_num_tokens=4)
     assert torch.equal(greedy.sequences, ours.sequences)
     assert largest_difference(greedy, ours) <= 1e-5
-    assert torch.equal(greedy.past_key_values.kept_indices[0], ours.past_key_values.kept_indices[0])
+    assert torch.equal(cache_of(greedy).kept_indices[0], cache_of(ours).kept_indices[0])
     if ratio == 1.0:
         assert torch.equal(generate(shared_model, inputs, 16).sequences, ours.sequences)
 
@@ -171,7 +171,7 @@ def test_assistant_equals_greedy(shared_model, single, ratio, kind):
     ours = trimmed(shared_model, single, {"top_k_ratio": ratio}, 16, assistant_model=assistant)
     counter.remove()
     assert torch.equal(greedy.sequences, ours.sequences)
-    assert torch.equal(greedy.past_key_values.kept_indices[0], ours.past_key_values.kept_indices[0])
+    assert torch.equal(cache_of(greedy).kept_indices[0], cache_of(ours).kept_indices[0])
     if kind == "itself":  # it sees the picture, trimmed alike, and so guesses everything right
         assert len(forwards) <= 16 // 2
 
@@ -179,9 +179,7 @@ def test_assistant_equals_greedy(shared_model, single, ratio, kind):
 @needs_sliced_rows
 def test_assistant_with_a_cache_made_by_hand(shared_model, single):
     cache = TrimmedCache(shared_model, {"top_k_ratio": 0.2})
-    ours = generate(
-        shared_model, single, 12, past_key_values=cache, assistant_model=random_model(layers=3, cross_layers=(1,))
-    )
+    ours = generate(shared_model, single, 12, cache=cache, assistant_model=random_model(layers=3, cross_layers=(1,)))
     assert torch.equal(trimmed(shared_model, single, {"top_k_ratio": 0.2}, 12).sequences, ours.sequences)
 
 
@@ -282,7 +280,7 @@ def test_outputs(attention):
     if attention == "eager":
         prefill = zip(ours.attentions[0], stock.attentions[0], strict=True)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in prefill if a is not None)
-        kept = ours.past_key_values.tokens.valid.shape[1]
+        kept = cache_of(ours).tokens.valid.shape[1]
         widths = {weights.shape[-1] for weights in ours.attentions[-1] if weights is not None}
         assert kept in widths, "decoding steps return attention over the cached tokens"
 

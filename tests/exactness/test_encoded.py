@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TrimConfig, TrimmedCache, encode_pictures, prefill
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.forward.encoded import EncodedSample
 from trim_plugin.forward.tower import visual_states
@@ -57,13 +58,13 @@ def whole(model, inputs):
 
 def answer(model, inputs, cache, seed=0, new=6, **mode):
     torch.manual_seed(seed)
-    return generate(model, inputs, new, past_key_values=cache, **mode)
+    return generate(model, inputs, new, cache=cache, **mode)
 
 
 def assert_same(ours, theirs):
     assert torch.equal(ours.sequences, theirs.sequences)
     assert largest_difference(ours, theirs) <= 1e-5 * largest_logit(theirs)
-    mine, reference = ours.past_key_values, theirs.past_key_values
+    mine, reference = cache_of(ours), cache_of(theirs)
     for name in ("kept_indices", "kept_sizes"):
         for one, other in zip(getattr(mine, name), getattr(reference, name), strict=True):
             assert torch.equal(one, other)
@@ -107,7 +108,7 @@ def test_no_tower(small):
     pictures = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.25))
     calls = []
     handle = model.model.vision_model.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.generate(**pictures.inputs(processor, QUESTION), past_key_values=TrimmedCache(model, pictures=pictures))
+    model.generate(**pictures.inputs(processor, QUESTION), **{CACHE: TrimmedCache(model, pictures=pictures)})
     handle.remove()
     assert calls == []
 
@@ -142,8 +143,8 @@ def test_merged_pictures_are_read_as_their_tokens_and_sizes_say(small):
     other = answer(model, inputs, TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=spread))
     assert torch.equal(one.sequences, other.sequences)
     assert largest_difference(one, other) <= 1e-4
-    assert one.past_key_values.kept_sizes[0].tolist() == pictures.sizes.tolist()
-    assert one.past_key_values.report().visible_tokens == [real]
+    assert cache_of(one).kept_sizes[0].tolist() == pictures.sizes.tolist()
+    assert cache_of(one).report().visible_tokens == [real]
 
 
 def test_dropping_leaves_what_encoded_pictures_stand_for(small):
@@ -152,7 +153,7 @@ def test_dropping_leaves_what_encoded_pictures_stand_for(small):
     pictures = encode_pictures(model, processor, [examples()[4].picture], rule=KCenter(0.5))
     inputs = pictures.inputs(processor, QUESTION)
     whole, dropped = (
-        answer(model, inputs, TrimmedCache(model, config, pictures=pictures)).past_key_values
+        cache_of(answer(model, inputs, TrimmedCache(model, config, pictures=pictures)))
         for config in ({"top_k_ratio": 1.0}, {"top_k_ratio": 0.1, "merge": False})
     )
     sizes = dict(zip(whole.kept_indices[0].tolist(), whole.kept_sizes[0].tolist(), strict=True))
@@ -186,7 +187,7 @@ def test_a_batch_of_whole_and_merged_pictures(small, config, mode):
     inputs = prompt_inputs(processor, [one.tiles for one in batch], ["Read all digits.", "Count the digits.", "Hi"], 4)
     config = TrimConfig(**config, prefill_pictures=1)
     together = answer(model, inputs, TrimmedCache(model, config, pictures=batch), **mode)
-    copies = together.past_key_values.batch_size // 3
+    copies = cache_of(together).batch_size // 3
     if "do_sample" in mode:
         return
     for sample, pictures in enumerate(batch):
@@ -194,9 +195,7 @@ def test_a_batch_of_whole_and_merged_pictures(small, config, mode):
         alone = answer(model, own, TrimmedCache(model, config, pictures=pictures), **mode)
         length = alone.sequences.shape[1]  # together, what has ended is padded until all have
         assert torch.equal(alone.sequences, together.sequences[sample : sample + 1, :length])
-        assert torch.equal(
-            alone.past_key_values.kept_indices[0], together.past_key_values.kept_indices[sample * copies]
-        )
+        assert torch.equal(cache_of(alone).kept_indices[0], cache_of(together).kept_indices[sample * copies])
 
 
 @pytest.mark.parametrize("later", ["pixels", "encoded"])
@@ -207,7 +206,7 @@ def test_a_conversation_goes_on_with_a_new_picture(small, rule, later):
     first, second = (encode_pictures(model, processor, [file], rule=rule) for file in files)
     cache = TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=first)
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    output = model.generate(**first.inputs(processor, said), past_key_values=cache, max_new_tokens=20)
+    output = model.generate(**first.inputs(processor, said), **{CACHE: cache}, max_new_tokens=20)
     prompt = first.inputs(processor, said)["input_ids"].shape[1]
     said.append({"role": "assistant", "content": [{"type": "text", "text": processor.decode(output[0, prompt:-1])}]})
     said.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Count the digits."}]})
@@ -218,7 +217,7 @@ def test_a_conversation_goes_on_with_a_new_picture(small, rule, later):
     else:
         full = ask(processor, QUESTION, files[1])
         new = {name: full[name] for name in PICTURE_INPUTS}
-    told = model.generate(**inputs, **new, past_key_values=cache, max_new_tokens=4)
+    told = model.generate(**inputs, **new, **{CACHE: cache}, max_new_tokens=4)
     assert told.shape[1] > inputs["input_ids"].shape[1]
     if rule is None:
         stock = ask(processor, QUESTION, files[0])
@@ -226,9 +225,9 @@ def test_a_conversation_goes_on_with_a_new_picture(small, rule, later):
             name: torch.cat([stock[name], ask(processor, QUESTION, files[1])[name]], dim=1) for name in PICTURE_INPUTS
         }
         exact = TrimmedCache(model, {"top_k_ratio": 1.0})
-        model.generate(**stock, past_key_values=exact, max_new_tokens=20)
+        model.generate(**stock, **{CACHE: exact}, max_new_tokens=20)
         rest = {name: tensor[:, 1:] for name, tensor in both.items()}
-        assert torch.equal(told, model.generate(**inputs, **rest, past_key_values=exact, max_new_tokens=4))
+        assert torch.equal(told, model.generate(**inputs, **rest, **{CACHE: exact}, max_new_tokens=4))
 
 
 def test_prompt_lookup(small):
@@ -252,7 +251,7 @@ def test_a_loop_by_hand(small):
     inputs = pictures.inputs(processor, QUESTION)
     caches = [TrimmedCache(model, pictures=pictures) for _ in range(2)]
     with torch.no_grad():
-        by_hand = model(**inputs, past_key_values=caches[0], use_cache=True).logits[:, -1]
+        by_hand = model(**inputs, **{CACHE: caches[0]}, use_cache=True).logits[:, -1]
     assert float((by_hand - prefill(model, caches[1], **inputs).logits[:, -1]).abs().max()) <= 1e-5
     assert caches[0].encoded is None
 
@@ -295,11 +294,11 @@ def test_what_does_not_fit_is_said_before_any_work(small, change, message):
     calls = []
     handle = model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=message):
-        model.generate(**change(inputs, ask(processor)), past_key_values=cache)
+        model.generate(**change(inputs, ask(processor)), **{CACHE: cache})
     handle.remove()
     assert calls == []
     expected = model.generate(**ask(processor, QUESTION))
-    assert torch.equal(expected, model.generate(**inputs, past_key_values=cache))
+    assert torch.equal(expected, model.generate(**inputs, **{CACHE: cache}))
 
 
 @pytest.mark.parametrize("pictures", ["page.png", [None], [torch.zeros(1)]])
@@ -316,7 +315,7 @@ def test_a_plain_forward_says_what_does_not_fit(small):
     with pytest.raises(ValueError, match="of 2 samples, but the forward has 1"):
         model(
             **pictures.inputs(processor, QUESTION),
-            past_key_values=TrimmedCache(model, pictures=[pictures, pictures]),
+            **{CACHE: TrimmedCache(model, pictures=[pictures, pictures])},
             use_cache=True,
         )
 

@@ -9,6 +9,7 @@ import torch
 
 from trim_plugin.attention.scoring import visual_token_scores
 from trim_plugin.attention.visibility import Visibility
+from trim_plugin.compat import cache_of
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -23,9 +24,9 @@ def test_32_frames_are_one_visibility_group():
     inputs = random_inputs(model, [VIDEO])
     assert torch.equal(generate(model, inputs).sequences, trimmed(model, inputs, EXACT).sequences)
     ours = trimmed(model, inputs, {"top_k_ratio": 0.05})
-    kept = ours.past_key_values.kept_indices[0].tolist()
+    kept = cache_of(ours).kept_indices[0].tolist()
     assert [kept] == kept_by_rule(model, inputs, 0.05)
-    report = ours.past_key_values.report()
+    report = cache_of(ours).report()
     assert report.total_tokens == [32 * 4 * 5]
     # A group of 32 × 4 tiles shares k among all frames (the frames' own rows see fewer of them, so there are more groups).
     assert max(kept) >= 31 * 20
@@ -55,7 +56,7 @@ def test_interleaved_pictures(ratio):
     inputs = random_inputs(model, [INTERLEAVED])
     ours = trimmed(model, inputs, {"top_k_ratio": ratio})
     last = set(range(4 * 20, 5 * 20))
-    kept = set(ours.past_key_values.kept_indices[0].tolist())
+    kept = set(cache_of(ours).kept_indices[0].tolist())
     assert kept <= last, "the last rows read the last picture only"
     if ratio == 1.0:
         stock = generate(model, inputs)
@@ -99,6 +100,6 @@ def test_a_sample_without_pictures_keeps_stocks_output(samples):
         for mine, theirs in zip(ours.logits, stock.logits, strict=True):
             assert float((mine[index] - theirs[index]).abs().max()) <= 1e-5
         if "pixel_values" in inputs:
-            report = ours.past_key_values.report()
+            report = cache_of(ours).report()
             assert report.kept_tokens[index] == report.total_tokens[index]
             assert report.visible_tokens[index] == 0

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trim_plugin import TrimmedCache
-from trim_plugin.compat import compiles_mllama_decoding, slices_mask_rows
+from trim_plugin.compat import cache_of, compiles_mllama_decoding, slices_mask_rows
 
 from ..cache.test_static import graph_counter
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -50,7 +50,7 @@ class Tally:
         scale = max(1.0, *(float(logits.abs().max()) for logits in expected.logits))
         assert largest_difference(expected, ours) <= 1e-5 * scale, what
         if "cross_attention_mask" in restated.inputs:
-            self.compare_kept(restated, ours.past_key_values)
+            self.compare_kept(restated, cache_of(ours))
 
     def compare_kept(self, restated: Restatement, cache: TrimmedCache) -> None:
         repeats = len(cache.kept_indices) // len(restated.inputs["input_ids"])
@@ -137,7 +137,7 @@ def check_conversation(tally, data, model, seed, name, merge):
         length = mask.shape[1]
         turns += [Turn(start, length, mask.shape[2] - earlier)]
         torch.manual_seed(seed + number)
-        ours = generate(model, new_inputs, 4, past_key_values=cache, disable_compile=True, **how)
+        ours = generate(model, new_inputs, 4, cache=cache, disable_compile=True, **how)
         if stored is not None:
             stored.note(cache)
         slow = Restatement(model, whole, **restated, turns=turns, stored=stored)
@@ -267,7 +267,7 @@ def test_moved_samples_take_their_sizes_along(name, format):
     cache = TrimmedCache(model, config | {"kv_quantization": format})
     conversation = Conversation(model, 3, seed=2).say(Sample(((6,), 4)), Sample(((1, 3), 2)), Sample(((2,), 3)))
     first = conversation.inputs()
-    heard = generate(model, first, 3, past_key_values=cache).sequences
+    heard = generate(model, first, 3, cache=cache).sequences
     inputs = conversation.hear(heard).say(*[Sample((3,))] * 3).inputs(2)
     cache.batch_select_indices(torch.tensor([2, 1]))
     cache.batch_repeat_interleave(2)
@@ -276,7 +276,7 @@ def test_moved_samples_take_their_sizes_along(name, format):
     if stored is not None:
         stored.note(cache)
     samples = torch.tensor([1, 2, 2, 1])
-    ours = generate(model, {key: tensor[samples] for key, tensor in inputs.items()}, 5, past_key_values=cache)
+    ours = generate(model, {key: tensor[samples] for key, tensor in inputs.items()}, 5, cache=cache)
     start, length = heard.shape[1] - 1, inputs["input_ids"].shape[1]
     prompt = first["input_ids"].shape[1]
     turns = [Turn(0, prompt, 2), *(Turn(row, row + 1, 0) for row in range(prompt, start)), Turn(start, length, 0)]
@@ -292,12 +292,12 @@ def test_a_turn_that_reads_fewer_pictures_leaves_the_others_their_sizes(name, le
     restated, config = ways(name, True)
     cache, conversation = TrimmedCache(model, config), Conversation(model, 2, seed=1)
     first = conversation.say(Sample(((6, 2), 4)), Sample(((1, 3), 4))).inputs()
-    heard = generate(model, first, 3, past_key_values=cache).sequences
+    heard = generate(model, first, 3, cache=cache).sequences
     inputs = conversation.hear(heard).say(Sample((3,)), Sample((3,))).inputs(2)
     whole = conversation.inputs()
     start, prompt = heard.shape[1] - 1, first["input_ids"].shape[1]
     inputs["cross_attention_mask"][:, start:, left_out] = whole["cross_attention_mask"][:, start:, left_out] = 0
-    ours = generate(model, inputs, 5, past_key_values=cache)
+    ours = generate(model, inputs, 5, cache=cache)
     decoded = (Turn(row, row + 1, 0) for row in range(prompt, start))
     turns = [Turn(0, prompt, 2), *decoded, Turn(start, inputs["input_ids"].shape[1], 0)]
     slow = Restatement(model, whole, **restated, turns=turns)

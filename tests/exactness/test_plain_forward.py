@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.compat import CACHE, cache_of
 
 from ..random_models import Sample, generate, random_inputs, random_model, trimmed
 
@@ -23,7 +24,7 @@ def decode_by_hand(model, inputs, cache, new, keep_mask):
             attention_mask=attention_mask,
             cross_attention_mask=cross_mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
         sequences, logits = [inputs["input_ids"]], []
@@ -39,7 +40,7 @@ def decode_by_hand(model, inputs, cache, new, keep_mask):
                 attention_mask=attention_mask,
                 cross_attention_mask=cross_mask if keep_mask else None,
                 position_ids=positions,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
     return torch.cat(sequences, dim=1), logits
@@ -55,7 +56,7 @@ def test_loop_by_hand_equals_generate(ratio, keep_mask):
     expected = trimmed(model, inputs, {"top_k_ratio": ratio})
     assert torch.equal(expected.sequences, sequences)
     assert max(float((a - b).abs().max()) for a, b in zip(expected.logits, logits, strict=True)) <= 1e-5
-    for mine, theirs in zip(cache.kept_indices, expected.past_key_values.kept_indices, strict=True):
+    for mine, theirs in zip(cache.kept_indices, cache_of(expected).kept_indices, strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -64,7 +65,7 @@ def test_prefill_logits_of_exact_mode_equal_stock():
     inputs = random_inputs(model, SAMPLES)
     with torch.no_grad():
         stock = model(**inputs, use_cache=True).logits
-        ours = model(**inputs, past_key_values=TrimmedCache(model, {"top_k_ratio": 1.0}), use_cache=True).logits
+        ours = model(**inputs, **{CACHE: TrimmedCache(model, {"top_k_ratio": 1.0})}, use_cache=True).logits
     text = inputs["attention_mask"].bool()
     assert float((stock - ours)[text].abs().max()) <= 1e-5
 
@@ -79,9 +80,9 @@ def test_generate_goes_on_from_a_plain_forward():
     }
     head["position_ids"] = (head["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        model(**head, past_key_values=cache, use_cache=True)
+        model(**head, **{CACHE: cache}, use_cache=True)
     rest = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
-    ours = generate(model, rest, past_key_values=cache)
+    ours = generate(model, rest, cache=cache)
     assert torch.equal(generate(model, inputs).sequences, ours.sequences)
 
 
@@ -108,9 +109,9 @@ def test_cross_attention_states_given():
         states = model.model.multi_modal_projector(states).flatten(0, 2)
         text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
         cache = TrimmedCache(model, {"top_k_ratio": 0.2})
-        ours = model(**text, cross_attention_states=states, past_key_values=cache, use_cache=True)
+        ours = model(**text, cross_attention_states=states, **{CACHE: cache}, use_cache=True)
     whole = TrimmedCache(model, {"top_k_ratio": 0.2})
     with torch.no_grad():
-        expected = model(**inputs, past_key_values=whole, use_cache=True)
+        expected = model(**inputs, **{CACHE: whole}, use_cache=True)
     assert torch.allclose(ours.logits, expected.logits, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(cache.kept_indices, whole.kept_indices, strict=True))

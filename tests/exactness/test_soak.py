@@ -25,15 +25,15 @@ def follow_ups(model, _inputs):
     for turn in (Sample(((6,), 3)), Sample((2,)), Sample((1, (2,), 3))):
         earlier = conversation.pixels.shape[1]
         inputs = conversation.say(turn).inputs(earlier)
-        generate(model, inputs, 3, past_key_values=copy.deepcopy(cache))
-        conversation.hear(generate(model, inputs, 3, past_key_values=cache).sequences)
+        generate(model, inputs, 3, cache=copy.deepcopy(cache))
+        conversation.hear(generate(model, inputs, 3, cache=cache).sequences)
     return 6
 
 
 def failing(model, inputs):
     cache = TrimmedCache(model, {"processors": [lambda scores, visible: None]})
     with pytest.raises(TypeError):
-        generate(model, inputs, 3, past_key_values=cache)
+        generate(model, inputs, 3, cache=cache)
     with pytest.raises(ValueError, match="Unknown field"):
         trimmed(model, inputs, {"ratio": 1})
     return 2

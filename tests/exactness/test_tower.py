@@ -18,6 +18,7 @@ from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer,
 
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache, prefill
+from trim_plugin.compat import CACHE
 from trim_plugin.forward import tower_merging
 from trim_plugin.forward.tower_merging import layers_before, merging_in_tower
 from trim_plugin.rules.thinning import merge_alike, tokens_left
@@ -243,7 +244,7 @@ def test_every_way_into_the_model_merges(batch, way):
         if way == "prefill":
             output = prefill(model, cache, **inputs)
         else:
-            output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     assert max(seen[1:3]) < min(seen[:1]) == TILES * FILLED
     assert torch.allclose(output.logits[:, -1].float(), expected, atol=1e-5)
 
@@ -264,7 +265,7 @@ def test_a_later_turn_with_a_new_picture_merges():
                 **{
                     name: whole[name][:, pictures] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
                 },
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
     full = TILES * FILLED

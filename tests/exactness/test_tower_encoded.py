@@ -32,7 +32,7 @@ def test_encoded_pictures_answer_as_pictures_in_the_prompt_do(small, config):
     direct = trimmed(model, ask(processor), {**config, "tower_share": SHARE}, new=4)
     pictures = encode_pictures(model, processor, [example.picture], tower_share=SHARE)
     cache = TrimmedCache(model, config, pictures=pictures)
-    known = generate(model, pictures.inputs(processor, example.question), new=4, past_key_values=cache)
+    known = generate(model, pictures.inputs(processor, example.question), new=4, cache=cache)
     assert torch.equal(direct.sequences, known.sequences)
     assert largest_difference(direct, known) <= 1e-5 * largest_logit(direct)
     untouched = trimmed(model, ask(processor), config, new=1)

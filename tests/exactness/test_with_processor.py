@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import DynamicCache, TextStreamer, pipeline
 
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import CACHE
 from trim_plugin.embedded import ask, examples, load_small_model
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
@@ -82,8 +83,8 @@ def test_two_turns_by_the_processor(small, ratio):
     stock = DynamicCache(config=model.config.text_config)
     turns = [(first.question, first.picture, None)]
     whole = chat_inputs(turns)
-    ours = model.generate(**whole, **SETTINGS, past_key_values=cache)
-    model.generate(**whole, **SETTINGS, past_key_values=stock)
+    ours = model.generate(**whole, **SETTINGS, **{CACHE: cache})
+    model.generate(**whole, **SETTINGS, **{CACHE: stock})
     answer = processor.decode(ours[0, whole["input_ids"].shape[1] :], skip_special_tokens=True)
     seen = 1
     for question, picture in ((first.question, None), (second.question, second.picture)):
@@ -99,7 +100,7 @@ def test_two_turns_by_the_processor(small, ratio):
             new = follow_up.pop(name)[:, seen:]
             if new.shape[1]:
                 follow_up[name] = new
-        ours = model.generate(**follow_up, **SETTINGS, past_key_values=cache)
+        ours = model.generate(**follow_up, **SETTINGS, **{CACHE: cache})
         if ratio == 1.0:
             assert torch.equal(model.generate(**whole, **SETTINGS), ours)
         seen += picture is not None

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from trim_plugin import KCenter, TopKPerHead, TrimConfig, TrimmedCache, visualize
+from trim_plugin.compat import CACHE
 from trim_plugin.forward.holders import GroupRecorder, holders
 from trim_plugin.pictures.visualize import draw_regions
 
@@ -14,7 +15,7 @@ def prefilled(sample, rule, merge=True):
     recorder = GroupRecorder()
     cache = TrimmedCache(model, TrimConfig(processors=(recorder, rule), merge=merge))
     with torch.no_grad():
-        model(**random_inputs(model, [sample], seed=4), past_key_values=cache, use_cache=True)
+        model(**random_inputs(model, [sample], seed=4), **{CACHE: cache}, use_cache=True)
     return cache, holders(model, cache, recorder)
 
 

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import trim_plugin
+from trim_plugin.compat import CACHE
 from trim_plugin.forward.hooks import (
     after_layer,
     attach,
@@ -38,7 +39,7 @@ def test_hooks_do_nothing_for_any_other_cache(model):
     text_model = attach(model)
     layer = text_model.layers[1]
     for cache in (None, DynamicCache(config=text_model.config)):
-        kwargs = {"past_key_values": cache, "cross_attention_states": object(), "cross_attention_mask": object()}
+        kwargs = {CACHE: cache, "cross_attention_states": object(), "cross_attention_mask": object()}
         assert before_layer(layer, (torch.zeros(1, 2, 32),), kwargs) is None
         assert after_layer(layer, (torch.zeros(1, 2, 32),), kwargs, None) is None
 
@@ -51,7 +52,7 @@ def test_a_decoding_row_gets_the_mask_that_the_prefill_decided(model):
             lambda _layer, _args, kwargs: seen.append(kwargs["cross_attention_mask"]), with_kwargs=True
         )
     with torch.no_grad():
-        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache}, use_cache=True)
     assert len(seen) == 2
     assert all(mask is cache.tokens.decode_mask for mask in seen)
     assert cache.step is None
@@ -91,12 +92,12 @@ def test_a_failed_forward_marks_the_cache(model):
     handle = model.model.language_model.layers[3].register_forward_pre_hook(fail)
     cache.reset()
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     handle.remove()
     assert cache.unfinished
     with pytest.raises(ValueError, match="left over from a forward that failed"), torch.no_grad():
-        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache}, use_cache=True)
     cache.reset()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     assert not cache.unfinished

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopPPerHead, TrimmedCache
-from trim_plugin.compat import slices_mask_rows
+from trim_plugin.compat import CACHE, cache_of, slices_mask_rows
 from trim_plugin.forward import prefill
 
 from ..exactness.conversations import Conversation
@@ -31,7 +31,7 @@ def test_where_everything_visible_is_kept_nothing_is_merged_and_decoding_gets_no
     inputs = random_inputs(model, [Sample(parts)])
     ours = trimmed(model, inputs, config)
     exact = trimmed(model, inputs, {"top_k_ratio": 1.0})
-    cache, reference = ours.past_key_values, exact.past_key_values
+    cache, reference = cache_of(ours), cache_of(exact)
     assert torch.equal(cache.kept_indices[0], reference.kept_indices[0])
     assert torch.equal(cache.kept_sizes[0], torch.ones_like(cache.kept_indices[0]))
     assert cache.tokens.decode_mask is None
@@ -48,8 +48,8 @@ def test_sizes_add_up_to_what_the_last_row_may_read(model_kwargs, samples, seed,
     """No visual token is forgotten: every one that may be read is part of exactly one kept token, of its own picture's run."""
     model = random_model(**model_kwargs)
     inputs = random_inputs(model, samples, seed, pad_rows_see)
-    cache = trimmed(model, inputs, config, 2).past_key_values
-    dropped = trimmed(model, inputs, {**config, "merge": False}, 2).past_key_values
+    cache = cache_of(trimmed(model, inputs, config, 2))
+    dropped = cache_of(trimmed(model, inputs, {**config, "merge": False}, 2))
     for sample, (kept, sizes) in enumerate(zip(cache.kept_indices, cache.kept_sizes, strict=True)):
         assert torch.equal(kept, dropped.kept_indices[sample])
         assert bool((dropped.kept_sizes[sample] == 1).all())
@@ -83,8 +83,8 @@ def test_half_precision_means_lose_one_rounding(dtype, config):
     inputs = random_inputs(model, [Sample((1, (6,), 5))])
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     with torch.no_grad():
-        stock = model(**inputs, use_cache=True).past_key_values.layers[1]
-    cache = trimmed(model, inputs, config, 1).past_key_values
+        stock = cache_of(model(**inputs, use_cache=True)).layers[1]
+    cache = cache_of(trimmed(model, inputs, config, 1))
     kept, sizes = cache.kept_indices[0], cache.kept_sizes[0]
     assert int(sizes.max()) > 5
     unit = torch.nn.functional.normalize(stock.keys[0].transpose(0, 1).flatten(1).double(), dim=-1)
@@ -112,7 +112,7 @@ def test_a_forward_may_record_gradients_or_infer(config):
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         cache = TrimmedCache(model, config)
         with context():
-            logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+            logits = model(**inputs, **{CACHE: cache}, use_cache=True).logits
         found.append((logits, cache))
         torch.testing.assert_close(logits.detach(), found[0][0], rtol=0, atol=1e-5)
         assert [sizes.tolist() for sizes in cache.kept_sizes] == [sizes.tolist() for sizes in found[0][1].kept_sizes]
@@ -128,11 +128,11 @@ def test_votes_on_a_later_picture_reckon_with_what_earlier_tokens_stand_for(monk
     score = prefill.visual_token_scores
     monkeypatch.setattr(prefill, "visual_token_scores", lambda *args: given_sizes.append(args[4]) or score(*args))
     cache, conversation = TrimmedCache(model, {"top_k_ratio": 0.1}), Conversation(model)
-    heard = generate(model, conversation.say(Sample(((6,), 4))).inputs(), 2, past_key_values=cache).sequences
+    heard = generate(model, conversation.say(Sample(((6,), 4))).inputs(), 2, cache=cache).sequences
     sizes = cache.kept_sizes[0]
     inputs = conversation.hear(heard).say(Sample(((2,), 4))).inputs(1)
     inputs["cross_attention_mask"] = inputs["cross_attention_mask"].cummax(dim=1).values
-    generate(model, inputs, 2, past_key_values=cache)
+    generate(model, inputs, 2, cache=cache)
     assert given_sizes[0] is None
     assert int(sizes.max()) > 1
     expected = torch.cat([sizes.float().log(), torch.zeros(4 * 17)])
@@ -147,11 +147,11 @@ def test_text_without_a_mask_reads_the_sizes_as_text_with_an_open_mask_does():
     for mask in (None, everything):
         cache = TrimmedCache(model, {"top_k_ratio": 0.1})
         with torch.no_grad():
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, **{CACHE: cache}, use_cache=True)
             ones = torch.ones(2, inputs["input_ids"].shape[1] + 4, dtype=torch.long)
             if mask is not None and not slices_mask_rows():  # there the model takes the new rows out itself
                 mask = torch.cat([inputs["cross_attention_mask"], mask], dim=1)
             given = {"input_ids": text, "attention_mask": ones, "cross_attention_mask": mask}
-            logits.append(model(**given, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(**given, **{CACHE: cache}, use_cache=True).logits)
         assert int(cache.kept_sizes[0].max()) > 1
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.forward.prefill import token_bytes
 
 from ..random_models import PAIR, Sample, generate, prefilled, random_inputs, random_model, trimmed
@@ -22,7 +23,7 @@ def test_all_cross_layers_hold_the_kept_tokens_and_project_no_more(model):
             module.register_forward_hook(
                 lambda _module, args, _output, counts=counts: counts.append(args[0].shape[:-1].numel())
             )
-    cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, 4).past_key_values
+    cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1}, 4))
     assert cache.kept_indices[0].tolist() == kept
     assert [cache.layers[index].keys.shape[2] for index in projected] == [len(kept)] * 2
     assert [cache.layers[index].values.shape[2] for index in projected] == [len(kept)] * 2
@@ -42,7 +43,7 @@ def test_the_pruned_states_exist_once_and_are_gone_after_the_prefill():
     for index in (1, 3, 5):  # after the cache's own hooks, so this sees what the layers get
         model.model.language_model.layers[index].register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
-        model(**random_inputs(model, PAIR), past_key_values=cache, use_cache=True)
+        model(**random_inputs(model, PAIR), **{CACHE: cache}, use_cache=True)
     assert pointers[0] != pointers[1] == pointers[2]
     gc.collect()
     assert cache.step is None

@@ -3,6 +3,7 @@ import torch
 
 from trim_plugin import TrimmedCache
 from trim_plugin.cache.report import format_bytes
+from trim_plugin.compat import CACHE, cache_of
 
 from ..random_models import PAIR, Sample, generate, random_inputs, random_model, trimmed
 
@@ -10,21 +11,21 @@ from ..random_models import PAIR, Sample, generate, random_inputs, random_model,
 def test_by_hand_equals_by_name(model):
     inputs = random_inputs(model, PAIR)
     by_name = trimmed(model, inputs, {"top_k_ratio": 0.2})
-    by_hand = generate(model, inputs, past_key_values=TrimmedCache(model, {"top_k_ratio": 0.2}))
+    by_hand = generate(model, inputs, cache=TrimmedCache(model, {"top_k_ratio": 0.2}))
     assert torch.equal(by_name.sequences, by_hand.sequences)
-    assert isinstance(by_hand.past_key_values, TrimmedCache)
+    assert isinstance(cache_of(by_hand), TrimmedCache)
 
 
 def test_a_cache_for_another_model_is_refused(model):
     other = random_model(seed=1)
     inputs = random_inputs(model, PAIR)
     with pytest.raises(ValueError, match="made for another model"):
-        generate(other, inputs, past_key_values=TrimmedCache(model))
+        generate(other, inputs, cache=TrimmedCache(model))
     with pytest.raises(RuntimeError, match="made for another model"), torch.no_grad():
-        other(**inputs, past_key_values=TrimmedCache(model), use_cache=True)
+        other(**inputs, **{CACHE: TrimmedCache(model)}, use_cache=True)
     TrimmedCache(other)  # hooks on it now
     with pytest.raises(ValueError, match="made for another model"), torch.no_grad():
-        other(**inputs, past_key_values=TrimmedCache(model), use_cache=True)
+        other(**inputs, **{CACHE: TrimmedCache(model)}, use_cache=True)
 
 
 def test_models_without_cross_attention_are_refused():
@@ -45,7 +46,7 @@ def test_its_repr_says_what_it_holds(model, config):
     settings = ", ".join(f"{name}={value}" for name, value in config.items())
     assert repr(cache) == f"TrimmedCache(new; {settings})"
     inputs = random_inputs(model, PAIR)
-    generate(model, inputs, 2, past_key_values=cache)
+    generate(model, inputs, 2, cache=cache)
     report = cache.report()
     text = inputs["input_ids"].shape[1] + 1  # the last token that was generated has not been read
     kept, visible = sum(report.kept_tokens), sum(report.visible_tokens)
@@ -62,4 +63,4 @@ def test_its_repr_says_what_it_holds(model, config):
 def test_its_repr_without_a_picture(model):
     inputs = random_inputs(model, [Sample((4,))])
     output = trimmed(model, inputs, {}, 1)
-    assert repr(output.past_key_values).startswith("TrimmedCache(1 sample: 4 text tokens; no visual tokens; ")
+    assert repr(cache_of(output)).startswith("TrimmedCache(1 sample: 4 text tokens; no visual tokens; ")

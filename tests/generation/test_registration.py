@@ -9,6 +9,7 @@ from transformers.generation.utils import GenerationMixin
 
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.compat import cache_of
 
 from ..random_models import Sample, generate, random_inputs, trimmed
 
@@ -44,9 +45,9 @@ def test_every_way_to_ask_for_it(model):
     model.generation_config.cache_config = {"top_k_ratio": 0.1}
     by_model = generate(model, inputs)
     for output in (by_config, by_object, by_model):
-        assert isinstance(output.past_key_values, TrimmedCache)
+        assert isinstance(cache_of(output), TrimmedCache)
         assert torch.equal(output.sequences, by_arguments.sequences)
-        assert torch.equal(output.past_key_values.kept_indices[0], by_arguments.past_key_values.kept_indices[0])
+        assert torch.equal(cache_of(output).kept_indices[0], cache_of(by_arguments).kept_indices[0])
 
 
 def test_the_callers_settings_are_left_alone(model):
@@ -71,4 +72,4 @@ def test_use_cache_false_is_stock(model):
 
 def test_both_kinds_of_cache_at_once_is_refused(model):
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
-        trimmed(model, random_inputs(model, ONE), None, past_key_values=TrimmedCache(model))
+        trimmed(model, random_inputs(model, ONE), None, cache=TrimmedCache(model))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import cache_of
 from trim_plugin.embedded import SMALL_MODEL, ask, load_small_model
 
 FOLDER = str(Path(__file__).parents[2] / "trim_plugin" / "integrations" / "custom_generate")
@@ -23,7 +24,7 @@ assert "trim_plugin" not in sys.modules
 output = model.generate(
     **inputs, custom_generate={FOLDER!r}, trust_remote_code=True, top_k_ratio=0.1, max_new_tokens=2, return_dict_in_generate=True
 )
-print(type(output.past_key_values).__name__, output.past_key_values.report().kept_share < 1)
+print(type(output.cache).__name__, output.cache.report().kept_share < 1)
 """
 
 
@@ -57,9 +58,9 @@ def test_equals_the_named_cache(small):
     named = model.generate(**inputs, **settings, cache_implementation="trimmed", cache_config={"top_k_ratio": 0.1})
     for own in ({"top_k_ratio": 0.1}, {"cache_config": {"top_k_ratio": 0.1}}):
         custom = model.generate(**inputs, **settings, **own, custom_generate=FOLDER, trust_remote_code=True)
-        assert isinstance(custom.past_key_values, TrimmedCache)
+        assert isinstance(cache_of(custom), TrimmedCache)
         assert torch.equal(custom.sequences, named.sequences)
-        assert custom.past_key_values.kept_indices[0].equal(named.past_key_values.kept_indices[0])
+        assert cache_of(custom).kept_indices[0].equal(cache_of(named).kept_indices[0])
 
 
 @pytest.mark.usefixtures("hub_modules")

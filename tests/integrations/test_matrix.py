@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trim_plugin.compat import cache_of
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.integrations.peft import load_adapters, merge_adapters, switch_adapter
 
@@ -46,9 +47,7 @@ def test_matrix(checkpoint, adapters, weights, adapter):
     assert torch.equal(outputs["exact"].sequences, stock.sequences)
     assert largest_difference(outputs["exact"], stock) <= tolerance
 
-    kept = {
-        name: [tokens.tolist() for tokens in output.past_key_values.kept_indices] for name, output in outputs.items()
-    }
+    kept = {name: [tokens.tolist() for tokens in cache_of(output).kept_indices] for name, output in outputs.items()}
     for ours, theirs in zip(kept["0.25"], kept_by_rule(model, inputs, 0.25), strict=True):
         if weights == "bf16":  # attention maps have ties there
             assert len(set(ours) & set(theirs)) > 0.9 * len(set(ours) | set(theirs))

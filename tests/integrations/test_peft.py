@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trim_plugin import TrimmedCache
+from trim_plugin.compat import cache_of
 from trim_plugin.integrations.peft import (
     PRESETS,
     load_adapters,
@@ -65,9 +66,9 @@ def test_overrides_and_unknown_presets():
 
 def test_selection_sees_adapted_projections(adapters):
     inputs = random_inputs(base(), SAMPLES)
-    plain = trimmed(base(), inputs, {"top_k_ratio": 0.1}, 2).past_key_values.kept_indices
+    plain = cache_of(trimmed(base(), inputs, {"top_k_ratio": 0.1}, 2)).kept_indices
     model = load_adapters(base(), adapters["second"])
-    ours = trimmed(model, inputs, {"top_k_ratio": 0.1}, 2).past_key_values.kept_indices
+    ours = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1}, 2)).kept_indices
     assert [kept.tolist() for kept in ours] == kept_by_rule(model, inputs, 0.1)
     assert [kept.tolist() for kept in ours] != [kept.tolist() for kept in plain]
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from trim_plugin import KCenter, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures
+from trim_plugin.compat import CACHE
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.pictures import encoded
 from trim_plugin.pictures.fingerprint import difference, fingerprint
@@ -45,7 +46,7 @@ def test_the_tower_counts_too(page):
 def test_the_same_model_in_another_format_is_the_same(page, dtype):
     model, processor = load_small_model(dtype)
     cache = TrimmedCache(model, pictures=page)
-    assert model.generate(**page.inputs(processor, "Hi"), past_key_values=cache, max_new_tokens=2).shape[0] == 1
+    assert model.generate(**page.inputs(processor, "Hi"), **{CACHE: cache}, max_new_tokens=2).shape[0] == 1
 
 
 def test_another_shape_is_told(page):

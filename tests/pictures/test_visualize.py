@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import trim_plugin
+from trim_plugin.compat import cache_of
 from trim_plugin.pictures.visualize import ScoreRecorder, TileMap, dropped_overlay, visualize
 from trim_plugin.rules.processors import TopKPerHead
 
@@ -84,7 +85,7 @@ def test_the_count_in_the_title_is_the_caches(model):
     ):
         output = model.generate(**inputs, max_new_tokens=1, cache_implementation="trimmed", cache_config=config,
                                 return_dict_in_generate=True)  # fmt: skip
-        report = output.past_key_values.report()
+        report = cache_of(output).report()
         title = visualize(model, inputs, config).axes[0].get_title()
         assert title.startswith(f"kept: {report.kept_tokens[0]} of {report.visible_tokens[0]} visual tokens")
 

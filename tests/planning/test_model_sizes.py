@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trim_plugin.compat import cache_of
 from trim_plugin.planning import model_sizes
 
 from ..random_models import Sample, random_config, random_inputs, random_model, trimmed
@@ -41,7 +42,7 @@ def test_quantized_caches_are_exact_to_the_byte(kv, model):
     pytest.importorskip("trim_plugin.cache.quantized")
     pytest.importorskip("bitsandbytes")
     inputs = random_inputs(model, [Sample((1, (6,), 5))])
-    report = trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": kv}, 3).past_key_values.report()
+    report = cache_of(trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": kv}, 3)).report()
     assert model_sizes.cross_kv_bytes(model.config, 1, 20, kv) == report.cross_kv_bytes
 
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from trim_plugin.compat import cache_of
 from trim_plugin.planning import model_sizes, planner, working_set
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.planner import Way
@@ -26,8 +27,8 @@ def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, cop
     new = 5
     job = Job(batch, images, tiles, readable, inputs["input_ids"].shape[1], new, copies=copies)
     how = {"num_return_sequences": copies, "do_sample": copies > 1}
-    exact = trimmed(model, inputs, {"top_k_ratio": 1.0}, new, **how).past_key_values.report()
-    cache = trimmed(model, inputs, {"top_k_ratio": 0.1}, new, **how).past_key_values
+    exact = cache_of(trimmed(model, inputs, {"top_k_ratio": 1.0}, new, **how)).report()
+    cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1}, new, **how))
     share = max(map(len, cache.kept_indices)) / (readable * tiles * model_sizes.tile_tokens(model.config))
     found = [
         planner.plan(model.config, job, way, weights="fp32")
@@ -40,7 +41,7 @@ def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, cop
     ]
     assert {plan.self_kv for plan in found} == {exact.self_kv_bytes}
     if copies == 1:
-        stock = generate(model, inputs, new).past_key_values
+        stock = cache_of(generate(model, inputs, new))
         assert found[0].cross_kv == sum(
             stock.layers[i].keys.nbytes + stock.layers[i].values.nbytes
             for i in model.model.language_model.cross_attention_layers

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
+from trim_plugin.compat import cache_of
 from trim_plugin.rules import k_center
 
 from ..random_models import Sample, random_inputs, random_model, trimmed
@@ -84,7 +85,7 @@ def test_wide_states_are_covered_after_the_projection():
 def test_the_share_is_of_each_visibility_group_and_works_in_generate():
     model = random_model(image_size=16)
     inputs = random_inputs(model, [Sample((1, (6,), 4, (3,), 5)), Sample((1, (2,), 3))])
-    cache = trimmed(model, inputs, {"processors": [KCenter(0.25)]}).past_key_values
+    cache = cache_of(trimmed(model, inputs, {"processors": [KCenter(0.25)]}))
     # 4 and 3 tiles in the first sample, of which the last text row reads the second picture only; 2 tiles in the second.
     assert [len(kept) for kept in cache.kept_indices] == [math.ceil(0.25 * 3 * 17), math.ceil(0.25 * 2 * 17)]
     assert [int(sizes.sum()) for sizes in cache.kept_sizes] == [3 * 17, 2 * 17]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trim_plugin import KCenter
 from trim_plugin.attention.masks import add_log_sizes, pack
+from trim_plugin.compat import cache_of
 from trim_plugin.rules import merging
 from trim_plugin.rules.merging import merge_dropped
 
@@ -128,9 +129,9 @@ def test_a_generation_compares_tokens_by_the_keys_of_the_first_cross_attention_l
     model = random_model(seed=5, image_size=16, heads=4, kv_heads=kv_heads)
     inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (2,), 3))])
     with torch.no_grad():
-        stock = model(**inputs, use_cache=True).past_key_values
+        stock = cache_of(model(**inputs, use_cache=True))
     keys = stock.layers[model.config.text_config.cross_attention_layers[0]].keys
-    cache = trimmed(model, inputs, {"top_k_ratio": 0.05}, new=1).past_key_values
+    cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.05}, new=1))
     for sample, (index, sizes) in enumerate(zip(cache.kept_indices, cache.kept_sizes, strict=True)):
         read = inputs["cross_attention_mask"][sample, -1].flatten().bool().repeat_interleave(17)
         own = keys[sample].transpose(0, 1).flatten(1)

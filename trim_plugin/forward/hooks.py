@@ -11,7 +11,7 @@ import transformers
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.compat import CACHE, cache_of, unsupported
+from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
 from trim_plugin.contract import check_contract, check_layer
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.prefill import Prefill
@@ -99,9 +99,11 @@ def has_hooks(text_model: Any) -> bool:
 def check_layers_get_caches(text_model: Any) -> None:
     """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
 
-    It does so in training mode with gradient checkpointing, after the hooks have run: nothing is cached, so every token after
-    the first would be read without its past.
+    It does so in training mode with gradient checkpointing (from 5.24 on only where gradients are computed), after the hooks have
+    run: nothing is cached, so every token after the first would be read without its past.
     """
+    if checkpointing_keeps_caches() and not torch.is_grad_enabled():
+        return
     if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
         raise ValueError(
             "A TrimmedCache was given to a model in training mode with gradient checkpointing, in which transformers passes no "

@@ -18,9 +18,10 @@ from trim_plugin.forward.hooks import attach, find_text_model
 class TrimmedCache(HeldCache):
     """A transformers `Cache` whose cross-attention layers hold only the visual tokens that decoding needs.
 
-    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into
-    `past_key_values=` of `generate` or of a plain forward; making it attaches hooks to the model's cross-attention layers,
-    which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a generation lives here.
+    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into `cache=` of
+    `generate` or of a plain forward (`past_key_values=` before transformers 5.24); making it attaches hooks to the model's
+    cross-attention layers, which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a
+    generation lives here.
 
     A forward with one text row is taken to be a decoding step, whose row may read what the last prompt row could:
     that is how `generate` extends the mask. A forward with several rows has its mask read.
@@ -42,7 +43,7 @@ class TrimmedCache(HeldCache):
         >>> from trim_plugin.embedded import ask, load_small_model
         >>> model, processor = load_small_model()
         >>> cache = TrimmedCache(model, {"top_k_ratio": 0.25})
-        >>> output = model.generate(**ask(processor), past_key_values=cache, max_new_tokens=4)
+        >>> output = model.generate(**ask(processor), cache=cache, max_new_tokens=4)
         >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
         (1, True)
         >>> cache

@@ -24,7 +24,7 @@ def check_mode(model: torch.nn.Module) -> None:
 
 
 def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length: int) -> None:
-    """Check a cache that the user gives as `past_key_values`.
+    """Check a cache that the user gives (as `cache`, or `past_key_values` before transformers 5.24).
 
     Args:
         model: the model that is about to generate.

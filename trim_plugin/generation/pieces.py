@@ -24,6 +24,10 @@ from trim_plugin.forward.tower import picture_tokens, pictures_at_a_time
 #: layer needs a fifth of what the tower needs (11B: 0.18 of 0.94 GB). With 4 the tower still sets the peak, with 8 it does not.
 TOWER_CALLS = 4
 
+#: A field of outputs since transformers 5.24: what the vision tower has yielded, before it is projected to what the text model
+#: reads (11B: 98 MB a picture, twice as much). Holding it for every piece would cost what reading in pieces saves.
+LEFT_OUT = "image_outputs"
+
 #: What reads one piece: its inputs and its cache, which it fills → the model's output.
 Read = Callable[[dict[str, Any], HeldCache], Any]
 
@@ -87,19 +91,21 @@ def prefill_of_generate(
     return read_in_pieces(cache, {"input_ids": input_ids, **model_kwargs}, batch, pieces, read_piece)
 
 
-def prefill(model: Any, cache: HeldCache, **inputs: Any) -> Any:
+def prefill(model: Any, cache: HeldCache | None = None, **inputs: Any) -> Any:
     """Read prompts in pieces, for decoding loops written by hand; `generate` does it by itself.
 
     Args:
         model: an Mllama model.
-        cache: a `TrimmedCache` of this model, new or holding a conversation.
-        inputs: what the model's forward takes, without `past_key_values`: `input_ids` or `inputs_embeds`, `attention_mask`,
+        cache: a `TrimmedCache` of this model, new or holding a conversation; as `past_key_values` as well.
+        inputs: what the model's forward takes, without the cache: `input_ids` or `inputs_embeds`, `attention_mask`,
             `pixel_values` and so on, batch first.
 
     Returns:
         The forward's output. Logits are of the last row alone, (batch, 1, vocabulary), unless `logits_to_keep` says otherwise.
+        Read in pieces, it has no `image_outputs`.
 
     Raises:
+        TypeError: no cache is given, or two are.
         ValueError: neither `input_ids` nor `inputs_embeds` is given, or something does not fit, see `docs/errors.md`.
 
     Example:
@@ -110,6 +116,12 @@ def prefill(model: Any, cache: HeldCache, **inputs: Any) -> Any:
         >>> prefill(model, cache, **ask(processor)).logits.shape[:2]
         torch.Size([1, 1])
     """
+    caches = [one for one in (cache, inputs.pop("past_key_values", None)) if one is not None]
+    if len(caches) != 1:
+        raise TypeError(
+            f"prefill needs one TrimmedCache, got {len(caches)}. Give it as cache: prefill(model, cache, **inputs)."
+        )
+    cache = caches[0]
     text = inputs.get("input_ids")
     text = inputs.get("inputs_embeds") if text is None else text
     if text is None:
@@ -170,22 +182,22 @@ def read_in_pieces(cache: HeldCache, inputs: Mapping[str, Any], batch: int, piec
         read: reads one piece.
 
     Returns:
-        The output as one forward over the whole batch returns it, with `past_key_values=cache`.
+        The output as one forward over the whole batch returns it, with `cache` as its cache, but without `LEFT_OUT`.
     """
     if cache.sources.shared:
         cache.unshare()
     parts, outputs = [], []
     for piece in pieces.slices:
         part = part_of(cache, piece)
-        outputs.append(read(_rows(inputs, batch, pieces.copies, piece), part))
+        output = read(_rows(inputs, batch, pieces.copies, piece), part)
+        kind = type(output)
+        outputs.append({name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)})
         parts.append(part)
-    first, fields = outputs[0], list(outputs[0].keys())
-    output = type(first)(
-        **{name: cache if name == CACHE else _joined([one[name] for one in outputs], pieces.copies) for name in fields}
-    )
+        del output  # and with it what is left out, before the next piece is read
+    fields = {name: _joined([one[name] for one in outputs], pieces.copies) for name in outputs[0]}
     outputs.clear()
     join(cache, parts, pieces.copies)
-    return output
+    return kind(**fields, **{CACHE: cache})
 
 
 def _rows(inputs: Mapping[str, Any], batch: int, copies: int, piece: slice) -> dict[str, Any]:

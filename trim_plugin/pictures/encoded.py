@@ -44,7 +44,7 @@ class Pictures(EncodedSample):
         >>> model, processor = load_small_model()
         >>> pictures = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.25))
         >>> inputs = pictures.inputs(processor, "Read all digits.")
-        >>> output = model.generate(**inputs, past_key_values=TrimmedCache(model, pictures=pictures), max_new_tokens=4)
+        >>> output = model.generate(**inputs, cache=TrimmedCache(model, pictures=pictures), max_new_tokens=4)
         >>> output.shape[0], "pixel_values" in inputs
         (1, False)
     """
