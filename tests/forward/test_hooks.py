@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import trim_plugin
-from trim_plugin.compat import CACHE
+from trim_plugin import TrimmedCache
+from trim_plugin.compat import CACHE, UnsupportedTransformersError
 from trim_plugin.forward.hooks import (
     after_layer,
     attach,
@@ -42,6 +43,15 @@ def test_hooks_do_nothing_for_any_other_cache(model):
         kwargs = {CACHE: cache, "cross_attention_states": object(), "cross_attention_mask": object()}
         assert before_layer(layer, (torch.zeros(1, 2, 32),), kwargs) is None
         assert after_layer(layer, (torch.zeros(1, 2, 32),), kwargs, None) is None
+
+
+def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(model):
+    """A signature cannot tell how the text model calls its layers; the first call does."""
+    cache = TrimmedCache(model)
+    layer = model.model.language_model.layers[1]
+    for args, kwargs in (((cache,), {}), ((), {"renamed": cache})):
+        with pytest.raises(UnsupportedTransformersError, match=f"a call of MllamaCrossAttention.* with {CACHE}="):
+            before_layer(layer, (torch.zeros(1, 2, 32), *args), kwargs)
 
 
 def test_a_decoding_row_gets_the_mask_that_the_prefill_decided(model):

@@ -65,6 +65,13 @@ def test_the_trimmed_cache_is_the_default_and_a_request_may_set_it(client, quest
     assert ratios == [0.1, 0.5, 1.0, 0.1]
 
 
+def test_the_one_model_is_listed(client):
+    """By another method of transformers from 5.24 on, which would call it unloaded."""
+    (listed,) = client.models.list().data
+    assert (listed.id, listed.owned_by) == ("small", "trim-plugin")
+    assert "status" not in listed.to_dict()
+
+
 def test_several_pictures_and_turns(client, small):
     first, second = examples()[:2]
     turns = chat(data_uri(first.picture.read_bytes()), first.question)
