@@ -50,6 +50,6 @@ def kept_by_rule(model: Any, inputs: dict[str, torch.Tensor], ratio: float) -> l
                 score = attention[sample, head, readers].float().mean(dim=0)
                 ranking = sorted(members, key=lambda token: (-float(score[token]), token))
                 kept.update(ranking[:k])
-        last = reads[rows - 1]
+        last = reads[max(row for row in range(rows) if is_text[row])]
         result.append([token for token in sorted(kept) if last[token] or not any(last)])
     return result

@@ -51,19 +51,63 @@ def test_a_sample_without_voters_has_no_group():
     assert Visibility(runs, runs[..., 0], torch.tensor([5])).groups() == [[]]
 
 
-def test_padding_from_every_kind_of_mask():
-    expected = [[True, False, False], [False, False, False]]
-    flat = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    causal = torch.ones(3, 3, dtype=torch.bool).tril() & (flat != 0)[:, None]
-    additive_mask = torch.zeros(causal.shape).masked_fill(~causal, LOW)
-    longer = torch.cat([causal, torch.zeros(2, 3, 4, dtype=torch.bool)], dim=2)  # a static cache's
-    for mask in (flat, causal[:, None], additive_mask[:, None], longer[:, None]):
-        assert padding_of(mask, 3).tolist() == expected
-    assert padding_of(None, 3) is None
-    with_past = torch.cat([torch.ones(2, 3, 2, dtype=torch.bool), causal], dim=2)
-    assert padding_of(with_past[:, None], 3).tolist() == expected
+def masks_of(flat, past=0):
+    """Every kind of mask that a text model can be given, of texts of which `flat` tells 0 for padding, `past` tokens cached."""
+    keys = flat != 0
+    causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool).tril() & keys[:, None]
+    causal = causal[:, None, past:]
+    longer = torch.nn.functional.pad(causal, (0, 4))  # a static cache's
+    return {
+        "flat": flat,
+        "flat bool": keys,
+        "bool": causal,
+        "additive": torch.zeros(causal.shape).masked_fill(~causal, LOW),
+        "-inf": torch.zeros(causal.shape).masked_fill(~causal, -torch.inf),
+        "of heads": causal.expand(-1, 3, -1, -1),
+        "longer": longer,
+        "longer and flat": torch.nn.functional.pad(flat, (0, 4)),
+    }
 
 
-def test_other_masks_are_refused():
-    with pytest.raises(TypeError, match="attention mask of type str"):
-        padding_of("flex", 3)
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize(
+    "flat",
+    [
+        [[1, 1, 1, 1, 1]],
+        [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+        [[1, 1, 1, 0, 0]],
+        [[0, 1, 1, 1, 0], [1, 1, 0, 0, 1]],
+        [[0, 0, 0, 0, 1]],
+    ],
+)
+def test_padding_from_every_kind_of_mask(flat, past):
+    flat = torch.tensor(flat)
+    expected = (flat == 0)[:, past:].tolist()
+    for kind, mask in masks_of(flat, past).items():
+        assert padding_of(mask, past, 5 - past).tolist() == expected, kind
+    assert padding_of(None, past, 5 - past) is None
+    assert padding_of(flat[:, past:], past, 5 - past).tolist() == expected, "of the new tokens alone"
+
+
+def test_padding_that_sees_itself_alone():
+    """As one makes masks by hand, so that no row of a softmax is empty."""
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    keys = torch.tensor([False, False, True, True])
+    assert padding_of(((causal & keys) | torch.eye(4).bool())[None, None], 0, 4).tolist() == [
+        [True, True, False, False]
+    ]
+    assert padding_of(torch.ones(1, 1, 1, 1), 0, 1).tolist() == [[False]]
+
+
+def test_texts_packed_into_one_row_are_text():
+    segment = torch.tensor([0, 0, 0, 1, 1])
+    mask = (segment[:, None] == segment) & torch.ones(5, 5, dtype=torch.bool).tril()
+    assert padding_of(mask[None, None], 0, 5).tolist() == [[False] * 5]
+
+
+@pytest.mark.parametrize(("mask", "kind"), [("flex", "type str"), (torch.ones(2, 3, 3), r"shape \(2, 3, 3\)")])
+def test_other_masks_are_refused(mask, kind):
+    with pytest.raises(TypeError, match=f"attention mask of {kind}"):
+        padding_of(mask, 0, 3)

@@ -174,7 +174,7 @@ def test_flex_attention():
     from trim_plugin.attention.visibility import padding_of
 
     with pytest.raises(TypeError, match="cannot read padding off an attention mask of type object"):
-        padding_of(object(), 3)
+        padding_of(object(), 0, 3)
 
 
 def test_chunked_pictures(model, inputs, forwards):

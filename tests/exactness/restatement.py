@@ -196,7 +196,9 @@ class Restatement:
                 for entry in made:
                     if blind or reads[row][entries[entry].token]:
                         notes.append(("later", row, -1, entry, math.log(len(entries[entry].members))))
-            last = reads[turn.end - 1]
+            # What the last text row reads is left. Exact mode follows stock, which lets new text read what the last row reads.
+            ends = [row for row in range(turn.start, turn.end) if self.rule is None or decoding or text[row]]
+            last = reads[ends[-1]] if ends else [True] * tokens
             held = [entry for entry in held + made if decoding or not any(last) or last[entries[entry].token]]
         first = torch.full((rows, tokens + 2 * len(entries)), -math.inf)
         later = first.clone()

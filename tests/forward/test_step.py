@@ -10,9 +10,9 @@ LOW = torch.finfo(torch.float32).min
 SIDE_BY_SIDE, ONE_AFTER_THE_OTHER = Sample((1, (6, 6), 6)), Sample(((6,), 4, (6,), 5))
 
 
-def reading(model, cache, mask, open_rows=None, rows=2):
+def reading(model, cache, mask, open_rows=None, rows=2, padding=None):
     hidden_states = torch.zeros(1, rows, model.config.text_config.hidden_size)
-    return Reading(cache, cache.tokens, mask, open_rows, hidden_states)
+    return Reading(cache, cache.tokens, mask, open_rows, padding, hidden_states)
 
 
 def finished(model, cache, step):

@@ -14,9 +14,27 @@ def is_open(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def last_row_reads(mask: torch.Tensor) -> torch.Tensor:
-    """bool (batch, tokens): what the last row may read. A blind row reads everything: stock's mask for it is all zeros."""
-    return is_open(mask[:, 0, -1])
+def last_row_reads(mask: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    """What the last text row may read. A blind row reads everything: stock's mask for it is all zeros.
+
+    Args:
+        mask: additive (batch, 1, rows, tokens).
+        padding: bool (batch or 1, rows), True for rows that are no text; None: the last row is text.
+
+    Returns:
+        bool (batch, tokens); all True for a sample without text.
+
+    Example:
+        >>> mask = torch.tensor([[[[0.0, torch.finfo(torch.float32).min], [0.0, 0.0]]]])
+        >>> last_row_reads(mask).tolist(), last_row_reads(mask, torch.tensor([[False, True]])).tolist()
+        ([[True, True]], [[True, False]])
+    """
+    if padding is None:
+        return is_open(mask[:, 0, -1])
+    rows = torch.arange(mask.shape[2], device=mask.device)
+    last = torch.where(padding.to(mask.device), -1, rows).amax(dim=1).expand(len(mask))
+    samples = torch.arange(len(mask), device=mask.device)
+    return is_open(mask[samples, 0, last]) | (last < 0)[:, None]
 
 
 def take_columns(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -85,10 +103,19 @@ def check_columns(mask: torch.Tensor, total: int) -> None:
         )
 
 
-def reads_any(mask: torch.Tensor, open_rows: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """0-dim bool: a row that is not blind may read one of `tokens`, bool (batch, tokens); later columns don't matter."""
+def reads_any(
+    mask: torch.Tensor, open_rows: torch.Tensor | None, tokens: torch.Tensor, padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """0-dim bool: a row that is neither blind nor padding may read one of `tokens`, bool (batch, tokens).
+
+    The mask's later columns don't matter. `padding` is bool (batch or 1, rows), or None if there is none.
+    """
     reads = is_open(mask[..., : tokens.shape[1]]) & tokens.to(mask.device)[:, None, None]
-    return (reads if open_rows is None else reads & (open_rows.to(mask.device) != 0)).any()
+    if open_rows is not None:
+        reads &= open_rows.to(mask.device) != 0
+    if padding is not None:
+        reads &= ~padding.to(mask.device)[:, None, :, None]
+    return reads.any()
 
 
 def pack(chosen: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,13 +117,14 @@ def read_visibility(mask: torch.Tensor, open_rows: torch.Tensor | None, padding:
     return Visibility(allowed, voters, ends - starts.cpu())
 
 
-def padding_of(causal_mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    """Read which of the last `rows` text tokens are padding off a self-attention mask.
+def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> torch.Tensor | None:
+    """Read which of a forward's text tokens are padding off the attention mask that the text model is called with.
 
     Args:
-        causal_mask: what a decoder layer gets as `attention_mask`: None (no padding), (batch, tokens) of 0/1, or
-            (batch, 1, rows, tokens or more) bool or additive, whose last row sees everything but padding.
-        rows: number of text rows in this forward.
+        attention_mask: None (no padding), (batch, text tokens so far or more) of 0/1, or a mask that the caller has made for the
+            layers: (batch, heads or 1, rows, text tokens so far or more), bool or additive.
+        past: text tokens before this forward.
+        rows: text tokens of this forward.
 
     Returns:
         bool (batch, rows), True for padding; None if nothing says that there is any.
@@ -132,28 +133,37 @@ def padding_of(causal_mask: torch.Tensor | None, rows: int) -> torch.Tensor | No
         TypeError: a mask of another kind, for instance flex attention's.
 
     Example:
-        >>> padding_of(torch.tensor([[0, 1, 1]]), 2).tolist()
-        [[False, False]]
+        >>> padding_of(torch.tensor([[0, 1, 1, 0]]), past=1, rows=3).tolist()
+        [[False, False, True]]
     """
-    if causal_mask is None:
+    if attention_mask is None:
         return None
-    if not isinstance(causal_mask, torch.Tensor):
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
+        of = f"type {type(attention_mask).__name__}"
+        if isinstance(attention_mask, torch.Tensor):
+            of = f"shape {tuple(attention_mask.shape)}"
         raise TypeError(
-            f"trim_plugin cannot read padding off an attention mask of type {type(causal_mask).__name__}. "
-            "Load the model with attn_implementation='sdpa' or 'eager'."
+            f"trim_plugin cannot read padding off an attention mask of {of}. Give the processor's, (batch, text tokens) of 0 "
+            "and 1, and load the model with attn_implementation='sdpa' or 'eager'."
         )
-    if causal_mask.ndim == 2:
-        return causal_mask[:, -rows:] == 0
-    last = causal_mask[:, 0, -1]
-    seen = last if last.dtype == torch.bool else is_open(last)
-    # A static cache's mask is longer than the text so far, and the last row sees nothing of the rest.
-    past = _last_true(seen) + 1 - rows
-    return ~seen[:, past : past + rows]
+    # As transformers reads it: a column is a token's position. A mask of the new tokens alone says as much here.
+    first = past if attention_mask.shape[-1] >= past + rows else attention_mask.shape[-1] - rows
+    own = attention_mask[..., first : first + rows]
+    return own == 0 if attention_mask.ndim == 2 else _padding_of_rows(own)
 
 
-def _last_true(seen: torch.Tensor) -> int:
-    columns = seen.any(dim=0).nonzero()
-    return int(columns[-1]) if len(columns) else seen.shape[-1] - 1
+def _padding_of_rows(own: torch.Tensor) -> torch.Tensor:
+    """bool (batch, rows): padding among rows, of what they see of each other, (batch, heads or 1, rows, rows).
+
+    A text row sees itself. Who makes a mask by hand may let padding see itself and nothing else, so that no softmax is empty:
+    a row that has nothing to do with any other is padding, too, where others have to do with each other.
+    """
+    sees = own if own.dtype == torch.bool else is_open(own) if own.is_floating_point() else own != 0
+    sees = sees.any(dim=1)
+    itself = sees.diagonal(dim1=1, dim2=2)
+    alone = itself & (sees.sum(dim=1) == 1) & (sees.sum(dim=2) == 1)
+    together = (itself & ~alone).any(dim=1, keepdim=True)
+    return ~itself | (alone & together)
 
 
 def _run_starts(mask: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,8 @@ class HeldCache(Cache):
         #: The forward in progress (`trim_plugin.forward.step.Step`), None between forwards.
         self.step: Any = None
         self.unfinished = False
+        #: bool (batch or 1, rows): rows of the forward in progress that are no text; None if there are none.
+        self.padding: torch.Tensor | None = None
         #: Encoded pictures that the next forward reads, one entry a sample (`trim_plugin.forward.encoded`); None if it has none.
         self.encoded: list[Any] | None = None
         #: What the forward in progress reads of them, between the model's hook and its first cross-attention layer's.
@@ -201,7 +203,7 @@ class HeldCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.tokens = self.step = self.encoded = self.reading = self.sources.of_sample = None
+        self.tokens = self.step = self.encoded = self.reading = self.padding = self.sources.of_sample = None
         self.copies = 1
         self.unfinished = False
 

@@ -32,7 +32,7 @@ def part_of(cache: HeldCache, samples: slice) -> HeldCache:
     """
     part = copy.copy(cache)
     part.config = dataclasses.replace(cache.config, static=False)
-    part.step, part.reading, part.copies = None, None, 1
+    part.step, part.reading, part.padding, part.copies = None, None, None, 1
     part.encoded = None if cache.encoded is None else cache.encoded[samples]
     part.sources = type(cache.sources)()
     part.layers = part.new_layers(part.config)

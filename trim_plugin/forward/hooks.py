@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import transformers
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
+from trim_plugin.attention.visibility import padding_of
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
 from trim_plugin.contract import check_contract, check_layer
@@ -42,8 +45,9 @@ def attach(model: torch.nn.Module) -> Any:
     for module in _whole_models(model):
         if before_model not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(before_model, with_kwargs=True)
-        if isinstance(module, MllamaModel) and read_pictures not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(read_pictures, with_kwargs=True)
+        own = read_pictures if isinstance(module, MllamaModel) else read_padding
+        if own not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(own, with_kwargs=True)
     return text_model
 
 
@@ -63,7 +67,7 @@ def detach(model: torch.nn.Module) -> None:
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
             _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
     for module in _whole_models(model):
-        for hook in (before_model, read_pictures):
+        for hook in (before_model, read_pictures, read_padding):
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
     for module, hooks in tower_hooks(model):
         for hook in hooks:
@@ -140,6 +144,29 @@ def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None  # transformers' own way
     states = visual_states(model, pixel_values, ids, mask, at_a_time, share)
     return args, {**kwargs, "pixel_values": None, "cross_attention_states": states}
+
+
+def read_padding(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an `MllamaTextModel`: note which rows are padding. Its layers get a mask that does not tell."""
+    cache = cache_of(kwargs)
+    if not isinstance(cache, HeldCache):
+        return
+    given = _by_name(text_model, args, kwargs)
+    text = given.get("input_ids")
+    rows = (given["inputs_embeds"] if text is None else text).shape[1]
+    if given.get("cross_attention_states") is None and (rows == 1 or cache.tokens is None):
+        return  # decoding, which must stay free of anything that a compiled graph could not hold, or text alone
+    cache.padding = padding_of(given.get("attention_mask"), int(cache.get_seq_length()), rows)
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by their names, however they were given."""
+    return {**dict(zip(_argument_names(type(model)), args, strict=False)), **kwargs} if args else kwargs
+
+
+@functools.cache
+def _argument_names(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _with_encoded(
@@ -231,6 +258,7 @@ def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: di
     _check_cache(layer, cache, hidden_states)
     states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
     open_rows = kwargs["full_text_row_masked_out_mask"]
+    padding, cache.padding = cache.padding, None
     # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
     cache.unfinished = True
     if states is not None:
@@ -239,10 +267,10 @@ def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: di
         states = states.reshape(len(hidden_states), -1, states.shape[-1])
         read, cache.reading = cache.reading, None
         new = EncodedBatch.of_states(states) if read is None else dataclasses.replace(read, states=states)
-        return Prefill(cache, new, mask, open_rows, kwargs["attention_mask"], hidden_states)
+        return Prefill(cache, new, mask, open_rows, padding, hidden_states)
     if cache.tokens is None:
         raise ValueError("No picture was given, and this TrimmedCache holds none.")
-    return Reading(cache, cache.tokens, mask, open_rows, hidden_states)
+    return Reading(cache, cache.tokens, mask, open_rows, padding, hidden_states)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

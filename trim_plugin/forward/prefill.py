@@ -18,12 +18,12 @@ from trim_plugin.attention.masks import (
     take_columns,
 )
 from trim_plugin.attention.scoring import visual_token_scores
-from trim_plugin.attention.visibility import group_ids, padding_of, read_visibility
+from trim_plugin.attention.visibility import group_ids, read_visibility
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.layers import CrossAttentionLayer, take_tokens
 from trim_plugin.cache.tokens import CachedTokens, Storage
 from trim_plugin.forward.encoded import EncodedBatch
-from trim_plugin.forward.step import Step
+from trim_plugin.forward.step import Step, counted_padding
 from trim_plugin.rules.merging import Merging, merge_dropped
 from trim_plugin.rules.selection import select
 
@@ -40,7 +40,7 @@ class Prefill(Step):
         new: the new pictures' visual tokens.
         mask: additive (batch, 1, rows, all visual tokens so far), or None: every row may read everything.
         open_rows: 0 for blind rows, see `masks`; or None.
-        causal_mask: the self-attention mask, to tell padding.
+        padding: bool (batch or 1, rows), True for rows that are no text; None if there are none.
         hidden_states: (batch, rows, width), what the first cross-attention decoder layer is given.
 
     Raises:
@@ -54,7 +54,7 @@ class Prefill(Step):
         new: EncodedBatch,
         mask: torch.Tensor | None,
         open_rows: torch.Tensor | None,
-        causal_mask: torch.Tensor | None,
+        padding: torch.Tensor | None,
         hidden_states: torch.Tensor,
     ) -> None:
         rows, states = hidden_states.shape[1], new.states
@@ -70,11 +70,11 @@ class Prefill(Step):
             self._reachable = torch.ones(len(states), total, dtype=torch.bool, device=states.device)
         else:
             check_columns(mask, total)
-            self._reachable = last_row_reads(mask).to(states.device)
-            readable = mask if as_they_come else self._mask_of_columns(mask, open_rows)
+            self._reachable = last_row_reads(mask, counted_padding(cache, padding)).to(states.device)
+            readable = mask if as_they_come else self._mask_of_columns(mask, open_rows, counted_padding(cache, padding))
         if self._earlier is not None:
             self._reachable[:, : self._earlier.total] &= self._earlier.reachable.to(self._reachable.device)
-        self._visibility = read_visibility(readable, open_rows, padding_of(causal_mask, rows))
+        self._visibility = read_visibility(readable, open_rows, padding)
         self._readable = readable
         self._before = self._sizes
         self._mask = readable if as_they_come else add_log_sizes(readable, self._sizes)
@@ -85,9 +85,11 @@ class Prefill(Step):
         self._decodable = self._valid
         self._positions: torch.Tensor | None = None
 
-    def _mask_of_columns(self, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
+    def _mask_of_columns(
+        self, mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor:
         """The mask over the columns, where these are not simply all visual tokens."""
-        if self._earlier is not None and bool(reads_any(mask, open_rows, ~self._earlier.reachable)):
+        if self._earlier is not None and bool(reads_any(mask, open_rows, ~self._earlier.reachable, padding)):
             raise ValueError(LOST_TOKENS)
         return take_columns(mask, self._index, self._valid)
 

@@ -33,6 +33,20 @@ class Step(ABC):
         """Tell the cache what its layers hold now. Called after the last cross-attention layer."""
 
 
+def counted_padding(cache: HeldCache, padding: torch.Tensor | None) -> torch.Tensor | None:
+    """What does not count when it is asked what decoding can read, and whether a row reads tokens that are gone.
+
+    Padding does not. In exact mode the last row always does: `generate` goes on from it, and lets new text read what it reads.
+
+    Args:
+        cache: the cache, whose settings say which mode it is.
+        padding: bool (batch or 1, rows), True for rows that are no text; None if there are none.
+    """
+    if padding is None or not cache.config.keeps_reachable:
+        return padding
+    return torch.cat([padding[:, :-1], torch.zeros_like(padding[:, -1:])], dim=1)
+
+
 class Reading(Step):
     """Several text rows that read what is cached: candidates to be verified, or a text-only turn.
 
@@ -40,6 +54,7 @@ class Reading(Step):
         cache: the cache, with its tokens.
         mask: additive (batch, 1, rows, all visual tokens so far), or None: every row may read everything.
         open_rows: 0 for blind rows, see `masks`; or None.
+        padding: bool (batch or 1, rows), True for rows that are no text; None if there are none.
         hidden_states: (batch, rows, width), what the decoder layer is given.
 
     Raises:
@@ -52,6 +67,7 @@ class Reading(Step):
         tokens: CachedTokens,
         mask: torch.Tensor | None,
         open_rows: torch.Tensor | None,
+        padding: torch.Tensor | None,
         hidden_states: torch.Tensor,
     ) -> None:
         self._cache, self._tokens = cache, tokens
@@ -59,13 +75,15 @@ class Reading(Step):
         if mask is None:
             self._mask = tokens.open_reading_mask(hidden_states.shape[1])
         else:
-            self._mask = self._read_mask(mask, open_rows)
+            self._mask = self._read_mask(mask, open_rows, counted_padding(cache, padding))
 
-    def _read_mask(self, mask: torch.Tensor, open_rows: torch.Tensor | None) -> torch.Tensor:
+    def _read_mask(
+        self, mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor:
         tokens = self._tokens
         check_columns(mask, tokens.total)
-        still = last_row_reads(mask).to(tokens.reachable.device) & tokens.reachable
-        lost = reads_any(mask, open_rows, ~tokens.reachable).to(still.device)
+        still = last_row_reads(mask, padding).to(tokens.reachable.device) & tokens.reachable
+        lost = reads_any(mask, open_rows, ~tokens.reachable, padding).to(still.device)
         lost_any, narrows = torch.stack([lost, (still != tokens.reachable).any()]).tolist()  # one sync for both
         if lost_any:
             raise ValueError(LOST_TOKENS)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from trim_plugin.attention.masks import LOST_TOKENS
-from trim_plugin.cache.tokens import CachedTokens
+from trim_plugin.attention.visibility import padding_of
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward.hooks import ENCODED_AND_PIXELS, check_layers_get_caches, find_text_model, has_hooks
+from trim_plugin.forward.step import counted_padding
 from trim_plugin.forward.trimmed_cache import TrimmedCache
 
 
@@ -74,7 +75,8 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         ValueError: something does not fit; the message names the argument and what to do.
     """
     attention_mask = inputs.get("attention_mask")
-    if attention_mask is not None and not bool(attention_mask.any(dim=-1).all()):
+    flat = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if flat and not bool(attention_mask.any(dim=-1).all()):
         sample = int((~attention_mask.any(dim=-1)).nonzero()[0])
         raise ValueError(
             f"attention_mask is 0 for every token of sample {sample}: there is no text to go on from. Give the mask that "
@@ -90,7 +92,7 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
         if pixel_values is not None or cache.encoded is not None or cache.tokens is not None:
-            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values)
+            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask if flat else None)
 
 
 def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
@@ -168,7 +170,11 @@ def _check_mask_rows(mask: torch.Tensor, cache: TrimmedCache, inputs: Mapping[st
 
 
 def _check_mask_columns(
-    mask: torch.Tensor, cache: TrimmedCache, vision_config: Any, pixel_values: torch.Tensor | None
+    mask: torch.Tensor,
+    cache: TrimmedCache,
+    vision_config: Any,
+    pixel_values: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
 ) -> None:
     tiles = vision_config.max_num_tiles
     tile_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
@@ -189,13 +195,19 @@ def _check_mask_columns(
             f"of {tiles}{follow_up}. Pass what the processor returns for the whole conversation."
         )
     if cache.tokens is not None:
-        _check_nothing_lost(mask, cache.tokens, int(cache.get_seq_length()), tile_tokens)
+        _check_nothing_lost(mask, cache, attention_mask, cache.tokens.reachable[:, ::tile_tokens])
 
 
-def _check_nothing_lost(mask: torch.Tensor, tokens: CachedTokens, past: int, tile_tokens: int) -> None:
+def _check_nothing_lost(
+    mask: torch.Tensor, cache: TrimmedCache, attention_mask: torch.Tensor | None, reachable: torch.Tensor
+) -> None:
     """Raise if this turn's text reads a tile that earlier turns' last rows could not read: the cache has dropped it."""
-    rows = mask[:, past:] if mask.shape[1] > past else mask
-    read = rows.flatten(2).any(dim=1)
-    reachable = tokens.reachable[:, ::tile_tokens].to(read.device)
+    past = int(cache.get_seq_length())
+    from_the_start = mask.shape[1] > past and (attention_mask is None or attention_mask.shape[1] == mask.shape[1])
+    rows = mask[:, past:] if from_the_start else mask
+    padding = counted_padding(cache, padding_of(attention_mask, past, rows.shape[1]))
+    reads = rows.flatten(2).bool()
+    read = (reads if padding is None else reads & ~padding.to(reads.device)[..., None]).any(dim=1)
+    reachable = reachable.to(read.device)
     if bool((read[:, : reachable.shape[1]] & ~reachable).any()):
         raise ValueError(LOST_TOKENS)
