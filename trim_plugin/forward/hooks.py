@@ -165,7 +165,7 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 @functools.cache
-def _argument_names(kind: type) -> tuple[str, ...]:
+def _argument_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 

@@ -74,9 +74,8 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     Raises:
         ValueError: something does not fit; the message names the argument and what to do.
     """
-    attention_mask = inputs.get("attention_mask")
-    flat = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    if flat and not bool(attention_mask.any(dim=-1).all()):
+    attention_mask = _flat_mask(inputs)
+    if attention_mask is not None and not bool(attention_mask.any(dim=-1).all()):
         sample = int((~attention_mask.any(dim=-1)).nonzero()[0])
         raise ValueError(
             f"attention_mask is 0 for every token of sample {sample}: there is no text to go on from. Give the mask that "
@@ -92,7 +91,7 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
         if pixel_values is not None or cache.encoded is not None or cache.tokens is not None:
-            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask if flat else None)
+            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask)
 
 
 def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
@@ -142,6 +141,12 @@ def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, batch
             f"This TrimmedCache was given encoded pictures of {given} samples, but input_ids has {sources}. Give one entry of "
             "pictures for every sample (beams and returned sequences don't count)."
         )
+
+
+def _flat_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The attention mask if it is (batch, text tokens), not one that was made for the layers."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def _check_mask(mask: torch.Tensor, batch: int) -> None:
