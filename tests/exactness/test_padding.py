@@ -188,6 +188,8 @@ def test_an_exact_conversation_is_stocks_wherever_its_turns_are_padded(seed, fil
 )
 @pytest.mark.parametrize("pads", [(3, 3), (0, 3)], ids=["every row", "one row"])
 def test_every_way_of_reading_a_prompt_knows_padding_at_its_end(config, how, pads):
+    if "kv_quantization" in config:
+        pytest.importorskip("bitsandbytes")
     model = random_model(seed=5, vision_width=64, width=64)
     inputs = random_inputs(model, [Sample((2, (6,), 3, (2,), 5)), Sample(((5,), 4, (1,), 2))])
     moved = padded(inputs, [pads]).inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -161,12 +160,10 @@ def read_padding(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by their names, however they were given."""
-    return {**dict(zip(_argument_names(type(model)), args, strict=False)), **kwargs} if args else kwargs
-
-
-@functools.cache
-def _argument_names(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _with_encoded(
