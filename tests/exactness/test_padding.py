@@ -14,6 +14,7 @@ from transformers import DynamicCache, MllamaForCausalLM
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
 from trim_plugin import KCenter, TrimmedCache
+from trim_plugin.compat import CACHE, cache_of
 
 from ..random_models import PAD, Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -83,7 +84,7 @@ def play(model, cache, talk, pictures):
                 attention_mask=whole["attention_mask"][:, : rows.stop],
                 cross_attention_mask=whole["cross_attention_mask"][:, : rows.stop, :count],
                 position_ids=positions[:, rows],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 **new,
             ).logits
@@ -111,9 +112,7 @@ def test_kept_tokens_do_not_depend_on_padding(model_kwargs, samples, seed, ratio
     model = random_model(**model_kwargs)
     inputs = random_inputs(model, samples, seed)
     moved = padded(inputs, pads_of(data, len(samples)), filler=filler).inputs
-    caches = [
-        trimmed(model, given_inputs, {"top_k_ratio": ratio}, 1).past_key_values for given_inputs in (inputs, moved)
-    ]
+    caches = [cache_of(trimmed(model, given_inputs, {"top_k_ratio": ratio}, 1)) for given_inputs in (inputs, moved)]
     assert kept_of(caches[0]) == kept_of(caches[1])
     if "pixel_values" in inputs:
         assert [kept.tolist() for kept in caches[1].kept_indices] == kept_by_rule(model, moved, ratio)
@@ -139,8 +138,8 @@ def test_trimmed_text_is_the_restatements_whatever_is_padding(samples, seed, mer
     restated = Restatement(model, inputs, top_k(0.2), merge)
     expected = restated.generate(4)
     ours = trimmed(model, inputs, {"top_k_ratio": 0.2, "merge": merge}, 4)
-    assert restated.kept == [kept.tolist() for kept in ours.past_key_values.kept_indices]
-    assert restated.sizes == [sizes.tolist() for sizes in ours.past_key_values.kept_sizes]
+    assert restated.kept == [kept.tolist() for kept in cache_of(ours).kept_indices]
+    assert restated.sizes == [sizes.tolist() for sizes in cache_of(ours).kept_sizes]
     assert torch.equal(expected.sequences, ours.sequences)
 
 
@@ -194,7 +193,7 @@ def test_every_way_of_reading_a_prompt_knows_padding_at_its_end(config, how, pad
     inputs = random_inputs(model, [Sample((2, (6,), 3, (2,), 5)), Sample(((5,), 4, (1,), 2))])
     moved = padded(inputs, [pads]).inputs
     config = config if "processors" in config else {"top_k_ratio": 0.2, **config}
-    bare, ours = (trimmed(model, one, config, 2, **how).past_key_values for one in (inputs, moved))
+    bare, ours = (cache_of(trimmed(model, one, config, 2, **how)) for one in (inputs, moved))
     assert kept_of(bare) == kept_of(ours)
 
 
@@ -215,7 +214,7 @@ def test_masks_that_the_caller_made(model, kind, pads):
         cache = TrimmedCache(model, {"top_k_ratio": 0.2})
         attention_mask = masks_by_hand(given_inputs["attention_mask"])[kind]
         with torch.no_grad():
-            model(**{**given_inputs, "attention_mask": attention_mask}, past_key_values=cache, use_cache=True)
+            model(**{**given_inputs, "attention_mask": attention_mask}, **{CACHE: cache}, use_cache=True)
         caches.append(cache)
     assert kept_of(caches[0]) == kept_of(caches[1])
 
@@ -231,7 +230,7 @@ def test_text_models_called_by_themselves(model, pads):
         states = model.model.multi_modal_projector(states).flatten(0, 2)
     causal = MllamaForCausalLM(model.config.text_config)
     causal.model, causal.lm_head = model.model.language_model, model.lm_head
-    expected = kept_of(trimmed(model, whole, {"top_k_ratio": 0.2}, 1).past_key_values)
+    expected = kept_of(cache_of(trimmed(model, whole, {"top_k_ratio": 0.2}, 1)))
     moved = padded(whole, [pads]).inputs
     mask, open_rows = _prepare_cross_attention_mask(
         moved["cross_attention_mask"], model.model.vision_model.num_patches, torch.float32
@@ -243,7 +242,7 @@ def test_text_models_called_by_themselves(model, pads):
     ):
         cache = TrimmedCache(causal, {"top_k_ratio": 0.2})
         with torch.no_grad():
-            call(moved["input_ids"], moved["attention_mask"], **rest, past_key_values=cache, use_cache=True)
+            call(moved["input_ids"], moved["attention_mask"], **rest, **{CACHE: cache}, use_cache=True)
         assert kept_of(cache) == expected
 
 
@@ -257,10 +256,10 @@ def test_padding_may_read_what_is_gone(model):
     next(turns)
     kept = kept_of(cache)
     third = {name: talk.inputs[name] for name in TEXT_INPUTS}
-    generate(model, third, 2, past_key_values=copy.deepcopy(cache))
+    generate(model, third, 2, **{CACHE: copy.deepcopy(cache)})
     text = third["attention_mask"][:, -3:-2].bool()
     assert bool(text.all())
     third["cross_attention_mask"][:, -3, 0] = 1
     with pytest.raises(ValueError, match="has dropped them"):
-        generate(model, third, 2, past_key_values=cache)
+        generate(model, third, 2, **{CACHE: cache})
     assert kept_of(cache) == kept
