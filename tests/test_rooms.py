@@ -46,6 +46,7 @@ TESTED_IN = {
     "serving.limits": "serving/test_app.py",
     "serving.requests": "serving/test_app.py",
     "serving.sources": "serving/test_app.py",
+    "asking.answers": "batching/test_worker.py",
     "asking.prompts": "batching/test_worker.py",
     "cache.joining": "exactness/test_pieces.py",
     "planning.table": "commands/test_plan.py",

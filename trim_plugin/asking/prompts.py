@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
 from trim_plugin.asking.rows import Row, RowError, Source, check_encodable
-from trim_plugin.pictures.prompting import BROKEN, open_picture, opened
+from trim_plugin.pictures.prompting import BROKEN, open_picture, opened, written
 from trim_plugin.pictures.rgb import to_rgb
 
 #: Characters of a text that are looked at first for every token that it may have. Few tokens have more.
@@ -93,17 +93,8 @@ def decoded(source: Source) -> Image.Image:
 
 
 def _written(processor: Any, row: Row) -> str:
-    if not getattr(processor, "chat_template", None):
-        if row.messages:
-            raise RowError("'messages' need a model with a chat format; give 'question'")
-        return str(processor.image_token * len(row.images) + row.question)
-    asked = row.messages or ({"role": "user", "content": [{"type": "text", "text": row.question}]},)
-    chat = [dict(message) for message in asked]
-    if not any(part["type"] == "image" for message in chat for part in message["content"]):
-        first = next((message for message in chat if message["role"] == "user"), chat[0])
-        first["content"] = [*({"type": "image"} for _ in row.images), *first["content"]]
     try:
-        return str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        return written(processor, row.messages or row.question, len(row.images))
     except (TemplateError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RowError(f"'messages' do not fit the model's chat format: {_said(error)}") from None
 

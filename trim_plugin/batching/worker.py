@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,17 +13,32 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trim_plugin.asking.answers import Inputs, answer, tried
 from trim_plugin.asking.prompts import Prompt, decoded, read_prompt
 from trim_plugin.asking.rows import Row, RowError
 from trim_plugin.batching.sizing import pictures_at_a_time
-from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.layout import prompt_inputs
 
 #: A row's place among those that the worker was called with, and its prompt.
 Placed = tuple[int, Prompt]
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A batch whose pictures are decoded: either what `generate` is given, or pictures that are to be encoded first.
+
+    Args:
+        batch: the rows that could be read.
+        failed: what is wrong with the others.
+        inputs: on the CPU; None if there is something to encode, or nothing at all.
+        pictures: of every row, where they are to be encoded.
+    """
+
+    batch: list[Placed]
+    failed: dict[int, str]
+    inputs: Inputs | None = None
+    pictures: Sequence[list[Image.Image]] = ()
 
 
 class Worker:
@@ -115,19 +131,13 @@ class Worker:
         with ThreadPoolExecutor(max_workers=1) as reader:
             following = self._read_next(reader, waiting)
             while following is not None:
-                batch, reading = following
-                following = None
-                inputs, failed = reading.result()
-                del reading
+                read = following.result()
                 # The next batch's pictures are decoded while this one is answered.
                 following = self._read_next(reader, waiting)
-                yield [
-                    (place, {**_id(rows[place]), **result}) for place, result in self._answered(batch, inputs, failed)
-                ]
+                yield [(place, {**_id(rows[place]), **result}) for place, result in self._answered(read)]
+                del read
 
-    def _read_next(
-        self, reader: ThreadPoolExecutor, waiting: deque[Placed]
-    ) -> tuple[list[Placed], Future[tuple[dict[str, Any], dict[int, str]]]] | None:
+    def _read_next(self, reader: ThreadPoolExecutor, waiting: deque[Placed]) -> Future[Read] | None:
         """Take the next batch of what is waiting, and begin to read it."""
         if not waiting:
             return None
@@ -136,45 +146,31 @@ class Worker:
         most = max(1, self.batch_size // max(1, pictures))
         while waiting and len(batch) < most and len(waiting[0][1].pictures) == pictures:
             batch.append(waiting.popleft())
-        return batch, reader.submit(self._read, batch)
+        return reader.submit(self._read, batch)
 
-    def _read(self, batch: Sequence[Placed]) -> tuple[dict[str, Any], dict[int, str]]:
-        """Inputs of the rows whose pictures can be read, on the CPU, and what is wrong with the others."""
-        pictures, texts, failed = [], [], {}
+    def _read(self, batch: Sequence[Placed]) -> Read:
+        whole, pictures, failed = [], [], {}
         for place, prompt in batch:
             try:
                 pictures.append([decoded(source) for source in prompt.pictures])
-                texts.append(prompt.text)
+                whole.append((place, prompt))
             except RowError as error:
                 failed[place] = str(error)
-        if not texts:
-            return {}, failed
-        if self.encode is not None and pictures[0]:
-            return {"pictures": pictures, "texts": texts}, failed
-        # A chat format writes the special tokens itself.
-        settings = {
-            "padding": True,
-            "padding_side": "left",
-            "add_special_tokens": not getattr(self.processor, "chat_template", None),
-            "return_tensors": "pt",
-        }
-        if not pictures[0]:
-            tokenized = self.processor.tokenizer(texts, **settings)
-            return {name: tokenized[name] for name in ("input_ids", "attention_mask")}, failed
-        return dict(self.processor(images=pictures, text=texts, **settings)), failed
+        if not whole or (self.encode is not None and pictures[0]):
+            return Read(whole, failed, pictures=pictures)
+        return Read(whole, failed, Inputs.of(self.processor, [prompt.text for _, prompt in whole], pictures))
 
-    def _answered(
-        self, batch: Sequence[Placed], inputs: dict[str, Any], failed: Mapping[int, str]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for place, error in failed.items():
+    def _answered(self, read: Read) -> Iterator[tuple[int, dict[str, Any]]]:
+        for place, error in read.failed.items():
             yield place, {"error": error}
-        batch = [placed for placed in batch if placed[0] not in failed]
+        batch = read.batch
         if not batch:
             return
-        results, error, full = self._tried([prompt for _, prompt in batch], inputs)
+        results, error, full = tried(functools.partial(self._generate, read))
         if results is not None:
             yield from zip((place for place, _ in batch), results, strict=True)
             return
+        del read
         if full:
             _free_memory()
         if len(batch) == 1:
@@ -184,66 +180,18 @@ class Worker:
         if full:
             self.batch_size = max(1, middle * len(batch[0][1].pictures))
         for half in (batch[:middle], batch[middle:]):
-            yield from self._answered(half, *self._read(half))
+            yield from self._answered(self._read(half))
 
-    def _tried(
-        self, prompts: Sequence[Prompt], inputs: dict[str, Any]
-    ) -> tuple[list[dict[str, Any]] | None, str, bool]:
-        """The results; or None, what went wrong, and whether that was memory. No frame of the failure outlives this."""
-        try:
-            return self._generate(prompts, inputs), "", False
-        except torch.AcceleratorError:
-            raise  # the device is lost, for all rows that follow too
-        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
-            full = _is_out_of_memory(error)
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return None, f"out of memory, even alone: {said}" if full else said, full
-
-    def _generate(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        start = time.perf_counter()
-        placed = self._encoded(**inputs) if "texts" in inputs else self._placed(inputs)
+    def _generate(self, read: Read) -> list[dict[str, Any]]:
+        prompts, inputs = [prompt for _, prompt in read.batch], read.inputs
+        if inputs is None:
+            if self.encode is None:
+                raise ValueError("There is nothing to encode pictures with.")
+            encoded = [self.encode(own) for own in read.pictures]
+            inputs = Inputs.about(self.processor, [prompt.text for prompt in prompts], encoded)
         most = [prompt.max_new_tokens or self.max_new_tokens for prompt in prompts]
-        output = self.model.generate(
-            **placed,
-            max_new_tokens=max(most),
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=True,
-        )
-        report = cache_of(output).report()
-        written = output.sequences[:, placed["input_ids"].shape[1] :].tolist()
-        seconds = (time.perf_counter() - start) / len(prompts)
-        results = []
-        for sample, prompt in enumerate(prompts):
-            tokens = _until_end(written[sample][: most[sample]], _end_tokens(self.model))
-            results.append(
-                {
-                    "answer": self.processor.decode(tokens, skip_special_tokens=True).strip(),
-                    "tokens": len(tokens),
-                    "prompt_tokens": prompt.tokens,
-                    "visible": int(report.visible_tokens[sample]) if prompt.pictures else 0,
-                    "kept": int(report.kept_tokens[sample]) if prompt.pictures else 0,
-                    "seconds": round(seconds, 4),
-                }
-            )
-        return results
-
-    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `generate` gets of rows whose pictures it reads itself."""
-        placed = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        if "pixel_values" in placed:
-            placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
-        return {**placed, "cache_implementation": "trimmed", "cache_config": self.config}
-
-    def _encoded(self, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> dict[str, Any]:
-        """What `generate` gets of rows whose pictures are encoded, now or earlier."""
-        if self.encode is None:
-            raise ValueError("There is nothing to encode pictures with.")
-        encoded = [self.encode(own) for own in pictures]
-        tiles, most = [own.tiles for own in encoded], encoded[0].most_tiles
-        inputs = prompt_inputs(self.processor, tiles, texts, most, self.model.device)
-        return {**inputs, CACHE: TrimmedCache(self.model, self.config, pictures=encoded)}
+        answers, _ = answer(self.model, self.processor, inputs, self.config, most)
+        return [own.result() for own in answers]
 
 
 def _id(row: Any) -> dict[str, Any]:
@@ -254,26 +202,6 @@ def _id(row: Any) -> dict[str, Any]:
 def _likeness(prompt: Prompt) -> tuple[int, int, int]:
     """Rows that are near each other in this order make a batch with little padding."""
     return len(prompt.pictures), prompt.tiles, prompt.tokens
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else {ends}
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first end token and with it.
-
-    Example:
-        >>> _until_end([5, 2, 0, 0], {2})
-        [5, 2]
-    """
-    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # On the CPU PyTorch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _free_memory() -> None:

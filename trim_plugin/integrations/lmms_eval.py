@@ -26,11 +26,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from trim_plugin.compat import CACHE, cache_of
+from trim_plugin.asking.answers import Inputs, answer
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.trimmed_cache import TrimmedCache
 from trim_plugin.integrations.accelerate import load
-from trim_plugin.pictures.layout import prompt_inputs
+from trim_plugin.pictures.prompting import written
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
 from trim_plugin.rules.k_center import KCenter
@@ -179,45 +178,31 @@ class LlamaVisionTrimmed(lmms):
         pictures = [to_rgb(visual) for visual in visuals if isinstance(visual, Image.Image)]
         if len(pictures) != len(visuals):
             raise ValueError(f"Task {task!r} gives something else than pictures; llama_vision_trimmed reads no videos.")
-        content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        return Asked(self.processor.apply_chat_template(messages, add_generation_prompt=True), pictures, dict(settings))
+        return Asked(written(self.processor, text, len(pictures)), pictures, dict(settings))
 
     def _answer(self, batch: list[Asked]) -> list[str]:
         start, encoded = time.perf_counter(), self._encoded
         settings = batch[0].settings
+        chosen = generation_settings(settings)
         with torch.no_grad():
-            inputs, own = self._inputs(batch)
-            output = self.model.generate(**inputs, **generation_settings(settings), **own, return_dict_in_generate=True)
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+            inputs = self._inputs(batch)
+            answers, cache = answer(
+                self.model, self.processor, inputs, self.trimming, chosen.pop("max_new_tokens"), **chosen
+            )
         figures = {"seconds": round(time.perf_counter() - start, 6), "encoded": self._encoded - encoded}
-        self._report(cache_of(output), {"questions": len(batch), **figures})
-        return [cut(text, settings.get("until")) for text in texts]
+        self._report(cache, {"questions": len(batch), **figures})
+        return [cut(own.text, settings.get("until")) for own in answers]
 
     @property
     def _encoded(self) -> int:
         """How often a picture went through the vision tower on its own, to be remembered."""
         return 0 if self._recent is None else self._recent.encoded
 
-    def _inputs(self, batch: list[Asked]) -> tuple[Any, dict[str, Any]]:
-        """What `generate` is given for a batch, and with which cache."""
+    def _inputs(self, batch: list[Asked]) -> Inputs:
         prompts, pictures = [asked.prompt for asked in batch], [asked.pictures for asked in batch]
         if self._recent is not None and pictures[0]:
-            known = [self._recent(own) for own in pictures]
-            tiles = [own.tiles for own in known]
-            inputs = prompt_inputs(self.processor, tiles, prompts, known[0].most_tiles, self.device)
-            return inputs, {CACHE: TrimmedCache(self.model, self.trimming, pictures=known)}
-        self.processor.tokenizer.padding_side = "left"
-        inputs = self.processor(
-            images=pictures if pictures[0] else None,
-            text=prompts,
-            add_special_tokens=False,
-            padding=True,
-            return_tensors="pt",
-        ).to(self.device)
-        trimmed = {"cache_implementation": "trimmed", "cache_config": self.trimming}
-        return inputs, {} if self.trimming is None else trimmed
+            return Inputs.about(self.processor, prompts, [self._recent(own) for own in pictures])
+        return Inputs.of(self.processor, prompts, pictures)
 
     def _report(self, cache: Any, figures: dict[str, Any]) -> None:
         if self._report_to is None or self.trimming is None:

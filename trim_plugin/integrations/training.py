@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trim_plugin.pictures.rgb import to_rgb
+from trim_plugin.pictures.prompting import tensors_of, written
 
 IGNORED = -100
 """Label of what the loss leaves out; transformers' own."""
@@ -70,25 +70,12 @@ class AnswerCollator:
 
     def _prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Pictures and questions, padded on the left, so that every prompt's last row is the batch's last."""
-        chat = bool(getattr(self.processor, "chat_template", None))
-        prompts = []
-        for example in examples:
-            content: list[dict[str, str]] = [{"type": "image"} for _ in example["pictures"]]
-            content.append({"type": "text", "text": example["question"]})
-            messages = [{"role": "user", "content": content}]
-            if chat:
-                prompts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
-            else:
-                prompts.append(self.processor.image_token * len(example["pictures"]) + example["question"])
-        inputs = self.processor(
-            images=[[to_rgb(picture) for picture in example["pictures"]] for example in examples],
-            text=prompts,
-            add_special_tokens=not chat,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return dict(inputs)
+        pictures = [example["pictures"] for example in examples]
+        prompts = [
+            written(self.processor, example["question"], len(own))
+            for example, own in zip(examples, pictures, strict=True)
+        ]
+        return tensors_of(self.processor, prompts, pictures)
 
     def _answers(self, answers: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of the answers with their end, padded on the right, and where they are: (batch, longest) each."""

@@ -12,6 +12,8 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+from trim_plugin.pictures.prompting import tensors_of, written
+
 Text = str | Sequence[Mapping[str, Any]]
 
 
@@ -46,14 +48,10 @@ def prompt_inputs(
         >>> inputs["cross_attention_mask"].amax(dim=1).flatten(1).tolist()
         [[1, 0, 0, 0], [1, 1, 1, 1]]
     """
-    chats = bool(getattr(processor, "chat_template", None))
     prompts = [
         _prompt(processor, text, len(own), sample) for sample, (text, own) in enumerate(zip(texts, tiles, strict=True))
     ]
-    # As the processor is called in `prompting.build_inputs`: a chat template writes the special tokens itself.
-    tokenized = processor.tokenizer(
-        prompts, padding=True, padding_side="left", add_special_tokens=not chats, return_tensors="pt"
-    )
+    tokenized = tensors_of(processor, prompts, [])
     ids = tokenized["input_ids"]
     spans = [get_cross_attention_token_mask(row, processor.image_token_id) for row in ids.tolist()]
     mask = convert_sparse_cross_attention_mask_to_dense(
@@ -69,17 +67,9 @@ def prompt_inputs(
 
 def _prompt(processor: Any, text: Text, pictures: int, sample: int) -> str:
     """The prompt as the tokenizer gets it."""
-    chats, token = bool(getattr(processor, "chat_template", None)), processor.image_token
-    if isinstance(text, str) and token not in text:
-        if chats:
-            content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]
-            text = [{"role": "user", "content": content}]
-        else:
-            text = token * pictures + text
-    if not isinstance(text, str):
-        if not chats:
-            raise ValueError("Messages were given, but this processor has no chat template. Give the prompt as text.")
-        text = str(processor.apply_chat_template(list(text), add_generation_prompt=True))
+    token = processor.image_token
+    if not isinstance(text, str) or token not in text:
+        text = written(processor, text, pictures)
     found = text.count(token)
     if found != pictures:
         raise ValueError(

@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,13 +143,62 @@ def build_inputs(
         >>> build_inputs(processor, "Which digit is red?", [picture])["pixel_values"].shape[:3]
         torch.Size([1, 1, 4])
     """
-    pictures = [to_rgb(picture) for picture in pictures]
-    if getattr(processor, "chat_template", None):
-        content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = processor(images=pictures, text=prompt, add_special_tokens=False, return_tensors="pt")
-    else:
-        # Base models have no chat format: picture tokens, then the text to be continued.
-        inputs = processor(images=pictures, text=processor.image_token * len(pictures) + question, return_tensors="pt")
+    inputs = tensors_of(processor, [written(processor, question, len(pictures))], [pictures])
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def written(processor: Any, text: str | Sequence[Mapping[str, Any]], pictures: int) -> str:
+    """A prompt as the tokenizer gets it: in the processor's chat format if it has one, with an image token for every picture.
+
+    Args:
+        processor: an `MllamaProcessor`.
+        text: a question, or messages with lists of parts; if none of them is `{"type": "image"}`, the pictures stand before the
+            first text of the user.
+        pictures: how many there are.
+
+    Raises:
+        ValueError: messages, and the processor has no chat format.
+        jinja2.TemplateError: the chat format refuses the messages.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> _, processor = load_small_model()
+        >>> written(processor, "Which digit is red?", 2)
+        '<|bos|><|user|><|image|><|image|>Which digit is red?<|assistant|>'
+    """
+    if not getattr(processor, "chat_template", None):
+        # Base models have no chat format: picture tokens, then the text to be continued.
+        if not isinstance(text, str):
+            raise ValueError("Messages were given, but this processor has no chat template. Give the prompt as text.")
+        return str(processor.image_token * pictures + text)
+    if isinstance(text, str):
+        text = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    chat = [dict(message) for message in text]
+    if not any(part.get("type") == "image" for message in chat for part in message["content"]):
+        first = next((message for message in chat if message["role"] == "user"), chat[0])
+        first["content"] = [*({"type": "image"} for _ in range(pictures)), *first["content"]]
+    return str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+
+def tensors_of(
+    processor: Any, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+) -> dict[str, torch.Tensor]:
+    """What the processor makes of prompts that are `written` and their pictures, padded on the left, on the CPU.
+
+    Args:
+        processor: an `MllamaProcessor`.
+        prompts: as the tokenizer gets them.
+        pictures: for each its pictures, of any size and mode; all have as many, perhaps none.
+    """
+    settings = {
+        "padding": True,
+        "padding_side": "left",
+        # A chat format writes the special tokens itself.
+        "add_special_tokens": not getattr(processor, "chat_template", None),
+        "return_tensors": "pt",
+    }
+    if not any(pictures):
+        tokenized = processor.tokenizer(list(prompts), **settings)
+        return {name: tokenized[name] for name in ("input_ids", "attention_mask")}
+    images = [[to_rgb(picture) for picture in own] for own in pictures]
+    return dict(processor(images=images, text=list(prompts), **settings))

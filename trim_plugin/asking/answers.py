@@ -1,0 +1,191 @@
+"""What `generate` is given for prompts, and what comes back: the one place for every command, batch and benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+
+from trim_plugin.compat import CACHE, cache_of
+from trim_plugin.config import TrimConfig
+from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.layout import prompt_inputs
+from trim_plugin.pictures.prompting import tensors_of
+
+Made = TypeVar("Made")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Prompts that go through one `generate`: each has as many pictures.
+
+    Args:
+        tensors: what the processor returns, padded on the left.
+        encoded: for every prompt its pictures, where they are encoded; `tensors` then hold no pixels.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    encoded: tuple[Pictures, ...] = ()
+
+    @classmethod
+    def of(cls, processor: Any, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Inputs:
+        """Of pictures that `generate` is to read.
+
+        Args:
+            processor: an `MllamaProcessor`.
+            prompts: texts as the tokenizer gets them.
+            pictures: for every prompt its pictures, RGB.
+        """
+        return cls(tensors_of(processor, prompts, pictures))
+
+    @classmethod
+    def about(cls, processor: Any, prompts: Sequence[str], encoded: Sequence[Pictures]) -> Inputs:
+        """Of encoded pictures, one `Pictures` for every prompt."""
+        tiles = [own.tiles for own in encoded]
+        return cls(prompt_inputs(processor, tiles, prompts, encoded[0].most_tiles), tuple(encoded))
+
+    def arguments(self, model: Any, config: TrimConfig | None) -> dict[str, Any]:
+        """Arguments of `generate`, on the model's device and in its dtype.
+
+        Args:
+            model: an Mllama model or a wrapper around one.
+            config: of the trimmed cache; None is transformers' own.
+        """
+        placed: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in self.tensors.items()}
+        if "pixel_values" in placed:
+            placed["pixel_values"] = placed["pixel_values"].to(model.dtype)
+        if self.encoded:
+            return {**placed, CACHE: TrimmedCache(model, config, pictures=list(self.encoded))}
+        if config is None:
+            return placed
+        return {**placed, "cache_implementation": "trimmed", "cache_config": config}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt.
+
+    Args:
+        text: the answer.
+        tokens: generated text tokens, the end token included.
+        prompt_tokens: text tokens of the prompt.
+        visible: visual tokens that the text may read; 0 for transformers' own cache, which does not count them.
+        kept: those that decoding could read.
+        seconds: wall-clock time of `generate`, vision tower and prefill included, shared among its prompts.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    visible: int
+    kept: int
+    seconds: float
+
+    def result(self) -> dict[str, Any]:
+        """As it stands in a file of results."""
+        figures = dataclasses.asdict(self)
+        return {"answer": figures.pop("text").strip(), **figures, "seconds": round(self.seconds, 4)}
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    inputs: Inputs,
+    config: TrimConfig | None,
+    max_new_tokens: int | Sequence[int],
+    **settings: Any,
+) -> tuple[list[Answer], Any]:
+    """Generate once, greedily unless the settings say otherwise.
+
+    Args:
+        model: an Mllama model or a wrapper around one.
+        processor: its `MllamaProcessor`.
+        inputs: of the prompts.
+        config: of the trimmed cache; None is transformers' own.
+        max_new_tokens: longest answer, of all prompts or of each.
+        settings: other arguments of `generate`.
+
+    Returns:
+        An answer for every prompt, and the cache.
+
+    Example:
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> from trim_plugin.pictures.prompting import open_picture, written
+        >>> model, processor = load_small_model()
+        >>> first = examples()[0]
+        >>> inputs = Inputs.of(processor, [written(processor, first.question, 1)], [[open_picture(first.picture)]])
+        >>> (own,), cache = answer(model, processor, inputs, TrimConfig(top_k_ratio=0.1), 8)
+        >>> own.result()["answer"] == first.answer, own.kept == cache.report().kept_tokens[0] < own.visible
+        (True, True)
+    """
+    prompts, length = inputs.tensors["input_ids"].shape
+    most = [max_new_tokens] * prompts if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _wait(model)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.arguments(model, config),
+        **{"max_new_tokens": max(most), "do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings},
+        return_dict_in_generate=True,
+    )
+    _wait(model)
+    seconds = (time.perf_counter() - start) / prompts
+    cache = cache_of(output)
+    counts = [(0, 0)] * prompts
+    if isinstance(cache, TrimmedCache) and "cross_attention_mask" in inputs.tensors:
+        report = cache.report()
+        counts = [(int(a), int(b)) for a, b in zip(report.visible_tokens, report.kept_tokens, strict=True)]
+    ends, answers = _end_tokens(model), []
+    for sample, written in enumerate(output.sequences[:, length:].tolist()):
+        tokens = _until_end(written[: most[sample]], ends)
+        text = processor.decode(tokens, skip_special_tokens=True)
+        read = int(inputs.tensors["attention_mask"][sample].sum())
+        answers.append(Answer(text, len(tokens), read, *counts[sample], seconds))
+    return answers, cache
+
+
+def tried(call: Callable[[], Made]) -> tuple[Made | None, str, bool]:
+    """What a call makes; or None, what went wrong in a line, and whether that was memory. No frame of the failure outlives this.
+
+    Raises:
+        torch.AcceleratorError: the device is lost, for everything that follows, too.
+
+    Example:
+        >>> tried(lambda: 7), tried(lambda: int("x"))[1:]
+        ((7, '', False), ("invalid literal for int() with base 10: 'x'", False))
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        return call(), "", False
+    except torch.AcceleratorError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, f"out of memory, even alone: {said}" if full else said, full
+
+
+def _wait(model: Any) -> None:
+    """For times that count: until the device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list | tuple) else {ends}
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first end token and with it.
+
+    Example:
+        >>> _until_end([5, 2, 0, 0], {2})
+        [5, 2]
+    """
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
