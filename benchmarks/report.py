@@ -26,8 +26,10 @@ from benchmarks.quality import tower_report as tower_quality_report
 TABLES: dict[str, Any] = {
     "quality": quality_report,
     "quality-fine": quality_report,
+    "quality-pages": quality_report,
     "encoded": encoded_report,
     "encoded-fine": encoded_report,
+    "encoded-pages": encoded_report,
     "combined": combined_report,
     "memory": memory_report,
     "pieces": pieces_report,
@@ -39,6 +41,7 @@ TABLES: dict[str, Any] = {
     "tower": tower_report,
     "tower_quality": tower_quality_report,
     "tower_quality-fine": tower_quality_report,
+    "tower_quality-pages": tower_quality_report,
 }
 Results = dict[str, dict[str, Any]]
 #: Marker of what a reader decides by → its parts: the result that a part needs, and what makes it from all results at hand.

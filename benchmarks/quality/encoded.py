@@ -33,8 +33,7 @@ from benchmarks.quality.measure import (
 )
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
-from benchmarks.small_model.questions import TRAINED_TYPES
-from benchmarks.small_model.scenes import Scene
+from benchmarks.small_model.tasks import folder_of, task_of
 from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.integrations.accelerate import load
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
-    folder = arguments.model or SMALL_MODEL
+    folder = folder_of(arguments.model or SMALL_MODEL)
     name = result_name("encoded", folder)
     known: Known = {}
     for source in (result_name("quality", folder), name)[: 2 if arguments.resume else 1]:
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "quick": arguments.quick,
         "model": model_name(folder),
         "scenes": count,
-        "questions": count * len(TRAINED_TYPES),
+        "questions": count * len(task_of(folder).types),
         "rows": [],
     }
     sets = {where: _Asked(folder, seed, count) for where, seed in SCENE_SETS.items()}
@@ -102,10 +101,11 @@ class _Asked:
         self._folder, self._seed, self._count = folder, seed, count
 
     @functools.cached_property
-    def _ready(self) -> tuple[Any, Any, list[Scene], list[Batch], list[Answers]]:
+    def _ready(self) -> tuple[Any, Any, list[Any], list[Batch], list[Answers]]:
         model, processor = load(self._folder, "fp32", device_map=None, dtype=torch.float32)
-        scenes = scenes_from(self._seed, self._count, model)
-        batches = question_batches(model, scenes, self._seed)
+        task = task_of(self._folder)
+        scenes = scenes_from(self._seed, self._count, model, task)
+        batches = question_batches(model, scenes, self._seed, task=task)
         return model, processor, scenes, batches, run_stock(model, batches)
 
     @functools.cached_property

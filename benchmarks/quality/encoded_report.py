@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.common.tables import percent, table
 from benchmarks.quality.report import MISSING, agreement, points
 
-MODELS = {"encoded": "small", "encoded-fine": "fine"}
+MODELS = {"encoded": "small", "encoded-fine": "fine", "encoded-pages": "pages"}
 RULES = ("stock", "encoded", "k-center, merged", "paper, merged")
 HEADER = ("", "kept of visible", "bytes of the whole", "right", "change, points (95 %)", "same as stock (95 %)")
 

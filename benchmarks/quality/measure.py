@@ -3,7 +3,7 @@
 Every rule answers the same held-out questions, and a second one in the same conversation, about digits that training never saw.
 Accuracy means that the whole answer is right, agreement that it is stock's, word for word. Scenes are resampled for the
 intervals, since questions about one scene go together. All of it is done twice: on the scenes of earlier tables, and on scenes
-that nothing was chosen on.
+that nothing was chosen on. Another model is given by name, ``--model fine``, and asked about what it was trained for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.quality import rules
 from benchmarks.quality.conditions import conditions, load_model
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
-from benchmarks.small_model.questions import TRAINED_TYPES
+from benchmarks.small_model.tasks import DIGITS, Task, folder_of, task_of
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 
@@ -91,7 +91,10 @@ def figures(batches: list[Batch], stock: list[Answers], found: list[Answers]) ->
         "cross_kv_ratio": _rounded(sum(part.bytes for part in found) / sum(part.stock_bytes for part in found)),
         **_summary(first, owner),
         "follow_up": _summary(second, owner),
-        "accuracy_by_type": {kind: _rounded(first[kinds == kind, 0].mean()) for kind in TRAINED_TYPES},
+        "accuracy_by_type": {kind: _rounded(first[kinds == kind, 0].mean()) for kind in dict.fromkeys(kinds.tolist())},
+        "by_type": {
+            kind: _summary(first[kinds == kind], owner[kinds == kind]) for kind in dict.fromkeys(kinds.tolist())
+        },
     }
 
 
@@ -123,7 +126,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
-    folder = arguments.model or SMALL_MODEL
+    folder = folder_of(arguments.model or SMALL_MODEL)
+    task = task_of(folder)
     name = result_name("quality", folder)
     training = folder / "training.json"
     earlier = read_result(name, arguments.out) if arguments.resume else None
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": model_name(folder),
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else None,
         "scenes": count,
-        "questions": count * len(TRAINED_TYPES),
+        "questions": count * len(task.types),
         "rows": [],
     }
     known = {}
@@ -175,17 +179,24 @@ def _rest(known: Known, rows: list[Row]) -> list[Row]:
 
 def _rows(folder: Path, count: int, arguments: argparse.Namespace, known: Known) -> Iterator[Row]:
     """One row a rule: of the scene sets, then of the conditions, which have half as many scenes."""
+    task = task_of(folder)
     for name, seed in SCENE_SETS.items():
         model = functools.partial(load_model, folder)
-        yield from _rows_of(name, model, count, seed, rules.all_rules(arguments.quick), known)
+        yield from _rows_of(name, model, count, seed, rules.all_rules(arguments.quick), known, task)
     for condition in conditions(arguments.adapter)[:: 3 if arguments.quick else 1]:
         adapter = arguments.adapter if condition.adapted else None
         model = functools.partial(load_model, folder, condition.weights, adapter)
-        yield from _rows_of(condition.name, model, count // 2, SCENE_SETS["fresh"], condition.rules(), known)
+        yield from _rows_of(condition.name, model, count // 2, SCENE_SETS["fresh"], condition.rules(), known, task)
 
 
 def _rows_of(
-    where: str, load: Callable[[], Any], count: int, seed: int, chosen: list[Rule], known: Known
+    where: str,
+    load: Callable[[], Any],
+    count: int,
+    seed: int,
+    chosen: list[Rule],
+    known: Known,
+    task: Task = DIGITS,
 ) -> Iterator[Row]:
     """Rows of stock and of every rule; those that an earlier run has measured are taken from it."""
     missing = [rule for rule in chosen if (where, rule.family, rule.parameter) not in known]
@@ -193,7 +204,7 @@ def _rows_of(
     if not missing:
         return
     model = load()
-    batches = question_batches(model, scenes_from(seed, count, model), seed)
+    batches = question_batches(model, scenes_from(seed, count, model, task), seed, task=task)
     stock = run_stock(model, batches)
     if (where, "stock", None) not in known:
         yield {"where": where, "rule": "stock", "parameter": None} | figures(batches, stock, stock)
@@ -207,6 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scenes", type=int, default=400, help="held-out scenes of each set; five questions about each"
     )
-    parser.add_argument("--model", type=Path, help="folder of another model that benchmarks/small_model has trained")
+    parser.add_argument(
+        "--model", help='another model that benchmarks/small_model has trained: "fine", "pages", or its folder'
+    )
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run of the same size ended")
     parser.add_argument("--adapter", type=Path, help="a LoRA adapter of the model, to be measured too")

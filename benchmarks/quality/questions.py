@@ -13,11 +13,10 @@ from benchmarks.common.decoding import Decoding
 from benchmarks.common.seeds import SEED
 from benchmarks.small_model.architecture import ASSISTANT, EOS, USER, build_tokenizer, prompt_ids
 from benchmarks.small_model.batches import image_inputs
-from benchmarks.small_model.questions import TRAINED_TYPES, ask
-from benchmarks.small_model.scenes import TILE, Scene, draw_scene
+from benchmarks.small_model.tasks import DIGITS, Task
 from trim_plugin.forward.tower_merging import merging_in_tower
 
-LONGEST_ANSWER = 36
+LONGEST_ANSWER = 44
 
 
 @dataclasses.dataclass
@@ -41,18 +40,17 @@ class Batch:
     scenes: list[int]
 
 
-def scenes_from(first: int, count: int, model: Any) -> list[Scene]:
-    """Scenes of digits that training never saw, at the resolution that the model sees."""
-    scale = model.config.vision_config.image_size // TILE
-    return [draw_scene(first + number, held_out=True, scale=scale) for number in range(count)]
+def scenes_from(first: int, count: int, model: Any, task: Task = DIGITS) -> list[Any]:
+    """Scenes of a kind that training never saw, at the resolution that the model sees."""
+    return [task.draw(first + number, model.config.vision_config.image_size, True) for number in range(count)]
 
 
 @torch.no_grad()
-def question_batches(model: Any, scenes: list[Scene], seed: int, size: int = 100) -> list[Batch]:
+def question_batches(model: Any, scenes: list[Any], seed: int, size: int = 100, task: Task = DIGITS) -> list[Batch]:
     """Every trained question type about every scene, and after it a question of the next type."""
     tokenizer, rng, batches = build_tokenizer(), np.random.default_rng([SEED, seed]), []
-    # Scenes with as many digits go together: their answers are about as long.
-    order = sorted(range(len(scenes)), key=lambda number: len(scenes[number].digits))
+    # Scenes that show as many things go together: their answers are about as long.
+    order = sorted(range(len(scenes)), key=lambda number: task.things(scenes[number]))
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -62,9 +60,9 @@ def question_batches(model: Any, scenes: list[Scene], seed: int, size: int = 100
         part = [scenes[number] for number in numbers]
         pixels = image_inputs([scene.image for scene in part], model.config.vision_config.image_size)
         states = visual_states(model, pixels)
-        for turn, kind in enumerate(TRAINED_TYPES):
-            pairs = [ask(scene, kind, rng) for scene in part]
-            second = [ask(scene, TRAINED_TYPES[(turn + 1) % len(TRAINED_TYPES)], rng) for scene in part]
+        for turn, kind in enumerate(task.types):
+            pairs = [task.ask(scene, kind, rng) for scene in part]
+            second = [task.ask(scene, task.types[(turn + 1) % len(task.types)], rng) for scene in part]
             batches.append(
                 Batch(
                     inputs=_prompts([prompt_ids(tokenizer, question) for question, _ in pairs], tokenizer, pixels)

@@ -1,4 +1,4 @@
-"""Tables and plot of `benchmarks.quality.measure`: every setting of one model, and both models side by side."""
+"""Tables and plot of `benchmarks.quality.measure`: every setting of one model, and all models side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.common.figures import colour, panels, save
 from benchmarks.common.tables import percent, table
 
 #: Name of the result → what the pages call the model.
-MODELS = {"quality": "small", "quality-fine": "fine"}
+MODELS = {"quality": "small", "quality-fine": "fine", "quality-pages": "pages"}
 #: Scene sets, the one that the pages show first.
 SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
 #: What both models are compared on: rule and parameter → how a user writes it.

@@ -22,8 +22,7 @@ from benchmarks.quality.measure import figures, model_name, result_name, run_rul
 from benchmarks.quality.questions import Batch, question_batches, scenes_from, visual_states
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.batches import image_inputs
-from benchmarks.small_model.questions import TRAINED_TYPES
-from benchmarks.small_model.scenes import Scene
+from benchmarks.small_model.tasks import DIGITS, Task, folder_of, task_of
 from trim_plugin import KCenter
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.planning.model_sizes import built_in_config
@@ -39,11 +38,11 @@ BEHIND = (
 )
 
 
-def scenes_of(tiles: int, count: int, model: Any) -> list[Scene]:
+def scenes_of(tiles: int, count: int, model: Any, task: Task = DIGITS) -> list[Any]:
     """The first scenes from `SEED` on whose pictures take so many tiles."""
     size, found = model.config.vision_config.image_size, []
     for first in itertools.count(SEED):
-        (scene,) = scenes_from(first, 1, model)
+        (scene,) = scenes_from(first, 1, model, task)
         if int(image_inputs([scene.image], size)["aspect_ratio_mask"].sum()) == tiles:
             found.append(scene)
         if len(found) == count:
@@ -51,7 +50,7 @@ def scenes_of(tiles: int, count: int, model: Any) -> list[Scene]:
     return found
 
 
-def with_share(model: Any, batches: list[Batch], scenes: list[Scene], share: float | None) -> list[Batch]:
+def with_share(model: Any, batches: list[Batch], scenes: list[Any], share: float | None) -> list[Batch]:
     """The same questions about what a tower with this share yields; it runs once for all questions about the same scenes."""
     known: dict[tuple[int, ...], Any] = {}
     found = []
@@ -68,7 +67,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     count = 12 if arguments.quick else arguments.scenes
-    folder = arguments.model or SMALL_MODEL
+    folder = folder_of(arguments.model or SMALL_MODEL)
+    task = task_of(folder)
     model = load_model(folder)
     vision, whole = model.config.vision_config, built_in_config("11b").vision_config
     rows: list[dict[str, Any]] = []
@@ -77,14 +77,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "quick": arguments.quick,
         "model": model_name(folder),
         "scenes": count,
-        "questions": count * len(TRAINED_TYPES),
+        "questions": count * len(task.types),
         "rows": rows,
     }
     name = result_name("tower_quality", folder)
     shares = (None, *SHARES[: 1 if arguments.quick else None])
     for tiles in TILES:
-        scenes = scenes_of(tiles, count, model)
-        batches = question_batches(model, scenes, SEED)
+        scenes = scenes_of(tiles, count, model, task)
+        batches = question_batches(model, scenes, SEED, task=task)
         stock = run_stock(model, batches)
         for share in track(shares, f"tower: {tiles} tiles"):
             seen = with_share(model, batches, scenes, share)

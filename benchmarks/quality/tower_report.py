@@ -8,7 +8,7 @@ from benchmarks.common.tables import percent, table
 from benchmarks.quality.report import MISSING, agreement, points
 
 #: Name of the result → what the pages call the model.
-MODELS = {"tower_quality": "small", "tower_quality-fine": "fine"}
+MODELS = {"tower_quality": "small", "tower_quality-fine": "fine", "tower_quality-pages": "pages"}
 BEHIND = {("everything", 1.0): "all", ("k-center, merged", 0.25): "25 %", ("k-center, merged", 0.1): "10 %"}
 Row = dict[str, Any]
 

@@ -21,6 +21,9 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 )
 
 from benchmarks.small_model.architecture import BOS, IMAGE, build_tokenizer, prompt_ids
+from benchmarks.small_model.pages.labels import marks
+from benchmarks.small_model.pages.questions import training_questions
+from benchmarks.small_model.pages.scenes import Page, draw_page
 from benchmarks.small_model.questions import ask
 from benchmarks.small_model.recipes import Recipe, Stage
 from benchmarks.small_model.scenes import TILE, Scene, draw_scene
@@ -68,21 +71,26 @@ def image_inputs(images: list[Image.Image], tile: int = TILE) -> dict[str, torch
     }
 
 
-def patch_labels(scene: Scene, variant: Variant = COARSE) -> np.ndarray:
-    """What every patch shows, (4, patches a tile): 0 for no digit, 1 + value where its centre lies in a digit's box."""
+def patch_labels(scene: Scene | Page, variant: Variant = COARSE) -> np.ndarray:
+    """What every patch shows, (4, patches a tile, aspects): the classes of the box that its centre lies in, 0 outside of all.
+
+    A scene of digits has one aspect, 1 + the digit's value; a page has those of ``pages.labels``.
+    """
+    boxes: list[tuple[tuple[float, ...], tuple[int, ...]]]
+    boxes = [(d.box, (d.value + 1,)) for d in scene.digits] if isinstance(scene, Scene) else [*marks(scene)]
     _, (rows, columns), (height, width) = image_tiles(scene.image, variant.tile)
     sy, sx = height / scene.image.height, width / scene.image.width
     side, patch = variant.tile // variant.patch, variant.patch
     ys = (np.arange(rows * side) + 0.5) * patch
     xs = (np.arange(columns * side) + 0.5) * patch
-    grid = np.zeros((len(ys), len(xs)), dtype=np.int64)
-    for digit in scene.digits:
-        left, top, right, bottom = digit.box
+    aspects = len(boxes[0][1])
+    grid = np.zeros((len(ys), len(xs), aspects), dtype=np.int64)
+    for (left, top, right, bottom), classes in boxes:
         inside = ((ys > top * sy) & (ys < bottom * sy))[:, None] & ((xs > left * sx) & (xs < right * sx))[None]
-        grid[inside] = digit.value + 1
-    labels = np.zeros((MAX_TILES, side * side), dtype=np.int64)
-    tiles = grid.reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
-    labels[: rows * columns] = tiles.reshape(rows * columns, side * side)
+        grid[inside] = classes
+    labels = np.zeros((MAX_TILES, side * side, aspects), dtype=np.int64)
+    tiles = grid.reshape(rows, side, columns, side, aspects).transpose(0, 2, 1, 3, 4)
+    labels[: rows * columns] = tiles.reshape(rows * columns, side * side, aspects)
     return labels
 
 
@@ -118,16 +126,24 @@ def pack(tokenizer: PreTrainedTokenizerFast, rows: list[list[tuple[str, str]]]) 
 class SceneBatches(Dataset[dict[str, Any]]):
     """Batch number ``n`` of a run's stage: the same for the same recipe."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, length: int) -> None:
-        """Batches of a stage without questions hold the patch labels only."""
+    def __init__(self, recipe: Recipe, stage: Stage, length: int, part: int = 0, parts: int = 1) -> None:
+        """Batches of a stage without questions hold the patch labels only.
+
+        A process that is one of ``parts`` gets every so manieth scene of a batch, beginning with number ``part``.
+        """
+        if recipe.batch % parts:
+            raise ValueError(f"a batch of {recipe.batch} scenes can't be shared out equally to {parts} processes")
         self.recipe, self.stage, self.length = recipe, stage, length
+        self.part, self.parts = part, parts
         self.tokenizer = build_tokenizer()
 
     def __len__(self) -> int:
         return self.length
 
-    def scene(self, seed: int) -> Scene:
+    def scene(self, seed: int) -> Scene | Page:
         """The training scene of a seed."""
+        if self.recipe.scenes == "pages":
+            return self.page(seed)
         scale = self.recipe.variant.scale
         if not self.stage.texts:  # the tower learns digits: every tile is real and as many digits as possible are shown
             return draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=8, scale=scale)
@@ -135,18 +151,35 @@ class SceneBatches(Dataset[dict[str, Any]]):
             return draw_scene(seed, held_out=False, layout=FULL_LAYOUTS[seed % 3], count=5 + seed // 2 % 4, scale=scale)
         return draw_scene(seed, held_out=False, scale=scale)
 
+    def page(self, seed: int) -> Page:
+        """The training page of a seed: the tower's are full, and half of the crowded ones nearly so."""
+        if not self.stage.texts:
+            return draw_page(seed, held_out=False, layout=(2, 2), lines=8 - seed % 3)
+        if self.stage.crowded and seed // self.parts % 2:
+            return draw_page(seed, held_out=False, layout=(2, 2), lines=5 + seed // 2 % 4)
+        return draw_page(seed, held_out=False)
+
+    def questions(self, scene: Scene | Page, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """What training asks about a scene."""
+        if isinstance(scene, Page):
+            return training_questions(scene, rng)
+        return [ask(scene, kind, rng, vary=True) for kind in QUESTIONS]
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         texts, size = self.stage.texts, self.recipe.batch
         first = (self.recipe.seed * 2 + int(texts)) * 10_000_000
-        scenes = [self.scene(seed) for seed in range(first + number * size, first + (number + 1) * size)]
+        seeds = range(first + number * size, first + (number + 1) * size)[self.part :: self.parts]
+        scenes = [self.scene(seed) for seed in seeds]
         batch: dict[str, Any] = image_inputs([scene.image for scene in scenes], self.recipe.variant.tile)
         batch["patch_labels"] = torch.from_numpy(
             np.stack([patch_labels(scene, self.recipe.variant) for scene in scenes])
         )
         if texts:
-            rng = np.random.default_rng([first, number])
-            pairs = [[ask(scene, kind, rng, vary=True) for kind in QUESTIONS] for scene in scenes]
-            batch["texts"] = pack(self.tokenizer, pairs)
+            rng = np.random.default_rng([first, number, *([self.part] if self.parts > 1 else [])])
+            batch["texts"] = [
+                pack(self.tokenizer, [self.questions(scene, rng) for scene in scenes])
+                for _ in range(self.stage.repeats)
+            ]
         return batch
 
 

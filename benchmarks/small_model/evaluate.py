@@ -1,8 +1,8 @@
-"""Accuracy on held-out digits, stock and trimmed: ``python -m benchmarks.small_model.evaluate``.
+"""Accuracy on held-out scenes, stock and trimmed: ``python -m benchmarks.small_model.evaluate``.
 
-Every question is asked about a scene of its own, drawn from held-out digits without augmentation, in the first wording of its
-type. An answer counts only if it is right word for word. Writes ``results/evaluation.json`` and renders the tables of
-``README.md`` from it. For the fine model: ``--model benchmarks/small_model/fine/model --into benchmarks/small_model/fine``.
+Every question is asked about a scene of its own, of digits or in a size of print that training never showed, in the first
+wording of its type. An answer counts only if it is right word for word. Writes ``results/evaluation.json`` and renders the
+tables of ``README.md`` from it. For another model: ``--model fine --into benchmarks/small_model/fine``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rich.progress import Progress
 
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import percent, table
-from benchmarks.small_model.questions import TRAINED_TYPES, ask
-from benchmarks.small_model.scenes import TILE, draw_scene
+from benchmarks.small_model.scenes import TILE
+from benchmarks.small_model.tasks import DIGITS, TASKS, Task, folder_of, task_of
 
 HERE = Path(__file__).parent
 RATIOS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05, 0.02)
-NEW_TOKENS = 40
+NEW_TOKENS = 44
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Question:
 
 
 def held_out_questions(
-    count: int, kinds: tuple[str, ...] = TRAINED_TYPES, seed: int = 0, scale: int = 1
+    count: int, kinds: tuple[str, ...] = (), seed: int = 0, scale: int = 1, task: Task = DIGITS
 ) -> list[Question]:
     """``count`` questions, the types in turn, each about a scene of its own; ``scale`` as in ``draw_scene``."""
-    questions = []
+    questions, kinds = [], kinds or task.types
     for number in range(count):
         kind = kinds[number % len(kinds)]
-        scene = draw_scene(seed * 1_000_000 + number, held_out=True, scale=scale)
-        text, answer = ask(scene, kind, np.random.default_rng([seed, number]))
+        scene = task.draw(seed * 1_000_000 + number, scale * TILE, True)
+        text, answer = task.ask(scene, kind, np.random.default_rng([seed, number]))
         questions.append(Question(scene.image, scene.tiles, kind, text, answer))
     return questions
 
@@ -120,7 +120,9 @@ def evaluate(
 
 def _summary(entries: list[tuple[Question, str, float]], stock: list[str]) -> dict[str, Any]:
     right = [text == question.answer for question, text, _ in entries]
-    kinds = sorted({question.kind for question, _, _ in entries}, key=TRAINED_TYPES.index)
+    asked = {question.kind for question, _, _ in entries}
+    kinds = [kind for task in TASKS.values() for kind in task.types if kind in asked]
+    first = kinds[0]
     tiles = sorted({question.tiles for question, _, _ in entries})
 
     def mean(chosen: list[bool]) -> float | None:  # None: nothing was asked
@@ -132,8 +134,8 @@ def _summary(entries: list[tuple[Question, str, float]], stock: list[str]) -> di
         "accuracy": sum(right) / len(right),
         "by_type": {kind: mean([question.kind == kind for question, _, _ in entries]) for kind in kinds},
         "by_tiles": {str(count): mean([question.tiles == count for question, _, _ in entries]) for count in tiles},
-        "colour_by_tiles": {
-            str(count): mean([question.tiles == count and question.kind == "colour" for question, _, _ in entries])
+        f"{first}_by_tiles": {
+            str(count): mean([question.tiles == count and question.kind == first for question, _, _ in entries])
             for count in tiles
         },
         "same_as_stock": sum(text == other for (_, text, _), other in zip(entries, stock, strict=True)) / len(entries),
@@ -172,7 +174,7 @@ def tables(results: dict[str, Any]) -> str:
                 [title, *(_cell(ways["stock"][key][count]) for count in tiles), _cell(total)]
                 for title, key, total in (
                     ("all types", "by_tiles", ways["stock"]["accuracy"]),
-                    ("colour question", "colour_by_tiles", ways["stock"]["by_type"]["colour"]),
+                    (f"{kinds[0]} question", f"{kinds[0]}_by_tiles", ways["stock"]["by_type"][kinds[0]]),
                 )
             ],
         ),
@@ -211,8 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     import trim_plugin
     from trim_plugin.embedded import SMALL_MODEL
 
-    parser = argparse.ArgumentParser(description="Evaluate the small Mllama on held-out digits.")
-    parser.add_argument("--model", default=str(SMALL_MODEL), help="checkpoint folder (default: the shipped one)")
+    parser = argparse.ArgumentParser(description="Evaluate a small Mllama on held-out scenes.")
+    parser.add_argument(
+        "--model", default=str(SMALL_MODEL), help='"fine", "pages" or a checkpoint folder (default: the shipped one)'
+    )
     parser.add_argument("--into", type=Path, default=HERE, help="folder of the README.md and results to write")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
@@ -220,12 +224,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="print the tables, write nothing")
     args = parser.parse_args(arguments)
-    model = transformers.MllamaForConditionalGeneration.from_pretrained(args.model).eval()
-    processor = transformers.AutoProcessor.from_pretrained(args.model)
-    record = Path(args.model) / "training.json"
+    folder = folder_of(args.model)
+    model = transformers.MllamaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    record = folder / "training.json"
     begin = time.monotonic()
     scale = model.config.vision_config.image_size // TILE
-    questions = held_out_questions(args.questions, seed=args.seed, scale=scale)
+    questions = held_out_questions(args.questions, seed=args.seed, scale=scale, task=task_of(folder))
     ways = evaluate(model, processor, questions, tuple(args.ratios), args.batch)
     results = {
         "questions": args.questions,

@@ -9,15 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MllamaForConditionalGeneration
 
+DIGITS = {"patches": 11}
+"""Classes of the patches of a scene of digits: none, and ten digits."""
 
-def cross_attention_inputs(
-    model: MllamaForConditionalGeneration, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the vision tower: its features (B, 4, patches, 288) and the projected states (B, 4 · patches, 128)."""
+
+def visual_features(model: MllamaForConditionalGeneration, batch: dict[str, Any]) -> torch.Tensor:
+    """Run the vision tower: its features (B, 4, patches, 288)."""
     inputs = {key: batch[key] for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    features = model.model.vision_model(**inputs).last_hidden_state[:, 0]
-    states = model.model.multi_modal_projector(features)
-    return features, states.flatten(1, 2)
+    return model.model.vision_model(**inputs).last_hidden_state[:, 0]
+
+
+def projected(model: MllamaForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
+    """What the text model reads of the tower's features: states (B, 4 · patches, 128)."""
+    return model.model.multi_modal_projector(features).flatten(1, 2)
 
 
 def packed_logits(
@@ -45,16 +49,28 @@ def packed_logits(
     return model.lm_head(output.last_hidden_state)
 
 
-def patch_loss(head: nn.Module, features: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Loss of naming the digit under every patch of the real tiles, and the accuracy on patches that show one."""
+def patch_loss(
+    head: nn.Module, features: torch.Tensor, batch: dict[str, Any], aspects: dict[str, int] = DIGITS
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of naming what is under every patch of the real tiles, and the accuracy on patches that show something.
+
+    ``aspects`` says how many classes each aspect of a patch has; "none" (class 0) has to be learned for the first one only.
+    """
     real = batch["aspect_ratio_mask"][:, 0].bool()
-    labels = batch["patch_labels"][real].flatten()
+    labels = batch["patch_labels"][real].flatten(0, 1)
     logits = head(features[:, :, 1:][real]).flatten(0, 1)
-    weight = torch.ones(logits.shape[-1])
+    weight = torch.ones(next(iter(aspects.values())))
     weight[0] = 0.3
-    shown = labels > 0
-    accuracy = (logits.argmax(-1) == labels)[shown].float().mean().item()
-    return F.cross_entropy(logits, labels, weight=weight), accuracy
+    loss, seen = torch.zeros(()), {}
+    for number, (name, part) in enumerate(zip(aspects, logits.split(list(aspects.values()), dim=-1), strict=True)):
+        wanted = labels[:, number]
+        shown = wanted > 0
+        if number:
+            loss = loss + 0.5 * F.cross_entropy(part[shown], wanted[shown])
+        else:
+            loss = loss + F.cross_entropy(part, wanted, weight=weight)
+        seen[name] = (part.argmax(-1) == wanted)[shown].float().mean().item()
+    return loss, seen
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:

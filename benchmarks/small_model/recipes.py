@@ -20,7 +20,11 @@ class Stage:
     decay: int
     warmup: int = 150
     texts: bool = False
-    """Train the whole model on questions; without it the vision tower alone, on the digit under every patch."""
+    """Train the whole model on questions; without it the vision tower alone, on what is under every patch."""
+    frozen: bool = False
+    """Train on questions all but the vision tower, which costs a third of a step."""
+    repeats: int = 1
+    """Updates for every reading of a batch by a frozen tower, with questions of their own."""
     together_every: int = 1
     """Tiles read each other in every so manieth step, and only themselves in the others (see ``apart.py``); 0: in none."""
     bfloat16: bool = False
@@ -33,6 +37,15 @@ class Stage:
     """Steps over which the share of right answers is averaged to see a plateau; 0: the stage runs for all its steps."""
     gain: float = 0.01
     """The least gain from one window to the next. Less is a plateau: the decay begins."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.frozen and not self.texts:
+            raise ValueError(f"stage {self.name!r} trains nothing: frozen=True needs texts=True")
+        if self.repeats > 1 and not self.frozen:
+            raise ValueError(
+                f"stage {self.name!r} can't repeat what it trains: repeats={self.repeats} needs frozen=True"
+            )
 
     def apart(self, step: int) -> bool:
         """Whether tiles read only themselves in this step."""
@@ -53,8 +66,12 @@ class Recipe:
     batch: int
     """Scenes a step."""
     seed: int = 0
-    warm: bool = False
-    """Begin with the shipped model's weights: see ``warm.py``."""
+    warm: str = ""
+    """Begin with the weights of the model of this name, "shipped" or "fine": see ``warm.py``."""
+    optimizer: str = "adamw"
+    """See ``optimizer.py``."""
+    scenes: str = "digits"
+    """What the scenes show: "digits" or "pages"."""
 
     def first_batch(self, index: int) -> int:
         """Number of the first batch of a stage: no other stage of its kind has had it."""
@@ -90,6 +107,19 @@ RECIPES = {
             Stage("again", 340, 7e-4, decay=320, warmup=20, texts=True, bfloat16=True, crowded=True, patch_weight=0.5),
         ),
         batch=8,
-        warm=True,
+        warm="shipped",
+    ),
+    "pages": Recipe(
+        FINE,
+        (
+            Stage("tower", 400, 1.5e-3, decay=1, warmup=50, together_every=0),
+            Stage("together", 600, 1.5e-3, decay=200, warmup=50),
+            Stage("reading", 500, 1e-3, decay=1, warmup=50, texts=True, crowded=True, frozen=True, repeats=3),
+            Stage("questions", 3000, 1e-3, decay=1500, warmup=50, texts=True, crowded=True, patch_weight=0.5),
+        ),
+        batch=8,
+        warm="fine",
+        optimizer="muon",
+        scenes="pages",
     ),
 }

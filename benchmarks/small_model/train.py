@@ -1,9 +1,10 @@
 """Train a variant of the small Mllama: ``python -m benchmarks.small_model.train --recipe fine --out DIR``.
 
-The tower stage trains the vision tower with a linear head that names the digit under every patch; the questions stage trains the
+The tower stage trains the vision tower with a linear head that names what is under every patch; the questions stage trains the
 whole model on questions, with the loss on answer tokens (and, lightly, still on the patches). Every few minutes two things are
 written: ``DIR/checkpoint``, the moving average of the weights, which ``from_pretrained`` loads, and ``DIR/state``, with which the
-same command goes on where it was, to the same weights as if it had never stopped.
+same command goes on where it was, to the same weights as if it had never stopped. ``--start`` begins a new run with the
+weights of a checkpoint, where the state is lost.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from torch.utils.data import DataLoader
 from transformers import MllamaForConditionalGeneration
 
 from benchmarks.common.results import write_json
+from benchmarks.small_model import fine
 from benchmarks.small_model.apart import tiles_apart
 from benchmarks.small_model.architecture import build_config, build_model, build_processor
 from benchmarks.small_model.batches import SceneBatches
-from benchmarks.small_model.losses import answer_loss, cross_attention_inputs, packed_logits, patch_loss
+from benchmarks.small_model.losses import DIGITS, answer_loss, packed_logits, patch_loss, projected, visual_features
+from benchmarks.small_model.optimizer import OPTIMIZERS
+from benchmarks.small_model.pages.labels import ASPECTS
+from benchmarks.small_model.parallel import Group, run_together
 from benchmarks.small_model.recipes import RECIPES, Recipe, Stage
 from benchmarks.small_model.state import (
     Progress,
@@ -44,14 +49,15 @@ CURVE_EVERY = 20
 """Steps between two points of the learning curve."""
 
 
-def optimizer_for(modules: list[nn.Module]) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    parameters = [p for module in modules for p in module.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+def first_weights(source: str | Path) -> MllamaForConditionalGeneration:
+    """The model whose weights a run begins with: "shipped", "fine", or the checkpoint in a folder."""
+    if source == "shipped":
+        from trim_plugin.embedded import SMALL_MODEL
+
+        source = SMALL_MODEL
+    elif source == "fine":
+        source = fine.MODEL
+    return MllamaForConditionalGeneration.from_pretrained(source)
 
 
 @torch.no_grad()
@@ -64,17 +70,16 @@ def average(target: nn.Module, source: nn.Module, step: int) -> None:
 class Run:
     """A training run: its model, the average of its weights, and where it is."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        """Begin a run, or go on with the one in ``out``."""
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, out: Path, start: Path | None = None, group: Group | None = None) -> None:
+        """Begin a run, from the weights in ``start`` if given, or go on with the one in ``out``."""
+        self.recipe, self.out, self.group = recipe, out, group or Group()
+        self.aspects = ASPECTS if recipe.scenes == "pages" else DIGITS
         self.processor = build_processor(recipe.variant)
         self.model = build_model(build_config(self.processor.tokenizer, recipe.variant), recipe.seed).train()
-        self.head = nn.Linear(self.model.config.vision_config.vision_output_dim, 11)
+        self.head = nn.Linear(self.model.config.vision_config.vision_output_dim, sum(self.aspects.values()))
         progress = load_progress(out / "state")
-        if recipe.warm and progress is None:
-            from trim_plugin.embedded import load_small_model
-
-            warm_start(self.model, load_small_model()[0])
+        if progress is None and (start is not None or recipe.warm):
+            warm_start(self.model, first_weights(start or recipe.warm))
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.modules = {"model": self.model, "head": self.head, "averaged": self.averaged}
         self.resumed = progress is not None
@@ -92,21 +97,36 @@ class Run:
 
     def trained(self, stage: Stage) -> list[nn.Module]:
         """The modules that a stage trains."""
-        return [self.model, self.head] if stage.texts else [self.model.model.vision_model, self.head]
+        whole = self.model.model
+        if stage.frozen:
+            return [whole.language_model, whole.multi_modal_projector, self.model.lm_head]
+        return [self.model, self.head] if stage.texts else [whole.vision_model, self.head]
 
-    def loss(self, stage: Stage, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
-        """A batch's loss, and the shares of patches and words that are right."""
+    def read(self, stage: Stage, batch: dict[str, Any]) -> torch.Tensor:
+        """What the vision tower makes of a batch."""
         apart = stage.apart(self.progress.step)
         reading = tiles_apart(self.model.model.vision_model) if apart else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16), reading:
-            features, states = cross_attention_inputs(self.model, batch)
-        loss, patches = patch_loss(self.head, features.float(), batch)
-        seen = {"patches": patches}
-        if stage.texts:
-            logits = packed_logits(self.model, states.float(), batch["texts"], batch["aspect_ratio_mask"])
-            words_loss, seen["words"] = answer_loss(logits, batch["texts"]["labels"])
-            loss = words_loss + stage.patch_weight * loss
-        return loss, seen | {"loss": loss.item()}
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16),
+            reading,
+            torch.set_grad_enabled(not stage.frozen),
+        ):
+            return visual_features(self.model, batch)
+
+    def losses(self, stage: Stage, batch: dict[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        """A batch's loss, and the shares of patches and words that are right; once for every update."""
+        features = self.read(stage, batch)
+        for texts in batch.get("texts", [None]):
+            loss, seen = torch.zeros(()), {}
+            if not stage.frozen:
+                loss, seen = patch_loss(self.head, features.float(), batch, self.aspects)
+            if texts is not None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
+                    states = projected(self.model, features).float()
+                logits = packed_logits(self.model, states, texts, batch["aspect_ratio_mask"])
+                words_loss, seen["words"] = answer_loss(logits, texts["labels"])
+                loss = words_loss + stage.patch_weight * loss
+            yield loss, seen | {"loss": loss.item()}
 
     def note(self, stage: Stage, seen: dict[str, float], seconds: float) -> None:
         """Count a step: running means, the learning curve, and whether a plateau is reached."""
@@ -131,7 +151,12 @@ class Run:
         now.window = [total, *before]
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the state and, as a complete checkpoint, the averaged weights with the record of the training."""
+        """Write the state and, as a complete checkpoint, the averaged weights with the record of the training.
+
+        The first process of a group writes for all.
+        """
+        if self.group.rank:
+            return
         save_state(self.out / "state", self.modules, optimizer, self.progress)
         save_checkpoint(self.averaged, self.processor, self.out / "checkpoint", self.record())
 
@@ -158,11 +183,15 @@ def last_step(stage: Stage, progress: Progress) -> int:
 def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_every: int) -> float:
     """Train the stage that the run is in until it is over or ``limit`` steps are done; returns how many are left of them."""
     first = run.recipe.first_batch(run.progress.stage)
-    data = SceneBatches(run.recipe, stage, first + stage.steps)
+    data = SceneBatches(run.recipe, stage, first + stage.steps, run.group.rank, run.group.size)
     left = range(first + run.progress.step, first + stage.steps)
-    batches = iter(DataLoader(data, batch_size=None, sampler=left, num_workers=1, prefetch_factor=8))
+    # Forked, in spawned processes too: a worker need not import everything again.
+    loader = DataLoader(
+        data, batch_size=None, sampler=left, num_workers=1, prefetch_factor=8, multiprocessing_context="fork"
+    )
+    batches = iter(loader)
     parameters = [p for module in run.trained(stage) for p in module.parameters()]
-    optimizer = optimizer_for(run.trained(stage))
+    optimizer = OPTIMIZERS[run.recipe.optimizer](run.trained(stage))
     if run.progress.step:
         load_moments(run.out / "state", optimizer)
     saved = time.monotonic()
@@ -170,15 +199,17 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
         begin, step = time.monotonic(), run.progress.step
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * stage.factor(step, last_step(stage, run.progress) - stage.decay)
-        loss, seen = run.loss(stage, next(batches))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average(run.averaged, run.model, step)
+        for loss, shares in run.losses(stage, next(batches)):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            seen = run.group.average(parameters, shares | {"stopping": float(run.stopping)})
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            average(run.averaged, run.model, step)
+        run.stopping = seen.pop("stopping") > 0
         run.note(stage, seen, time.monotonic() - begin)
         limit -= 1
-        if log_every and step % log_every == 0:
+        if log_every and step % log_every == 0 and not run.group.rank:
             print(stage.name, json.dumps(run.progress.stages[stage.name]), flush=True)
         if time.monotonic() - saved > save_every_s:
             run.save(optimizer)
@@ -188,14 +219,22 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
 
 
 def train(
-    recipe: Recipe, out: Path, *, limit: float = float("inf"), save_every_s: float = 300, log_every: int = 0
+    recipe: Recipe,
+    out: Path,
+    *,
+    limit: float = float("inf"),
+    save_every_s: float = 300,
+    log_every: int = 0,
+    start: Path | None = None,
+    group: Group | None = None,
 ) -> Run:
     """Train by a recipe, or go on with the run that ``out`` holds.
 
-    ``limit`` stops it after so many steps, and SIGTERM after the step that it is in; both write what was reached.
+    ``limit`` stops it after so many steps, and SIGTERM after the step that it is in; both write what was reached. ``start`` is a
+    checkpoint that a new run begins with, instead of the recipe's first weights.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(recipe, out)
+    run = Run(recipe, out, start, group)
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopping", True))
     try:
         _train(run, limit, save_every_s, log_every)
@@ -219,15 +258,21 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, required=True, help="folder of checkpoint and state; goes on with what it holds"
     )
     parser.add_argument("--steps", nargs="*", default=[], metavar="STAGE=STEPS", help="other most steps of a stage")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--start", type=Path, metavar="DIR", help="begin a new run with the weights of this checkpoint")
+    parser.add_argument("--processes", type=int, default=1, help="processes of one thread each that share a batch")
+    parser.add_argument("--threads", type=int, default=2, help="threads, if there is one process")
     parser.add_argument("--save-every", type=float, default=5, help="minutes between two writes")
     parser.add_argument("--log-every", type=int, default=0, help="print a line every so many steps")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     steps = {name: int(count) for name, count in (entry.split("=") for entry in args.steps)}
-    train(
-        RECIPES[args.recipe].with_steps(steps), args.out, save_every_s=60 * args.save_every, log_every=args.log_every
-    )  # fmt: skip
+    options = {"save_every_s": 60 * args.save_every, "log_every": args.log_every, "start": args.start}
+    run_together(_member, args.processes, RECIPES[args.recipe].with_steps(steps), args.out, options)
+
+
+def _member(group: Group, recipe: Recipe, out: Path, options: dict[str, Any]) -> None:
+    torch.set_flush_denormal(True)
+    train(recipe, out, group=group, **options)
 
 
 if __name__ == "__main__":
