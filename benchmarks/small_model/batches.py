@@ -27,6 +27,7 @@ from benchmarks.small_model.pages.scenes import Page, draw_page
 from benchmarks.small_model.questions import ask
 from benchmarks.small_model.recipes import Recipe, Stage
 from benchmarks.small_model.scenes import TILE, Scene, draw_scene
+from benchmarks.small_model.thinned import chosen_tokens
 from benchmarks.small_model.variants import COARSE, Variant
 
 MAX_TILES = 4
@@ -174,6 +175,10 @@ class SceneBatches(Dataset[dict[str, Any]]):
         batch["patch_labels"] = torch.from_numpy(
             np.stack([patch_labels(scene, self.recipe.variant) for scene in scenes])
         )
+        if self.stage.tokens:
+            rng = np.random.default_rng([first, number, self.part, 1])
+            kept = [chosen_tokens(labels, self.stage.tokens, rng) for labels in batch["patch_labels"].numpy()]
+            batch["kept"] = torch.from_numpy(np.stack(kept))
         if texts:
             rng = np.random.default_rng([first, number, *([self.part] if self.parts > 1 else [])])
             batch["texts"] = [

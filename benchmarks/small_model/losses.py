@@ -25,9 +25,16 @@ def projected(model: MllamaForConditionalGeneration, features: torch.Tensor) -> 
 
 
 def packed_logits(
-    model: MllamaForConditionalGeneration, states: torch.Tensor, texts: dict[str, torch.Tensor], tiles: torch.Tensor
+    model: MllamaForConditionalGeneration,
+    states: torch.Tensor,
+    texts: dict[str, torch.Tensor],
+    tiles: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits (B, T, vocabulary) of packed rows; segments don't see each other. ``tiles`` is the mask (B, 1, 4)."""
+    """Logits (B, T, vocabulary) of packed rows; segments don't see each other.
+
+    ``tiles`` is the mask (B, 1, 4), ``kept`` says which visual tokens the text may read (B, count); None for all.
+    """
     segments, visible = texts["segments"], texts["visible"]
     lowest = torch.finfo(states.dtype).min
     length = segments.shape[1]
@@ -36,6 +43,8 @@ def packed_logits(
     patches = states.shape[1] // tiles.shape[-1]
     # A blind row's mask is zero everywhere and its output is masked out, as the model does it.
     hidden = (1.0 - tiles[:, 0].repeat_interleave(patches, dim=1).to(states.dtype)) * lowest
+    if kept is not None:
+        hidden, states = hidden.gather(1, kept), states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
     cross = hidden[:, None, None, :] * visible[:, None, :, None]
     output = model.model.language_model(
         input_ids=texts["input_ids"],
@@ -54,11 +63,16 @@ def patch_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of naming what is under every patch of the real tiles, and the accuracy on patches that show something.
 
+    With ``kept`` in the batch, that is what the tower has read.
+
     ``aspects`` says how many classes each aspect of a patch has; "none" (class 0) has to be learned for the first one only.
     """
-    real = batch["aspect_ratio_mask"][:, 0].bool()
-    labels = batch["patch_labels"][real].flatten(0, 1)
-    logits = head(features[:, :, 1:][real]).flatten(0, 1)
+    read = batch["aspect_ratio_mask"][:, 0].bool()[:, :, None].expand(features.shape[:3])
+    if "kept" in batch:
+        chosen = torch.zeros(read.shape, dtype=torch.bool).flatten(1).scatter(1, batch["kept"], True)
+        read = read & chosen.view(read.shape)
+    labels = batch["patch_labels"][read[:, :, 1:]]
+    logits = head(features[:, :, 1:][read[:, :, 1:]])
     weight = torch.ones(next(iter(aspects.values())))
     weight[0] = 0.3
     loss, seen = torch.zeros(()), {}

@@ -27,6 +27,8 @@ class Stage:
     """Updates for every reading of a batch by a frozen tower, with questions of their own."""
     together_every: int = 1
     """Tiles read each other in every so manieth step, and only themselves in the others (see ``apart.py``); 0: in none."""
+    tokens: int = 0
+    """The vision tower reads so many visual tokens of a picture, all that show print among them; 0: all (``thinned.py``)."""
     bfloat16: bool = False
     """Run the vision tower under bfloat16 autocast."""
     crowded: bool = False
@@ -42,6 +44,8 @@ class Stage:
         """Refuse what has no meaning."""
         if self.frozen and not self.texts:
             raise ValueError(f"stage {self.name!r} trains nothing: frozen=True needs texts=True")
+        if self.tokens and self.together_every != 1:
+            raise ValueError(f"stage {self.name!r} reads tiles apart or few tokens, not both: tokens={self.tokens}")
         if self.repeats > 1 and not self.frozen:
             raise ValueError(
                 f"stage {self.name!r} can't repeat what it trains: repeats={self.repeats} needs frozen=True"
@@ -112,10 +116,14 @@ RECIPES = {
     "pages": Recipe(
         FINE,
         (
-            Stage("tower", 400, 1.5e-3, decay=1, warmup=50, together_every=0),
-            Stage("together", 600, 1.5e-3, decay=200, warmup=50),
-            Stage("reading", 500, 1e-3, decay=1, warmup=50, texts=True, crowded=True, frozen=True, repeats=3),
-            Stage("questions", 3000, 1e-3, decay=1500, warmup=50, texts=True, crowded=True, patch_weight=0.5),
+            Stage("tower", 600, 1.5e-3, decay=100, warmup=30, tokens=384),
+            Stage(
+                "reading", 200, 1e-3, decay=1, warmup=20, tokens=384, texts=True, crowded=True, frozen=True, repeats=3
+            ),
+            Stage(
+                "questions", 2500, 1e-3, decay=1500, warmup=50, tokens=384, texts=True, crowded=True, patch_weight=0.5
+            ),
+            Stage("last", 400, 4e-4, decay=380, warmup=20, texts=True, crowded=True, patch_weight=0.5),
         ),
         batch=8,
         warm="fine",

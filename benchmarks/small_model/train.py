@@ -15,7 +15,6 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from benchmarks.small_model.state import (
     replaced,
     save_state,
 )
+from benchmarks.small_model.thinned import thinned
 from benchmarks.small_model.warm import warm_start
 
 CURVE_EVERY = 20
@@ -83,7 +83,8 @@ class Run:
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.modules = {"model": self.model, "head": self.head, "averaged": self.averaged}
         self.resumed = progress is not None
-        self.stopping = False
+        self.asked_to_stop = False
+        self.stopping = False  # as all processes have agreed: they stop after the same step
         self.progress = progress or Progress()
         if self.resumed:
             load_weights(out / "state", self.modules)
@@ -105,7 +106,8 @@ class Run:
     def read(self, stage: Stage, batch: dict[str, Any]) -> torch.Tensor:
         """What the vision tower makes of a batch."""
         apart = stage.apart(self.progress.step)
-        reading = tiles_apart(self.model.model.vision_model) if apart else nullcontext()
+        vision = self.model.model.vision_model
+        reading = tiles_apart(vision) if apart else thinned(vision, batch.get("kept"))
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16),
             reading,
@@ -123,7 +125,7 @@ class Run:
             if texts is not None:
                 with torch.autocast("cpu", torch.bfloat16, enabled=stage.bfloat16):
                     states = projected(self.model, features).float()
-                logits = packed_logits(self.model, states, texts, batch["aspect_ratio_mask"])
+                logits = packed_logits(self.model, states, texts, batch["aspect_ratio_mask"], batch.get("kept"))
                 words_loss, seen["words"] = answer_loss(logits, texts["labels"])
                 loss = words_loss + stage.patch_weight * loss
             yield loss, seen | {"loss": loss.item()}
@@ -202,11 +204,11 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
         for loss, shares in run.losses(stage, next(batches)):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            seen = run.group.average(parameters, shares | {"stopping": float(run.stopping)})
+            seen = run.group.average(parameters, shares | {"asked": float(run.asked_to_stop)})
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             average(run.averaged, run.model, step)
-        run.stopping = seen.pop("stopping") > 0
+        run.stopping = seen.pop("asked") > 0
         run.note(stage, seen, time.monotonic() - begin)
         limit -= 1
         if log_every and step % log_every == 0 and not run.group.rank:
@@ -235,7 +237,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, out, start, group)
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopping", True))
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "asked_to_stop", True))
     try:
         _train(run, limit, save_every_s, log_every)
     finally:

@@ -18,7 +18,7 @@ from benchmarks.quality.rules import Rule
 from benchmarks.small_model import fine
 from benchmarks.small_model import train as trainer
 from benchmarks.small_model.architecture import build_tokenizer
-from benchmarks.small_model.batches import SceneBatches, patch_labels
+from benchmarks.small_model.batches import SceneBatches, image_inputs, patch_labels
 from benchmarks.small_model.check import largest_differences
 from benchmarks.small_model.evaluate import held_out_questions
 from benchmarks.small_model.optimizer import muon
@@ -27,13 +27,14 @@ from benchmarks.small_model.pages.scenes import HELD_OUT_SIZE, LABELS, LAYOUTS, 
 from benchmarks.small_model.parallel import run_together
 from benchmarks.small_model.recipes import Recipe, Stage
 from benchmarks.small_model.tasks import DIGITS, PAGES, folder_of, task_of
+from benchmarks.small_model.thinned import chosen_tokens, thinned
 from benchmarks.small_model.variants import COARSE, FINE
 
 PRINTED = Recipe(
     FINE,
     (
-        Stage("tower", 1, 1e-3, decay=1, warmup=1, together_every=0),
-        Stage("reading", 2, 1e-3, decay=1, texts=True, frozen=True, repeats=2),
+        Stage("tower", 1, 1e-3, decay=1, warmup=1, tokens=120),
+        Stage("reading", 2, 1e-3, decay=1, tokens=240, texts=True, frozen=True, repeats=2),
         Stage("questions", 1, 1e-3, decay=1, warmup=1, texts=True, crowded=True),
     ),
     batch=2,
@@ -154,6 +155,46 @@ def test_patches_are_labelled_by_what_their_centre_lies_in(seed):
             assert tuple(labels[row, column]) == found, (row, column)
 
 
+@pytest.fixture(scope="module")
+def fine_vision():
+    return fine.load()[0].model.vision_model
+
+
+@pytest.mark.parametrize("layout", [(2, 2), (1, 2)])
+def test_a_thinned_tower_reads_what_is_kept_and_nothing_else(layout, fine_vision):
+    page = draw_page(2, held_out=False, layout=layout, lines=3)
+    inputs = image_inputs([page.image], FINE.tile)
+    kept = torch.from_numpy(chosen_tokens(patch_labels(page, FINE), 400, np.random.default_rng(0)))[None]
+    left_out = next(token for token in range(1, 257) if token not in kept[0])
+    changed = inputs | {"pixel_values": inputs["pixel_values"].clone()}
+    row, column = divmod(left_out - 1, 16)
+    changed["pixel_values"][:, :, 0, :, 5 * row : 5 * row + 5, 5 * column : 5 * column + 5] += 0.5
+    with torch.no_grad():
+        whole, moved = (fine_vision(**given).last_hidden_state[0, 0].flatten(0, 1) for given in (inputs, changed))
+        with thinned(fine_vision, kept):
+            some, same = (fine_vision(**given).last_hidden_state[0, 0].flatten(0, 1) for given in (inputs, changed))
+        with thinned(fine_vision, None):
+            assert torch.equal(fine_vision(**inputs).last_hidden_state[0, 0].flatten(0, 1), whole)
+    assert torch.equal(some[kept[0]], same[kept[0]])
+    assert not torch.equal(whole[kept[0]], moved[kept[0]])
+    # The features behind a layer are the last 2 × 96 of 3 × 96; those of left-out tokens are zeros there.
+    dropped = torch.ones(len(some), dtype=torch.bool).index_fill(0, kept[0], False)
+    assert some[dropped][:, 96:].abs().max() == 0
+    assert some[kept[0]].abs().sum(dim=1).min() > 0
+
+
+def test_print_is_kept_before_empty_paper():
+    page = draw_page(3, held_out=False, layout=(2, 2), lines=4)
+    labels = patch_labels(page, FINE)
+    shown = 1 + np.flatnonzero(np.pad(labels[:, :, 0] > 0, ((0, 0), (0, 1))).ravel())  # a class token before every tile
+    kept = chosen_tokens(labels, 300, np.random.default_rng(0))
+    assert len(set(kept)) == 300
+    assert {0, 257, 514, 771} <= set(kept)
+    assert set(shown) <= set(kept)
+    few = chosen_tokens(labels, 60, np.random.default_rng(0))
+    assert set(few) - set(shown) == {0, 257, 514, 771}
+
+
 def test_training_on_pages_computes_what_processor_and_model_compute():
     pixels, logits = largest_differences(count=3, variant=FINE, task=PAGES)
     assert pixels < 1e-5
@@ -268,6 +309,8 @@ def test_a_new_run_can_begin_with_a_checkpoint(printed, tmp_path):
 def test_a_stage_without_meaning_is_an_error():
     with pytest.raises(ValueError, match="trains nothing: frozen=True needs texts=True"):
         Stage("tower", 1, 1.0, 1, frozen=True)
+    with pytest.raises(ValueError, match="reads tiles apart or few tokens, not both: tokens=96"):
+        Stage("tower", 1, 1.0, 1, tokens=96, together_every=4)
     with pytest.raises(ValueError, match="repeats=3 needs frozen=True"):
         Stage("questions", 1, 1.0, 1, texts=True, repeats=3)
 
