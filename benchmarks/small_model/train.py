@@ -208,7 +208,8 @@ def run_stage(run: Run, stage: Stage, limit: float, save_every_s: float, log_eve
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             average(run.averaged, run.model, step)
-        run.stopping = seen.pop("asked") > 0
+        # Alone it stops after this step; of several, one that is asked tells the others within its next step.
+        run.stopping = seen.pop("asked") > 0 or (run.asked_to_stop and run.group.size == 1)
         run.note(stage, seen, time.monotonic() - begin)
         limit -= 1
         if log_every and step % log_every == 0 and not run.group.rank:

@@ -55,6 +55,7 @@ def answered(results, setting, where="fresh"):
             if (row["where"], row["rule"], row["parameter"]) == (where, rule, parameter)
         )
         for result, name in MODELS.items()
+        if result in results
     }
 
 
@@ -70,7 +71,7 @@ def test_what_the_text_says_about_answers_holds_on_both_models(results, where):
             ("random, merged", 0.1),
         )
     )
-    for model in MODELS.values():
+    for model in ("small", "fine"):
         assert default[model]["change_interval"][1] >= 0  # nothing that could be measured
         assert abs(default[model]["change"]) <= 0.002
         assert tenth[model]["change_interval"][1] >= 0
