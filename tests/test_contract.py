@@ -321,7 +321,7 @@ def test_the_caches_name_is_what_the_layers_say_and_else_the_versions(invented, 
 
 
 def test_public_names_that_cannot_be_imported_say_so(monkeypatch):
-    for name in ("trim_plugin.forward.trimmed_cache", "trim_plugin.cache.held"):
+    for name in ("trim_plugin.forward.hooks", "trim_plugin.cache.held"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delitem(vars(trim_plugin), "TrimmedCache", raising=False)
     monkeypatch.delattr(cache_utils, "StaticLayer")

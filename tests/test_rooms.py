@@ -29,8 +29,7 @@ ORDER = (
     "cache",
     "config",
     "kv_formats",
-    "rules",
-    "attention",
+    "selection",
     "durable",
     "deferred",
     "contract",
@@ -49,6 +48,11 @@ TESTED_IN = {
     "asking.answers": "batching/test_worker.py",
     "asking.prompts": "batching/test_worker.py",
     "cache.joining": "exactness/test_pieces.py",
+    "cache.blocks": "cache/test_quantized.py",
+    "cache.kept": "cache/test_layers.py",
+    "cache.reading": "exactness/test_decoding.py",
+    "cache.regrouping": "cache/test_layers.py",
+    "cache.stores": "cache/test_layers.py",
     "planning.table": "commands/test_plan.py",
     "planning.job": "planning/test_planner.py",
     "planning.working_set": "planning/test_planner.py",
@@ -57,13 +61,14 @@ TESTED_IN = {
     "forward.tower": "exactness/test_pieces.py",
     "forward.tower_merging": "exactness/test_tower.py",
     "generation.checks": "errors/test_inputs.py",
-    "generation.pieces": "exactness/test_pieces.py",
+    "generation.micro_batches": "exactness/test_pieces.py",
     "pictures.prompting": "pictures/test_opening.py",
     "pictures.encoding": "pictures/test_encoded.py",
     "pictures.fingerprint": "pictures/test_encoded.py",
     "pictures.layout": "pictures/test_encoded.py",
     "pictures.rgb": "pictures/test_opening.py",
     "forward.encoded": "exactness/test_encoded.py",
+    "forward.detaching": "forward/test_hooks.py",
 }
 MOST_LINES = 350
 #: Of a room; integrations are as many as there are libraries.
@@ -188,17 +193,21 @@ def test_rooms_stay_small(name):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("rules/one.py", "from trim_plugin.cache import held", "cache lies above rules"),
-        ("rules/one.py", "def f():\n    import trim_plugin.cache.held", "(in a function): cache lies above rules"),
+        ("selection/one.py", "from trim_plugin.cache import held", "cache lies above selection"),
         (
-            "rules/one.py",
+            "selection/one.py",
+            "def f():\n    import trim_plugin.cache.held",
+            "(in a function): cache lies above selection",
+        ),
+        (
+            "selection/one.py",
             "if TYPE_CHECKING:\n    from trim_plugin.cache.held import Held",
-            "(for types): cache lies above rules",
+            "(for types): cache lies above selection",
         ),
         ("cache/held.py", "from trim_plugin.cache import other", "circle: cache.held → cache.other → cache.held"),
         ("cli.py", "def f():\n    from trim_plugin.integrations.peft import x", "integrations import trim_plugin"),
         ("cli.py", "import trim_plugin.integrations.peft", "integrations import trim_plugin, never the reverse"),
-        ("rules/one.py", "from trim_plugin.integrations import peft", "integrations import trim_plugin"),
+        ("selection/one.py", "from trim_plugin.integrations import peft", "integrations import trim_plugin"),
     ],
 )
 def test_what_breaks_the_order_is_found(tmp_path, file, text, message):
@@ -206,10 +215,10 @@ def test_what_breaks_the_order_is_found(tmp_path, file, text, message):
     start = {
         "__init__.py": "",
         "cli.py": "",
-        "rules/__init__.py": "",
-        "rules/one.py": "",
+        "selection/__init__.py": "",
+        "selection/one.py": "",
         "cache/__init__.py": "",
-        "cache/held.py": "from trim_plugin.rules import one\nclass Held: ...",
+        "cache/held.py": "from trim_plugin.selection import one\nclass Held: ...",
         "cache/other.py": "from trim_plugin.cache.held import Held",
         "integrations/__init__.py": "",
         "integrations/peft.py": "from trim_plugin.integrations import adapters\nfrom trim_plugin import cli",

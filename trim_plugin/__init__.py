@@ -19,15 +19,15 @@ from trim_plugin.generation.registration import register, unregister
 if TYPE_CHECKING:
     from trim_plugin.cache.report import TrimReport
     from trim_plugin.config import TrimConfig
-    from trim_plugin.forward.hooks import detach
-    from trim_plugin.forward.trimmed_cache import TrimmedCache
-    from trim_plugin.generation.pieces import prefill
+    from trim_plugin.forward.detaching import detach
+    from trim_plugin.forward.hooks import TrimmedCache
+    from trim_plugin.generation.micro_batches import prefill
     from trim_plugin.pictures.encoded import Pictures
     from trim_plugin.pictures.encoding import encode_pictures
     from trim_plugin.pictures.prompting import open_picture
     from trim_plugin.pictures.visualize import visualize
-    from trim_plugin.rules.k_center import KCenter
-    from trim_plugin.rules.processors import (
+    from trim_plugin.selection.k_center import KCenter
+    from trim_plugin.selection.processors import (
         TopKPerHead,
         TopPPerHead,
         VisualTokenProcessor,
@@ -57,19 +57,19 @@ __all__ = [
 
 #: The module of every public name that is loaded at its first use.
 _MODULES = {
-    "KCenter": "rules.k_center",
+    "KCenter": "selection.k_center",
     "Pictures": "pictures.encoded",
-    "TopKPerHead": "rules.processors",
-    "TopPPerHead": "rules.processors",
+    "TopKPerHead": "selection.processors",
+    "TopPPerHead": "selection.processors",
     "TrimConfig": "config",
     "TrimReport": "cache.report",
-    "TrimmedCache": "forward.trimmed_cache",
-    "VisualTokenProcessor": "rules.processors",
-    "VisualTokenProcessorList": "rules.processors",
-    "detach": "forward.hooks",
+    "TrimmedCache": "forward.hooks",
+    "VisualTokenProcessor": "selection.processors",
+    "VisualTokenProcessorList": "selection.processors",
+    "detach": "forward.detaching",
     "encode_pictures": "pictures.encoding",
     "open_picture": "pictures.prompting",
-    "prefill": "generation.pieces",
+    "prefill": "generation.micro_batches",
     "visualize": "pictures.visualize",
 }
 

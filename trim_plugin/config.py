@@ -7,9 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.rules.processors import ProcessorLike, TopKPerHead, VisualTokenProcessorList, processor_name, share
-from trim_plugin.rules.thinning import checked_share
-from trim_plugin.rules.written import read_rule, written
+from trim_plugin.selection.processors import (
+    ProcessorLike,
+    TopKPerHead,
+    VisualTokenProcessorList,
+    checked_share,
+    processor_name,
+    share,
+)
+from trim_plugin.selection.written import read_rule, written
 
 #: The smallest that lost no accuracy on the small model, second questions, bfloat16, a quantized cache and an adapter included
 #: (benchmarks/quality): at 0.1 one second question in 45 is answered otherwise than by stock.
@@ -43,7 +49,7 @@ class TrimConfig:
         max_cache_len: text tokens that a static cache has room for. `generate` makes it at least as large as the call
             needs; give the longest you expect, so that longer prompts reuse the graph.
         merge: every visual token that the rule drops joins the kept token that it resembles most, which then stands for all
-            of its members (`rules.merging`). False is the paper's own: what the rule drops is forgotten.
+            of its members (`selection.merging`). False is the paper's own: what the rule drops is forgotten.
         prefill_pictures: most pictures that are read at a time while a prompt is read: by the vision tower, and by the text model
             (which reads whole samples, at least one). Fewer need less memory. None is a default that keeps the peak near that of
             one picture of the 11B model.
@@ -111,8 +117,8 @@ class TrimConfig:
 
     @property
     def bucket(self) -> int:
-        """What the number of cached positions is a multiple of."""
-        return self.static_bucket if self.static else 1
+        """What the number of places for visual tokens is a multiple of; 0 where it need not be a multiple of anything."""
+        return self.static_bucket if self.static else 0
 
     @property
     def processor_list(self) -> VisualTokenProcessorList:

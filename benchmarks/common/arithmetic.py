@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from trim_plugin.forward.tower_merging import layers_before
-from trim_plugin.rules.thinning import tokens_left
+from trim_plugin.selection.thinning import tokens_left
 
 
 def tower_operations(vision: Any, tiles: int | None = None, share: float | None = None) -> int:

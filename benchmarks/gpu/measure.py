@@ -30,7 +30,7 @@ from benchmarks.gpu.parts import Stopwatch, median_seconds, parts_timed
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
 from trim_plugin.forward.encoded import EncodedSample
 from trim_plugin.forward.tower import visual_states
-from trim_plugin.rules.merging import merge_dropped
+from trim_plugin.selection.merging import merge_dropped
 
 SECONDS = 510.0
 LIMIT = 24 * 2**30

@@ -10,10 +10,11 @@ from unittest import mock
 
 import torch
 
-import trim_plugin.forward.prefill
+import trim_plugin.forward.turn
+import trim_plugin.selection.select
 from benchmarks.common.device import synchronize
 from trim_plugin import KCenter
-from trim_plugin.rules.merging import Merging
+from trim_plugin.selection.merging import Merging
 
 
 class Stopwatch:
@@ -40,11 +41,11 @@ class Stopwatch:
 @contextlib.contextmanager
 def parts_timed(model: Any, watch: Stopwatch) -> Iterator[None]:
     """Within this context a prefill's parts are timed by `watch`."""
-    prefill, tower = trim_plugin.forward.prefill, model.model.vision_model
+    turn, select, tower = trim_plugin.forward.turn, trim_plugin.selection.select, model.model.vision_model
     patches = [
         mock.patch.object(tower, "forward", watch.timed("tower", tower.forward)),
-        mock.patch.object(prefill, "visual_token_scores", watch.timed("scoring", prefill.visual_token_scores)),
-        mock.patch.object(prefill, "merge_dropped", watch.timed("merging", prefill.merge_dropped)),
+        mock.patch.object(turn, "visual_token_scores", watch.timed("scoring", turn.visual_token_scores)),
+        mock.patch.object(select, "merge_dropped", watch.timed("merging", select.merge_dropped)),
         mock.patch.object(Merging, "mean", watch.timed("merging", Merging.mean)),
         mock.patch.object(KCenter, "choose", watch.timed("k-center", KCenter.choose)),
     ]

@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from rich.progress import Progress
 
-import trim_plugin.forward.prefill
+import trim_plugin.forward.turn
 from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.common.device import kv_bytes, peak, start_peak, synchronize
 from benchmarks.common.given_share import EvenlySpaced
@@ -54,15 +54,20 @@ def weight_bytes_of_a_step(model: Any) -> int:
 @contextlib.contextmanager
 def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
     """Measure what choosing costs within one prefill: seconds, and the scratch of scoring."""
-    choose, score = trim_plugin.forward.prefill.Prefill._choose, trim_plugin.forward.prefill.visual_token_scores
+    turn = trim_plugin.forward.turn
+    select, score = turn.select, turn.visual_token_scores
+    found["seconds"] = 0.0
 
-    def timed(self: Any, *args: Any) -> torch.Tensor:
-        synchronize(device)
-        start = time.perf_counter()
-        kept = choose(self, *args)
-        synchronize(device)
-        found["seconds"] = time.perf_counter() - start
-        return kept
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            synchronize(device)
+            start = time.perf_counter()
+            result = work(*args)
+            synchronize(device)
+            found["seconds"] += time.perf_counter() - start
+            return result
+
+        return wrapped
 
     def weighed(*args: Any) -> torch.Tensor:
         before = start_peak(device)
@@ -70,9 +75,12 @@ def scoring_watched(device: str, found: dict[str, Any]) -> Iterator[None]:
         found["scratch_bytes"] = max(0, peak(device) - before - scores.nbytes)
         return scores
 
-    patched = [mock.patch.object(trim_plugin.forward.prefill.Prefill, "_choose", timed)]
+    patched = [
+        mock.patch.object(turn, "select", timed(select)),
+        mock.patch.object(turn, "visual_token_scores", timed(score)),
+    ]
     if found.get("weigh"):
-        patched = [mock.patch.object(trim_plugin.forward.prefill, "visual_token_scores", weighed)]
+        patched = [mock.patch.object(turn, "visual_token_scores", weighed)]
     with contextlib.ExitStack() as stack:
         for patch in patched:
             stack.enter_context(patch)

@@ -33,9 +33,9 @@ from benchmarks.common.seeds import seed_everything
 from benchmarks.latency.compiled import StepClock, bucket_of, settings_of
 from benchmarks.latency.layers import layers_timed
 from trim_plugin import KCenter, TrimmedCache
-from trim_plugin.attention.masks import pack
 from trim_plugin.planning.model_sizes import built_in_config
-from trim_plugin.rules.merging import merge_dropped
+from trim_plugin.selection.merging import merge_dropped
+from trim_plugin.selection.visibility import pack
 
 KEPT = 0.1
 WAYS = {"dropped": False, "dropped again": False, "merged": True}

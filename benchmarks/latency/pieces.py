@@ -21,7 +21,7 @@ from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from trim_plugin import TrimmedCache, prefill
-from trim_plugin.generation.pieces import cut
+from trim_plugin.generation.micro_batches import cut
 
 EVERYTHING = 10**6
 WAYS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ from unittest import mock
 
 import torch
 
-import trim_plugin.forward.prefill
+import trim_plugin.selection.select
 from benchmarks.common.given_share import EvenlySpaced
 from trim_plugin import KCenter, VisualTokenProcessor
-from trim_plugin.rules.merging import Merging, merge_dropped
+from trim_plugin.selection.merging import Merging, merge_dropped
 
 #: Kept shares of the rules that take one, and `top_k_ratio` of the paper's rule, whose union over heads keeps more. What matters
 #: most comes first: a run that is cut off has it.
@@ -107,12 +107,12 @@ def _means_of(*given: torch.Tensor) -> Merging:
 @contextlib.contextmanager
 def log_size_only() -> Iterator[None]:
     """Within this context a kept token takes its members' log size, but not their mean."""
-    with mock.patch.object(trim_plugin.forward.prefill, "merge_dropped", _log_sizes_of):
+    with mock.patch.object(trim_plugin.selection.select, "merge_dropped", _log_sizes_of):
         yield
 
 
 @contextlib.contextmanager
 def mean_only() -> Iterator[None]:
     """Within this context a kept token takes its members' mean, but not their log size."""
-    with mock.patch.object(trim_plugin.forward.prefill, "merge_dropped", _means_of):
+    with mock.patch.object(trim_plugin.selection.select, "merge_dropped", _means_of):
         yield

@@ -37,8 +37,10 @@ def held(context, merge=True):
     inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (2,), 3))])
     with context():
         cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1, "merge": merge}, 1))
-    real = cache.tokens.valid[:, None, :, None]  # padding between the samples may hold anything
-    return cache.layers[cache.cross_layers[0]].keys * real, cache
+    keys = cache.layers[cache.cross_layers[0]].keys
+    lengths = torch.tensor([len(kept) for kept in cache.kept_indices])
+    real = torch.arange(keys.shape[2]) < lengths[:, None]  # padding between the samples may hold anything
+    return keys * real[:, None, :, None], cache
 
 
 def test_log_size_only_keeps_the_tokens_as_they_are_and_their_sizes():

@@ -24,9 +24,10 @@ def test_kept_indices_travel_with_the_batch(model):
     assert max(sizes[0]) > 1
     assert [kept.tolist() for kept in reordered.kept_sizes] == sizes[::-1]
     for moved in (reordered, repeated, chosen):  # the mask of decoding goes with them: log sizes where a token is real
-        open_part = moved.tokens.decode_mask[:, 0, 0].masked_fill(~moved.tokens.valid, -torch.inf)
-        expected = moved.tokens.sizes.float().log().masked_fill(~moved.tokens.valid, -torch.inf)
-        assert torch.equal(open_part, expected)
+        for own in moved.kept.classes:
+            for mask, sizes, count in zip(own.mask[:, 0, 0], own.sizes, own.counts, strict=True):
+                assert torch.equal(mask[:count], sizes[:count].float().log())
+                assert (mask[count:] == torch.finfo(mask.dtype).min).all()
 
 
 def test_reset_makes_it_as_new(model):

@@ -1,6 +1,5 @@
 """Quantized cross-attention layers: what they hold, what they present, and that nothing is ever quantized twice."""
 
-import copy
 import importlib.util
 import logging
 import subprocess
@@ -12,8 +11,9 @@ import torch
 from transformers import cache_utils
 
 from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.cache.blocks import Blocks, require_bitsandbytes
 from trim_plugin.cache.layers import CrossAttentionLayer
-from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, QuantizedTokens, require_bitsandbytes
+from trim_plugin.cache.stores import Plain
 from trim_plugin.compat import CACHE, cache_of
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -30,109 +30,52 @@ def relative_error(ours, theirs):
     return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
+def stored_in(states, format):
+    """Keys and values that are the same states, in a format."""
+    return Blocks.of(Plain(states, states), format)
+
+
+def rounded(states, format):
+    return stored_in(states, format).read()[0]
+
+
 @pytest.mark.parametrize(("format", "limit"), [("int8", 0.008), ("nf4", 0.11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip(format, limit, dtype):
     states = torch.randn(3, 8, 50, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    stored = QuantizedTokens.of(states, format)
-    back = stored.dequantized()
+    store = stored_in(states, format)
+    back, _ = store.read()
     assert (back.shape, back.dtype) == (states.shape, dtype)
     assert relative_error(back, states) < limit
     values = states.numel()
-    assert stored.codes.nbytes == (values if format == "int8" else values // 2)
-    assert stored.scales.nbytes == values // 64 * 4
+    codes, scales = store.tensors[:2]
+    assert codes.nbytes == (values if format == "int8" else values // 2)
+    assert scales.nbytes == values // 64 * 4
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("head_dim", [8, 24, 64])
 def test_no_value_depends_on_another_token_or_sample(format, head_dim):
     states = torch.randn(3, 2, 7, head_dim)
-    back = QuantizedTokens.of(states, format).dequantized()
+    back = rounded(states, format)
     for sample in range(3):
         for token in range(7):
             alone = states[sample : sample + 1, :, token : token + 1]
-            assert torch.equal(QuantizedTokens.of(alone, format).dequantized()[0, :, 0], back[sample, :, token])
+            assert torch.equal(rounded(alone, format)[0, :, 0], back[sample, :, token])
 
 
-def sealed(format, batch=2, tokens=6):
-    layer = QuantizedCrossAttentionLayer(format)
-    layer.expected = True
-    layer.update(torch.randn(batch, 2, tokens, 16), torch.randn(batch, 2, tokens, 16))
-    layer.release()
-    return layer
+def with_round_trips(model, settings, format):
+    """The reference: a cache that holds full tensors, quantized and dequantized once at the end of the prompt's forward."""
 
+    class RoundTripLayer(CrossAttentionLayer):
+        def _encoded(self, store):
+            return Plain(*Blocks.of(store, format).read())
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_batches_and_tokens_move_exactly(format):
-    layer = sealed(format)
-    keys, values = layer.keys, layer.values
-    order = torch.tensor([1, 1, 0])
-    for method, argument, expected in [
-        ("reorder_cache", order, order),
-        ("batch_select_indices", torch.tensor([1]), [1]),
-        ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
-    ]:
-        moved = copy.deepcopy(layer)
-        getattr(moved, method)(argument)
-        assert torch.equal(moved.keys, keys[expected])
-        assert torch.equal(moved.values, values[expected])
-    layer.keep(torch.tensor([[0, 2], [1, 5]]))
-    assert torch.equal(layer.keys[1], keys[1][:, [1, 5]])
-    assert layer.get_seq_length() == 2
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_later_picture_leaves_the_earlier_codes_alone(format):
-    layer = sealed(format)
-    before, seen = copy.deepcopy(layer._stored), layer.keys
-    layer.release()
-    layer.expected = True
-    new = torch.randn(2, 2, 3, 16)
-    keys, _ = layer.update(new, torch.randn(2, 2, 3, 16))
-    assert torch.equal(keys, torch.cat([seen, new], dim=2))  # this forward reads the new part unquantized
-    layer.keep(torch.tensor([[1, 7], [4, 8]]))
-    layer.release()
-    assert torch.equal(layer._stored["keys"].codes[:, 0], before["keys"].codes[[0, 1], [1, 4]])
-    assert torch.equal(layer.keys[0, :, 1:], QuantizedTokens.of(new, format).dequantized()[0, :, 1:2])
-
-
-def test_full_tensors_exist_only_between_reading_and_release():
-    layer = sealed("int8")
-    assert layer._held == {"keys": None, "values": None}
-    assert layer.keys is layer.keys
-    held = layer.held_tensors()
-    assert all(tensor is not layer.keys for tensor in held)
-    assert len(held) == 4
-    layer.release()
-    assert layer._held == {"keys": None, "values": None}
-    layer.reset()
-    assert layer.keys is None
-    assert layer.get_seq_length() == 0
-
-
-class RoundTripLayer(CrossAttentionLayer):
-    """The reference: full tensors, quantized and dequantized once at the end of the forward that brought them."""
-
-    format, fresh = "int8", 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.fresh = key_states.shape[2]
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def release(self):
-        if self.fresh:
-            self.keys = QuantizedTokens.of(self.keys, self.format).dequantized()
-            self.values = QuantizedTokens.of(self.values, self.format).dequantized()
-            self.fresh = 0
-
-
-def with_round_trip_layers(model, settings, format):
     class RoundTripCache(TrimmedCache):
         def new_layers(self, *args, **kwargs):
             layers = super().new_layers(*args, **kwargs)
             for index in self.cross_layers:
-                layers[index] = RoundTripLayer(self.sources)
-                layers[index].format = format
+                layers[index] = RoundTripLayer()
             return layers
 
     return RoundTripCache(model, settings)
@@ -156,7 +99,7 @@ def test_generation_equals_decoding_from_rounded_tensors(model, format, ratio, m
     torch.manual_seed(1)
     ours = trimmed(model, inputs, {"top_k_ratio": ratio, "kv_quantization": format}, **mode)
     torch.manual_seed(1)
-    cache = with_round_trip_layers(model, {"top_k_ratio": ratio}, format)
+    cache = with_round_trips(model, {"top_k_ratio": ratio}, format)
     theirs = generate(model, inputs, cache=cache, **mode)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert largest_difference(ours, theirs) <= 1e-5
@@ -165,7 +108,7 @@ def test_generation_equals_decoding_from_rounded_tensors(model, format, ratio, m
 def test_prompt_lookup_equals_decoding_from_rounded_tensors(model):
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
     ours = trimmed(model, inputs, {"kv_quantization": "int8"}, prompt_lookup_num_tokens=2)
-    cache = with_round_trip_layers(model, {}, "int8")
+    cache = with_round_trips(model, {}, "int8")
     theirs = generate(model, inputs, cache=cache, prompt_lookup_num_tokens=2)
     assert torch.equal(ours.sequences, theirs.sequences)
 
@@ -183,20 +126,19 @@ def test_prefill_is_untouched_and_decoding_close(model, format, limit, ratio):
     assert 0 < relative_error(ours.logits[1], plain.logits[1]) < limit
 
 
-def test_each_tensor_is_dequantized_once_a_step(model, monkeypatch):
-    calls = []
-    original = QuantizedTokens.dequantized
-    monkeypatch.setattr(QuantizedTokens, "dequantized", lambda self: calls.append(1) or original(self))
-    quantized = []
-    of = QuantizedTokens.of.__func__
+def test_kept_tokens_are_quantized_once_and_each_class_dequantized_once_a_step(model, monkeypatch):
+    read, quantized = [], []
+    whole, of = Blocks.read, Blocks.of.__func__
+    monkeypatch.setattr(Blocks, "read", lambda self: read.append(self.shape) or whole(self))
     monkeypatch.setattr(
-        QuantizedTokens, "of", classmethod(lambda cls, *args: quantized.append(args[0].shape[2]) or of(cls, *args))
+        Blocks, "of", classmethod(lambda cls, store, format: quantized.append(store.shape) or of(cls, store, format))
     )
     inputs = random_inputs(model, PAIR)
     output = trimmed(model, inputs, {"top_k_ratio": 0.1, "kv_quantization": "int8"}, new=6)
-    longest = max(len(kept) for kept in cache_of(output).kept_indices)
-    assert quantized == [longest] * 4  # keys and values of two layers, the kept tokens only, once
-    assert len(calls) == 5 * 4
+    shapes = [(len(own.sources), own.width) for own in cache_of(output).kept.classes]
+    assert len(shapes) == 2
+    assert sorted(quantized) == sorted(2 * shapes)  # two layers
+    assert sorted(read) == sorted(5 * 2 * shapes)  # five steps after the first token
 
 
 def test_a_picture_in_a_later_turn(model):
@@ -347,7 +289,7 @@ def test_without_bitsandbytes_making_the_cache_says_what_to_install(model, monke
 
 def test_nobody_else_imports_bitsandbytes():
     program = (
-        "import sys, trim_plugin; from trim_plugin.cache import quantized; from tests.random_models import *;"
+        "import sys, trim_plugin; from trim_plugin.cache import blocks; from tests.random_models import *;"
         "m = random_model(); trimmed(m, random_inputs(m, [Sample((1, (6,), 6))]), {}, 2);"
         "sys.exit('bitsandbytes' in sys.modules)"
     )

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trim_plugin import TrimmedCache
-from trim_plugin.attention import masks
 from trim_plugin.compat import CACHE, checkpointing_keeps_caches, slices_mask_rows
-from trim_plugin.forward import prefill
+from trim_plugin.forward import turn
+from trim_plugin.selection import visibility as masks
 
 from ..exactness.conversations import Conversation
 from ..random_models import Sample, generate, random_inputs, trimmed
@@ -124,7 +124,7 @@ def test_mask_reads_lost_tokens(model, forwards):
 
 
 def test_no_mask(model, inputs, monkeypatch):
-    monkeypatch.setattr(prefill, "_warned_without_mask", False)
+    monkeypatch.setattr(turn, "_warned_without_mask", False)
     del inputs["cross_attention_mask"]
     with pytest.warns(UserWarning, match="A picture was given without cross_attention_mask"):
         ours = trimmed(model, inputs, {"top_k_ratio": 1.0})
@@ -171,7 +171,7 @@ def test_gradient_checkpointing(model, inputs, forwards):
 
 
 def test_flex_attention():
-    from trim_plugin.attention.visibility import padding_of
+    from trim_plugin.selection.visibility import padding_of
 
     with pytest.raises(TypeError, match="cannot read padding off an attention mask of type object"):
         padding_of(object(), 0, 3)

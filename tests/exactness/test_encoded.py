@@ -253,7 +253,7 @@ def test_a_loop_by_hand(small):
     with torch.no_grad():
         by_hand = model(**inputs, **{CACHE: caches[0]}, use_cache=True).logits[:, -1]
     assert float((by_hand - prefill(model, caches[1], **inputs).logits[:, -1]).abs().max()) <= 1e-5
-    assert caches[0].encoded is None
+    assert caches[0].pictures is None
 
 
 def test_adapters_and_offloaded_weights(small, tmp_path):

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from trim_plugin.attention.scoring import visual_token_scores
-from trim_plugin.attention.visibility import Visibility
 from trim_plugin.compat import cache_of
+from trim_plugin.selection.scoring import visual_token_scores
+from trim_plugin.selection.visibility import Visibility
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import kept_by_rule
@@ -37,11 +37,11 @@ def test_scoring_32_frames_needs_little_scratch():
     """32 frames × 4 tiles × 1,601 tokens; measured by torch's own accounting of CPU memory."""
     heads, rows, dim, tokens = 2, 128, 16, 32 * 4 * 1601
     queries, keys = torch.randn(1, heads, rows, dim), torch.randn(1, 1, tokens, dim)
-    everyone = torch.ones(1, rows, 1, dtype=torch.bool)
-    visibility = Visibility(everyone, everyone[..., 0], torch.tensor([tokens]))
+    seen = Visibility(torch.ones(1, rows, 1, dtype=torch.bool), torch.zeros(1, rows, dtype=torch.bool), tokens)
+    tile_of = torch.zeros(1, tokens, dtype=torch.long)
     held, peak = 0, 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        scores = visual_token_scores(queries, keys, visibility, dim**-0.5)
+        scores = visual_token_scores(queries, keys, seen, tile_of, dim**-0.5)
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()

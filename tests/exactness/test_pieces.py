@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import trim_plugin.generation.pieces
+import trim_plugin.generation.micro_batches
 from trim_plugin import KCenter, TrimConfig, TrimmedCache, compat, prefill
 from trim_plugin.compat import cache_of
-from trim_plugin.generation.pieces import Pieces
+from trim_plugin.generation.micro_batches import Cut
 
 from ..cache.test_static import graph_counter
 from ..random_models import (
@@ -54,7 +54,9 @@ KINDS = {
 def in_one_piece():
     """Within this context nothing is cut and every copy is read."""
     return mock.patch.object(
-        trim_plugin.generation.pieces, "cut", lambda cache, inputs, batch, vision_config: Pieces(batch, batch)
+        trim_plugin.generation.micro_batches,
+        "cut",
+        lambda cache, inputs, batch, vision_config, copies: Cut(batch, batch),
     )
 
 
@@ -273,7 +275,7 @@ def test_what_fails_while_parts_are_joined_is_told():
     inputs = random_inputs(model, BATCH)
     cache = TrimmedCache(model, {"top_k_ratio": 0.3, "prefill_pictures": 1})
     with (
-        mock.patch.object(type(cache.layers[3]), "join", side_effect=torch.OutOfMemoryError("out of memory")),
+        mock.patch.object(type(cache.layers[3]), "regroup", side_effect=torch.OutOfMemoryError("out of memory")),
         pytest.raises(torch.OutOfMemoryError),
     ):
         generate(model, inputs, cache=cache)

@@ -21,7 +21,7 @@ from trim_plugin import TrimConfig, TrimmedCache, prefill
 from trim_plugin.compat import CACHE
 from trim_plugin.forward import tower_merging
 from trim_plugin.forward.tower_merging import layers_before, merging_in_tower
-from trim_plugin.rules.thinning import merge_alike, tokens_left
+from trim_plugin.selection.thinning import merge_alike, tokens_left
 
 from ..random_models import (
     TILE_COUNTS,

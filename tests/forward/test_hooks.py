@@ -45,16 +45,7 @@ def test_hooks_do_nothing_for_any_other_cache(model):
         assert after_layer(layer, (torch.zeros(1, 2, 32),), kwargs, None) is None
 
 
-def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(model):
-    """A signature cannot tell how the text model calls its layers; the first call does."""
-    cache = TrimmedCache(model)
-    layer = model.model.language_model.layers[1]
-    for args, kwargs in (((cache,), {}), ((), {"renamed": cache})):
-        with pytest.raises(UnsupportedTransformersError, match=f"a call of MllamaCrossAttention.* with {CACHE}="):
-            before_layer(layer, (torch.zeros(1, 2, 32), *args), kwargs)
-
-
-def test_a_decoding_row_gets_the_mask_that_the_prefill_decided(model):
+def test_a_decoding_row_gets_no_mask_since_what_is_read_brings_its_own(model):
     _, cache = prefilled(model, PAIR)
     seen = []
     for index in cache.cross_layers:
@@ -63,9 +54,8 @@ def test_a_decoding_row_gets_the_mask_that_the_prefill_decided(model):
         )
     with torch.no_grad():
         model(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache}, use_cache=True)
-    assert len(seen) == 2
-    assert all(mask is cache.tokens.decode_mask for mask in seen)
-    assert cache.step is None
+    assert seen == [None] * 2
+    assert cache.turn is None
 
 
 def test_the_text_model_is_found_in_wrappers_and_missed_where_there_is_none(model):
@@ -104,10 +94,19 @@ def test_a_failed_forward_marks_the_cache(model):
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         model(**inputs, **{CACHE: cache}, use_cache=True)
     handle.remove()
-    assert cache.unfinished
+    assert cache.turn.begun
     with pytest.raises(ValueError, match="left over from a forward that failed"), torch.no_grad():
         model(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache}, use_cache=True)
     cache.reset()
     with torch.no_grad():
         model(**inputs, **{CACHE: cache}, use_cache=True)
-    assert not cache.unfinished
+    assert cache.turn is None
+
+
+def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(model):
+    """A signature cannot tell how the text model calls its layers; the first call does."""
+    cache = TrimmedCache(model)
+    layer = model.model.language_model.layers[1]
+    for args, kwargs in (((cache,), {}), ((), {"renamed": cache})):
+        with pytest.raises(UnsupportedTransformersError, match=f"a call of MllamaCrossAttention.* with {CACHE}="):
+            before_layer(layer, (torch.zeros(1, 2, 32), *args), kwargs)

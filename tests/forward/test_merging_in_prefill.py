@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopPPerHead, TrimmedCache
 from trim_plugin.compat import CACHE, cache_of, slices_mask_rows
-from trim_plugin.forward import prefill
+from trim_plugin.forward import turn
 
 from ..exactness.conversations import Conversation
 from ..exactness.strategies import mixed_batches, model_settings
@@ -34,7 +34,7 @@ def test_where_everything_visible_is_kept_nothing_is_merged_and_decoding_gets_no
     cache, reference = cache_of(ours), cache_of(exact)
     assert torch.equal(cache.kept_indices[0], reference.kept_indices[0])
     assert torch.equal(cache.kept_sizes[0], torch.ones_like(cache.kept_indices[0]))
-    assert cache.tokens.decode_mask is None
+    assert [own.mask for own in cache.kept.classes] == [None]
     assert torch.equal(ours.sequences, exact.sequences)
     for index in cache.cross_layers:
         for kind in ("keys", "values"):
@@ -57,14 +57,14 @@ def test_sizes_add_up_to_what_the_last_row_may_read(model_kwargs, samples, seed,
             assert len(kept) == len(sizes) == 0
             continue
         tiles = inputs["cross_attention_mask"][sample]
-        readable = tiles[-1].flatten().bool().repeat_interleave(cache.tokens.total // tiles[0].numel())
+        readable = tiles[-1].flatten().bool().repeat_interleave(cache.report().total_tokens[0] // tiles[0].numel())
         if not readable.any():  # a sample without a picture keeps every token of the others' empty ones
             assert bool((sizes == 1).all())
-            assert len(kept) == cache.tokens.total
+            assert len(kept) == cache.report().total_tokens[0]
             continue
         assert int(sizes.sum()) == int(readable.sum())
         for run in runs_of(tiles, inputs["attention_mask"][sample].bool()):
-            members = run.repeat_interleave(cache.tokens.total // len(run)) & readable
+            members = run.repeat_interleave(cache.report().total_tokens[0] // len(run)) & readable
             assert int(sizes[members[kept]].sum()) == int(members.sum())
 
 
@@ -97,8 +97,9 @@ def test_half_precision_means_lose_one_rounding(dtype, config):
         held = getattr(cache.layers[1], kind)[0].double()
         # Half a unit in the last place is the cast's, next to none the sum's.
         assert bool(((held - means).abs() <= 0.51 * torch.finfo(dtype).eps * means.abs() + 1e-6).all())
-    assert cache.tokens.decode_mask.dtype == dtype
-    torch.testing.assert_close(cache.tokens.decode_mask.flatten().float(), sizes.float().log(), rtol=4e-3, atol=0)
+    (own,) = cache.kept.classes
+    assert own.mask.dtype == dtype
+    torch.testing.assert_close(own.mask.flatten().float(), sizes.float().log(), rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_a_forward_may_record_gradients_or_infer(config):
 def test_votes_on_a_later_picture_reckon_with_what_earlier_tokens_stand_for(monkeypatch):
     """Text that reads both pictures has less attention left for the second, the more the first one's tokens stand for."""
     model, given_sizes = random_model(seed=3, image_size=16), []
-    score = prefill.visual_token_scores
-    monkeypatch.setattr(prefill, "visual_token_scores", lambda *args: given_sizes.append(args[4]) or score(*args))
+    score = turn.visual_token_scores
+    monkeypatch.setattr(turn, "visual_token_scores", lambda *args: given_sizes.append(args[5]) or score(*args))
     cache, conversation = TrimmedCache(model, {"top_k_ratio": 0.1}), Conversation(model)
     heard = generate(model, conversation.say(Sample(((6,), 4))).inputs(), 2, cache=cache).sequences
     sizes = cache.kept_sizes[0]

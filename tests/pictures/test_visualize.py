@@ -5,7 +5,7 @@ import torch
 import trim_plugin
 from trim_plugin.compat import cache_of
 from trim_plugin.pictures.visualize import ScoreRecorder, TileMap, dropped_overlay, visualize
-from trim_plugin.rules.processors import TopKPerHead
+from trim_plugin.selection.processors import TopKPerHead
 
 from ..random_models import Sample, random_inputs
 from ..reference_rule import first_cross_attention_map, kept_by_rule

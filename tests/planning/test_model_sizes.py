@@ -39,7 +39,6 @@ def test_quantized_weights_are_within_one_percent(weights, tmp_path):
 
 @pytest.mark.parametrize("kv", ["int8", "nf4"])
 def test_quantized_caches_are_exact_to_the_byte(kv, model):
-    pytest.importorskip("trim_plugin.cache.quantized")
     pytest.importorskip("bitsandbytes")
     inputs = random_inputs(model, [Sample((1, (6,), 5))])
     report = cache_of(trimmed(model, inputs, {"top_k_ratio": 1.0, "kv_quantization": kv}, 3)).report()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from trim_plugin.config import TrimConfig
 from trim_plugin.embedded import examples
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.serving.limits import Limits
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.prompting import tensors_of

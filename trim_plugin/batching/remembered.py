@@ -14,7 +14,7 @@ from PIL import Image
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.rules.thinning import checked_share
+from trim_plugin.selection.processors import checked_share
 
 
 class PictureFolder:

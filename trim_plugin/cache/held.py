@@ -1,29 +1,37 @@
 """What one trimmed generation holds: stock's self-attention layers, cross-attention layers with few visual tokens.
 
-The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_plugin.forward.trimmed_cache`).
+The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_plugin.forward.hooks`).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from trim_plugin.cache.kept import KeptTokens
 from trim_plugin.cache.layers import CrossAttentionLayer
-from trim_plugin.cache.quantized import QuantizedCrossAttentionLayer, quantized_self_layer
-from trim_plugin.cache.report import TrimReport, held_bytes, stored_tensors
-from trim_plugin.cache.sources import SourceMap
-from trim_plugin.cache.static import StaticCrossAttentionLayer, StaticQuantizedCrossAttentionLayer
-from trim_plugin.cache.tokens import CachedTokens
+from trim_plugin.cache.regrouping import regrouped
+from trim_plugin.cache.report import TrimReport, format_bytes, held_bytes, stored_tensors
 from trim_plugin.config import TrimConfig
+
+
+class HalfDone:
+    """What stands in a cache's `turn` while its parts are put together: a failure then leaves it neither old nor new."""
+
+    begun = True
+    pictures = None
 
 
 class HeldCache(Cache):
     """The layers of a trimmed generation, the record of what they hold, and the operations that move a batch.
 
-    Knows nothing of hooks: they, and the steps of a forward, are given one and fill it. All state of a generation lives here.
+    Knows nothing of hooks: they, and the turn of a forward, are given one and fill it. All state of a generation lives here.
 
     Args:
         text_model: the `MllamaTextModel` whose layers it stands for.
@@ -40,76 +48,81 @@ class HeldCache(Cache):
     def __init__(self, text_model: Any, config: TrimConfig, max_cache_len: int | None = None) -> None:
         self.config = config
         lengths = [length for length in (max_cache_len, config.max_cache_len) if length is not None]
-        text = text_model.config
-        self.shared_heads = text.num_key_value_heads < text.num_attention_heads
         self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
         self.self_layers = [index for index in range(len(text_model.layers)) if index not in set(self.cross_layers)]
-        self.sources = SourceMap()
         super().__init__(layers=self.new_layers(config, max(lengths, default=None)))
-        #: How often `generate` has repeated every sample of a batch that is still to be read (beams, returned sequences).
-        self.copies = 1
-        self._owner = weakref.ref(text_model.layers[self.cross_layers[0]])
-        self.tokens: CachedTokens | None = None
-        #: The forward in progress (`trim_plugin.forward.step.Step`), None between forwards.
-        self.step: Any = None
-        self.unfinished = False
-        #: bool (batch or 1, rows): rows of the forward in progress that are no text; None if there are none.
-        self.padding: torch.Tensor | None = None
-        #: Encoded pictures that the next forward reads, one entry a sample (`trim_plugin.forward.encoded`); None if it has none.
-        self.encoded: list[Any] | None = None
-        #: What the forward in progress reads of them, between the model's hook and its first cross-attention layer's.
-        self.reading: Any = None
+        #: The first cross-attention layer of the model that it was made for.
+        self.owner = weakref.ref(text_model.layers[self.cross_layers[0]])
+        #: What the cross-attention layers hold; None without a picture.
+        self.kept: KeptTokens | Any = None
+        #: What the forward in progress brings and decides (`trim_plugin.forward.turn.Turn`). One that is prepared brings what the
+        #: next forward reads; one that has begun and is found by the next forward is left over from a failure.
+        self.turn: Any = None
+        #: Whether a reordering has ever taken a sample to another source, 0-dim bool on the device; looked at when the host
+        #: waits.
+        self._crossed: torch.Tensor | None = None
 
     def new_layers(self, config: TrimConfig, max_cache_len: int | None = None) -> list[Any]:
         """Empty layers of this cache's kinds in this order, for these settings."""
-        cross = set(self.cross_layers)
-        count = len(self.cross_layers) + len(self.self_layers)
-        return [
-            _cross_layer(config, self.sources) if index in cross else _self_layer(config, max_cache_len)
-            for index in range(count)
-        ]
+        layers: list[Any] = [None] * (len(self.cross_layers) + len(self.self_layers))
+        for index in self.self_layers:
+            layers[index] = _self_layer(config, max_cache_len)
+        for index in self.cross_layers:
+            layers[index] = CrossAttentionLayer(config.kv_quantization, config.static)
+        return layers
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
     @property
     def kept_indices(self) -> list[torch.Tensor]:
         """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
-        if self.tokens is None:
+        if self.kept is None:
             return [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
-        return [index[valid] for index, valid in zip(self.tokens.index, self.tokens.valid, strict=True)]
+        return self.kept.of_samples("index")
 
     @property
     def kept_sizes(self) -> list[torch.Tensor]:
         """For every sample a LongTensor: how many visual tokens each of `kept_indices` stands for; 1 where none were merged."""
-        if self.tokens is None:
-            return self.kept_indices
-        return [sizes[valid] for sizes, valid in zip(self.tokens.sizes, self.tokens.valid, strict=True)]
+        return self.kept_indices if self.kept is None else self.kept.of_samples("sizes")
 
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""
         self_bytes = held_bytes(tensor for index in self.self_layers for tensor in stored_tensors(self.layers[index]))
         batch = max(self.batch_size, 0)
-        if self.tokens is None:
+        if self.kept is None:
             return TrimReport([0] * batch, [0] * batch, [0] * batch, 0, 0, self_bytes)
+        self._check_never_crossed()
         cross = [self.layers[index] for index in self.cross_layers]
+        visible = self.kept.visible.tolist()
         return TrimReport(
-            total_tokens=[self.tokens.total] * batch,
-            visible_tokens=self.tokens.visible.tolist(),
-            kept_tokens=self.tokens.valid.sum(dim=1).tolist(),
+            total_tokens=[self.kept.total] * batch,
+            visible_tokens=[visible[source] for source in self.kept.order],
+            kept_tokens=self.kept.counts(),
             cross_kv_bytes=held_bytes(tensor for layer in cross for tensor in layer.held_tensors()),
-            stock_cross_kv_bytes=batch * self.tokens.total * len(cross) * self.tokens.storage.token_bytes,
+            stock_cross_kv_bytes=batch * self.kept.total * len(cross) * self.kept.token_bytes,
             self_kv_bytes=self_bytes,
         )
 
-    def belongs_to(self, layer: torch.nn.Module) -> bool:
-        """Whether `layer` is the first cross-attention layer of the model that this cache was made for."""
-        return self._owner() is layer
+    def __repr__(self) -> str:
+        settings = repr(self.config).partition("(")[2].removesuffix(")")
+        samples, text, report = self.batch_size, int(self.get_seq_length()), self.report()
+        visual = sum(report.total_tokens)
+        if not (text or visual):
+            return f"{type(self).__name__}(new; {settings})"
+        kept = f"{sum(report.kept_tokens)} of {sum(report.visible_tokens)} visible visual tokens kept"
+        parts = (
+            f"{samples} sample{'s' * (samples != 1)}: {text} text tokens",
+            kept if visual else "no visual tokens",
+            format_bytes(report.cross_kv_bytes + report.self_kv_bytes),
+            settings,
+        )
+        return f"{type(self).__name__}({'; '.join(parts)})"
 
     @property
     def batch_size(self) -> int:
         """Samples that it holds; −1 while it is new."""
-        if self.tokens is not None:
-            return self.tokens.index.shape[0]
+        if self.kept is not None:
+            return len(self.kept.order)
         layer = self.layers[self.self_layers[0]]
         if not layer.is_initialized:
             return -1
@@ -117,15 +130,35 @@ class HeldCache(Cache):
         keys = layer.keys if layer.keys.ndim == 4 else layer._quantized_keys
         return (keys[0] if isinstance(keys, tuple) else keys).shape[0]
 
+    @property
+    def pictures(self) -> list[Any] | None:
+        """Encoded pictures that the next forward reads, an entry a sample; None if it has none."""
+        return None if self.turn is None else self.turn.pictures
+
     def check_finished(self) -> None:
         """Raise `ValueError` if the last forward with this cache failed midway: parts of its turn are in, others not."""
-        if self.unfinished:
+        if self.turn is not None and self.turn.begun:
             raise ValueError(
                 "This TrimmedCache is left over from a forward that failed: it holds half a turn. Call its reset() to use "
                 "it as a new one, or make a new one. (copy.deepcopy(cache) before a turn keeps the conversation so far.)"
             )
 
     # -- what transformers asks of a cache ----------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add to a layer, see `Cache.update`.
+
+        Raises:
+            RuntimeError: pictures come in, but the model carries no hooks of trim_plugin. Nothing would be trimmed, silently.
+        """
+        if layer_idx in self.cross_layers and (self.turn is None or not self.turn.begun):
+            raise RuntimeError(
+                "A TrimmedCache reached a model that has no trim_plugin hooks: it was made for another model, or "
+                "trim_plugin.detach(model) was called since. Make a new one: TrimmedCache(model, ...)."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Text tokens so far; of a cross-attention layer that is named, the visual tokens that it holds."""
@@ -144,10 +177,27 @@ class HeldCache(Cache):
         return self.layers[self.self_layers[0] if layer_idx is None else layer_idx].get_max_length()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the batch for beam search. Of the pictures only the map from samples to entries moves."""
+        """Reorder the batch for beam search. Beams never leave their picture, so only the text moves.
+
+        That they don't is noted on the device, and looked at when something waits for the host anyway.
+        """
         for index in self.self_layers:
             self.layers[index].reorder_cache(beam_idx)
-        self._select_tokens(beam_idx)
+        if self.kept is None:
+            return
+        if not self.kept.shared or beam_idx.device.type == "cpu":
+            self._follow(beam_idx.tolist())
+            return
+        source = self.kept.source_of_sample
+        crossed = (source[beam_idx] != source).any()
+        self._crossed = crossed if self._crossed is None else self._crossed | crossed
+
+    def _check_never_crossed(self) -> None:
+        if self._crossed is not None and bool(self._crossed):
+            raise RuntimeError(
+                "reorder_cache took a sample to another sample's picture, which a TrimmedCache with copies of samples does not "
+                "follow on this device. Use batch_select_indices for it."
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times. Pictures are held once and read by all copies."""
@@ -155,32 +205,54 @@ class HeldCache(Cache):
         batch = self.batch_size
         for index in self.self_layers:
             self.layers[index].batch_repeat_interleave(repeats)
-        if self.tokens is not None:
-            self.sources.repeat(repeats, batch)
-            self.tokens = self.tokens.of_samples(torch.arange(batch).repeat_interleave(repeats))
+        self._follow([sample for sample in range(batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these samples of the batch, and the pictures that they read."""
         self._require_plain_text("batch_select_indices")
         for index in self.self_layers:
             self.layers[index].batch_select_indices(indices)
-        self._select_tokens(torch.as_tensor(indices))
-        self._take_entries(self.sources.compacted())
+        chosen = torch.as_tensor(indices)
+        self._follow((chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen).tolist())
+
+    def _follow(self, samples: Sequence[int]) -> None:
+        """The batch consists of these samples from now on. What nobody reads any more goes."""
+        if self.kept is None:
+            return
+        order = [self.kept.order[sample] for sample in samples]
+        if order == list(self.kept.order):
+            return
+        sources = list(dict.fromkeys(order))
+        self.regroup([self], [(0, source) for source in sources], [sources.index(source) for source in order])
 
     def unshare(self) -> None:
-        """Give every sample entries of its own: what comes next need not be the same for copies."""
-        entries, self.sources.of_sample = self.sources.of_sample, None
-        self._take_entries(entries)
+        """Give every sample a source of its own: what comes next need not be the same for copies."""
+        if self.kept is not None and self.kept.shared:
+            self.regroup([self], [(0, source) for source in self.kept.order], range(len(self.kept.order)))
 
-    def _select_tokens(self, samples: torch.Tensor) -> None:
-        if self.tokens is not None:
-            self.sources.select(samples)
-            self.tokens = self.tokens.of_samples(samples)
+    def regroup(
+        self,
+        caches: Sequence[HeldCache],
+        sources: Sequence[tuple[int, int]],
+        order: Sequence[int],
+        *,
+        empty: bool = False,
+    ) -> None:
+        """Hold the pictures of some sources, read by the batch in this order.
 
-    def _take_entries(self, entries: torch.Tensor | None) -> None:
-        if entries is not None:
-            for index in self.cross_layers:
-                self.layers[index].take_entries(entries)
+        Args:
+            caches: whose pictures; this one may be among them.
+            sources: (number of the cache, source there).
+            order: for every sample of the batch a place in `sources`.
+            empty: whether the others are emptied on the way, layer by layer, so that nothing is held twice.
+        """
+        records = [cache.kept for cache in caches if cache.kept is not None]
+        kept, recipe = regrouped(records, sources, order, self.config.bucket)
+        for index in self.cross_layers:
+            self.layers[index].regroup(kept, recipe, [cache.layers[index] for cache in caches])
+            for cache in caches if empty else ():
+                cache.layers[index] = None
+        self.kept = kept
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back text tokens (assisted decoding, prompt lookup); pictures stay."""
@@ -203,19 +275,11 @@ class HeldCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes it and keeps its length
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.tokens = self.step = self.encoded = self.reading = self.padding = self.sources.of_sample = None
-        self.copies = 1
-        self.unfinished = False
+        self.kept = self.turn = self._crossed = None
 
 
-def _cross_layer(config: TrimConfig, sources: SourceMap) -> CrossAttentionLayer:
-    if config.kv_quantization is None:
-        return StaticCrossAttentionLayer(sources) if config.static else CrossAttentionLayer(sources)
-    quantized = StaticQuantizedCrossAttentionLayer if config.static else QuantizedCrossAttentionLayer
-    return quantized(config.kv_quantization, sources)
-
-
-def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer | StaticLayer:
+def _self_layer(config: TrimConfig, max_cache_len: int | None) -> Any:
+    """A self-attention layer of transformers, of the kind that the settings ask for."""
     if config.static:
         if max_cache_len is None:
             raise ValueError(
@@ -225,4 +289,12 @@ def _self_layer(config: TrimConfig, max_cache_len: int | None) -> DynamicLayer |
         return StaticLayer(max_cache_len)
     if config.self_kv_quantization is None:
         return DynamicLayer()
-    return quantized_self_layer(config.self_kv_quantization)
+    kind = config.self_kv_quantization
+    name = {"fp8": "Fp8QuantizedLayer", "quanto": "QuantoQuantizedLayer"}[kind]
+    made = getattr(cache_utils, name, None)
+    if made is None:
+        raise ImportError(
+            f"self_kv_quantization={kind!r} needs transformers' {name}, which transformers {transformers.__version__} "
+            "does not have. Upgrade transformers, or use another self_kv_quantization."
+        )
+    return made()

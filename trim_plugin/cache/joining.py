@@ -1,4 +1,4 @@
-"""A batch read in parts: a cache for each part, and what they hold put together, layer by layer."""
+"""A batch read in micro-batches: a cache for each, and what they hold put together, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers.cache_utils import DynamicLayer
 
-from trim_plugin.cache.held import HeldCache
-from trim_plugin.cache.layers import joined
+from trim_plugin.cache.held import HalfDone, HeldCache
+from trim_plugin.cache.stores import padded_join
 
 
 def can_part(cache: HeldCache) -> bool:
@@ -27,26 +26,22 @@ def part_of(cache: HeldCache, samples: slice) -> HeldCache:
     Its layers grow as needed, also where the whole cache's are static; `join` moves what they hold.
 
     Args:
-        cache: the whole batch's; stays as it is. `can_part(cache)` is true.
+        cache: the whole batch's, every sample with a source of its own; stays as it is. `can_part(cache)` is true.
         samples: which samples, counted as the cache holds them.
     """
     part = copy.copy(cache)
     part.config = dataclasses.replace(cache.config, static=False)
-    part.step, part.reading, part.padding, part.copies = None, None, None, 1
-    part.encoded = None if cache.encoded is None else cache.encoded[samples]
-    part.sources = type(cache.sources)()
     part.layers = part.new_layers(part.config)
+    part.turn = part.kept = None
     if cache.batch_size <= 0:
-        part.tokens = None
         return part
     for index in cache.self_layers:
         old, new = cache.layers[index], part.layers[index]
         new.lazy_initialization(old.keys, old.values)
         new.keys, new.values = old.keys[samples], old.values[samples]
-    if cache.tokens is not None:
-        part.tokens = cache.tokens.of_samples(torch.arange(cache.batch_size)[samples])
-        for index in cache.cross_layers:
-            part.layers[index] = cache.layers[index].part(samples, part.sources)
+    if cache.kept is not None:
+        own = range(cache.kept.sources)[samples]
+        part.regroup([cache], [(0, source) for source in own], range(len(own)))
     return part
 
 
@@ -58,34 +53,27 @@ def join(cache: HeldCache, parts: Sequence[HeldCache], copies: int = 1) -> None:
         parts: made by `part_of`, each filled by a forward.
         copies: how often every sample stands in the batch. Text is repeated, pictures are held once.
     """
-    cache.unfinished = True  # a failure from here on leaves it half joined
-    cache.sources.of_sample = None
-    records = [part.tokens for part in parts if part.tokens is not None]
-    cache.tokens = type(records[0]).joined(records, cache.config.bucket) if records else None
-    for index in range(len(cache.layers)):
+    cache.turn = HalfDone()
+    for index in cache.self_layers:
         own = [part.layers[index] for part in parts]
         for part in parts:
             part.layers[index] = None
-        if index in cache.self_layers:
-            _join_text(cache.layers[index], own, copies)
-        elif cache.tokens is not None:
-            cache.layers[index].join(own, cache.tokens.index.shape[1])
-    if cache.tokens is not None and copies > 1:
-        batch = len(cache.tokens.index)
-        cache.sources.repeat(copies, batch)
-        cache.tokens = cache.tokens.of_samples(torch.arange(batch).repeat_interleave(copies))
-    cache.encoded = None
-    cache.unfinished = False
+        _join_text(cache.layers[index], own, copies)
+    filled = [part for part in parts if part.kept is not None]
+    sources = [(number, source) for number, part in enumerate(filled) for source in range(part.kept.sources)]
+    if sources:
+        order = [source for source in range(len(sources)) for _ in range(copies)]
+        cache.regroup(filled, sources, order, empty=True)
+    cache.turn = None
 
 
 def _join_text(layer: Any, parts: Sequence[Any], copies: int) -> None:
     """Fill a self-attention layer, transformers' dynamic or static one, with the text of all parts."""
-    keys, values = (
-        joined(tensors, tensors[0].shape[2], dim=2).repeat_interleave(copies, dim=0)
-        if copies > 1
-        else joined(tensors, tensors[0].shape[2], dim=2)
+    joined = (
+        padded_join(tensors, tensors[0].shape[2], dim=2)
         for tensors in ([part.keys for part in parts], [part.values for part in parts])
     )
+    keys, values = (tensor.repeat_interleave(copies, dim=0) if copies > 1 else tensor for tensor in joined)
     if isinstance(layer, DynamicLayer):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

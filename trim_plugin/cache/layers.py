@@ -1,193 +1,260 @@
-"""Cross-attention layers of a cache: keys and values of visual tokens."""
+"""A cross-attention layer of a cache: keys and values of visual tokens, a store for every width class."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from trim_plugin.cache.sources import SourceMap
+from trim_plugin.cache.blocks import Blocks, require_bitsandbytes
+from trim_plugin.cache.kept import KeptTokens, Picked
+from trim_plugin.cache.regrouping import Parts, side_by_side
+from trim_plugin.cache.stores import Plain, Store
+
+
+class _InThisThread(threading.local):
+    """Whether a model in this thread reads what a trimmed cache lends; other threads may use the same model meanwhile."""
+
+    lending = False
+
+
+in_this_thread = _InThisThread()
 
 
 class CrossAttentionLayer(DynamicLayer):
     """Keys and values of visual tokens. They come with a picture, are trimmed once, and never grow with the text.
 
-    Holds an entry for every source sample; `keys` and `values` are read with an entry for every sample of the batch.
+    Two choices make a layer: in which format tokens are stored, and whether the tensors are buffers that keep their
+    address, so that one compiled graph decodes many pictures. Buffers outlive `reset()` and are filled again if the next
+    picture's tokens need the same width.
 
     Args:
-        sources: which entry each sample reads; shared with the other layers of the cache.
+        format: a name of `KV_FORMATS`; None stores what the model computed.
+        static: whether to store in buffers.
+
+    Raises:
+        ImportError: the format needs bitsandbytes, which is not installed.
 
     Example:
         >>> layer = CrossAttentionLayer()
-        >>> layer.expected = True
         >>> keys, values = layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
-        >>> layer.keep(torch.tensor([[0, 3]]))
-        >>> layer.crop(-1)  # the text is cropped, not the picture
-        >>> layer.keys.shape
-        torch.Size([1, 2, 2, 4])
+        >>> keys.shape, layer.get_seq_length()
+        (torch.Size([1, 2, 5, 4]), 5)
     """
 
-    #: Set by the hook that precedes an update. Without hooks nothing would be trimmed, silently.
-    expected = False
-
-    def __init__(self, sources: SourceMap | None = None) -> None:
-        self.sources = sources or SourceMap()
-        self._held: dict[str, torch.Tensor | None] = {"keys": None, "values": None}
+    def __init__(self, format: str | None = None, static: bool = False) -> None:
+        if format is not None:
+            require_bitsandbytes(f"kv_quantization={format!r}")
+        self.format, self.static = format, static
+        self.is_compileable, self.is_croppable = static, not static
+        #: One for each of `kept.classes`.
+        self.stores: list[Store] = []
+        self.kept: KeptTokens | Any = None
+        #: How many visual tokens are held, padding included.
+        self.places = 0
+        #: Each class's decoding mask, where this layer's keys are.
+        self.masks: list[torch.Tensor | None] = []
+        #: Where in the batch the classes' samples are, and the way back; None if they follow each other.
+        self.gather: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: What the turn in progress attends to: what was held, side by side, and then the new pictures' `_new` tokens.
+        self._attended: Plain | Any = None
+        self._new = 0
+        self._buffers: Store | None = None
         super().__init__()
+
+    # -- what transformers reads -----------------------------------------------------------------------------------
 
     @property
     def keys(self) -> Any:
-        """(batch, key-value heads, visual tokens, head_dim); None before the first picture."""
-        return self._read("keys")
+        """(batch, key-value heads, visual tokens of the fullest sample, head_dim); None before the first picture.
+
+        While a model reads them, see `Lent`.
+        """
+        return self._lent("keys")
 
     @keys.setter
-    def keys(self, states: torch.Tensor | None) -> None:
-        self._held["keys"] = states
+    def keys(self, states: None) -> None:
+        """Transformers' base class sets None at first; what is held comes by `update`."""
 
     @property
     def values(self) -> Any:
         """Like `keys`."""
-        return self._read("values")
+        return self._lent("values")
 
     @values.setter
-    def values(self, states: torch.Tensor | None) -> None:
-        self._held["values"] = states
+    def values(self, states: None) -> None:
+        """See `keys`."""
 
-    def _read(self, name: str) -> torch.Tensor | None:
-        held = self._held[name]
-        return None if held is None else self.sources.spread(held)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a picture's keys and values, (batch, key-value heads, visual tokens, head_dim), and return all.
-
-        Raises:
-            RuntimeError: the model carries no hooks of trim_plugin.
-        """
-        if not self.expected:
-            raise RuntimeError(
-                "A TrimmedCache reached a model that has no trim_plugin hooks: it was made for another model, or "
-                "trim_plugin.detach(model) was called since. Make a new one: TrimmedCache(model, ...)."
-            )
-        self.expected = False
-        if self.get_seq_length() > 0:
-            return super().update(key_states, value_states, *args, **kwargs)
-        # The first picture's tensors are taken as they are; concatenating with nothing would copy them.
-        self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states, value_states
-        return self.keys, self.values
-
-    def keep(self, positions: torch.Tensor) -> None:
-        """Hold only the tokens at `positions`, int64 (batch, kept)."""
-        positions = positions.to(self.keys.device)
-        self.keys = take_tokens(self.keys, positions)
-        self.values = take_tokens(self.values, positions)
-
-    def replace(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold these instead of the tokens from position `first` on, (batch, key-value heads, tokens, head_dim) each.
-
-        For the picture that the forward at hand has brought: what was cached before it lies before `first`.
-        """
-        if first:
-            keys = torch.cat([self.keys[:, :, :first], keys], dim=2)
-            values = torch.cat([self.values[:, :, :first], values], dim=2)
-        self.keys, self.values = keys, values
+    def _lent(self, name: str) -> Any:
+        if self._attended is not None:
+            return getattr(self._attended, name)
+        if not self.stores:
+            return None
+        lent = Lent(self, name)
+        return lent if torch.compiler.is_compiling() or in_this_thread.lending else lent.tensor()
 
     def get_seq_length(self) -> int:
-        """Visual tokens held (a batch's longest sample)."""
-        held = self._held["keys"]
-        return 0 if held is None or held.numel() == 0 else held.shape[-2]
-
-    def take_entries(self, entries: torch.Tensor) -> None:
-        """Hold these entries only, int64 (new entries,), which may name one several times."""
-        for name, held in self._held.items():
-            if held is not None:
-                self._held[name] = held.index_select(0, entries.to(held.device))
-
-    def part(self, samples: slice, sources: SourceMap) -> Any:
-        """A layer that holds the entries of these samples alone; here every sample has its own (`HeldCache.unshare`)."""
-        part = copy.copy(self)
-        part.sources = sources
-        part._held = {name: None if held is None else held[samples] for name, held in self._held.items()}
-        return part
-
-    def join(self, parts: Sequence[Any], width: int) -> None:
-        """Hold what the parts of a batch hold, one after the other, padded to `width` tokens.
-
-        Args:
-            parts: layers of this kind (not static) that have been filled.
-            width: visual tokens, at least as many as the longest part holds.
-        """
-        for name in self._held:
-            self._held[name] = joined([part._held[name] for part in parts], width, dim=2)
-        self.is_initialized = True
-
-    def settle(self) -> None:
-        """Lay keys and values out head by head, as decoding reads them; a projection returns them token by token.
-
-        Measured: decoding from the projection's layout took up to 1.4 times as long (small model, CPU, 8 samples of 8 pictures).
-        """
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        # Not the base class's: in transformers 5.17 it zeroes what is held, which may be one entry read by many samples.
-        self._held = {"keys": None, "values": None}
-        self.is_initialized = False
-
-    def release(self) -> None:
-        """Called when a forward is done with the layer: drop what exists only to be read. Nothing here."""
+        """Visual tokens held, of the sample that has most."""
+        if self._attended is not None:
+            return self._attended.shape[1]
+        return max((store.shape[1] for store in self.stores), default=0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: taking back text tokens (assisted decoding) leaves the picture in place."""
 
-    def held_tensors(self) -> list[torch.Tensor | None]:
-        """The tensors whose bytes this layer holds."""
-        return list(self._held.values())
+    # -- a turn with pictures --------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new pictures' keys and values, (batch, key-value heads, tokens, head_dim); return them behind what was there."""
+        self._attended, self._new, self.device = Plain(key_states, value_states), key_states.shape[2], key_states.device
+        if self.stores:
+            self._attended = Plain(*self.side_by_side().read()).followed_by(self._attended)
+        self.is_initialized = True
+        return self._attended.keys, self._attended.values
+
+    def change_new(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let the new pictures' keys and values, (batch, key-value heads, tokens, head_dim), be what `change` makes of them."""
+        old = self._attended.shape[1] - self._new
+        changed = self._attended.map(lambda tensor: change(tensor[:, :, old:]))
+        self._new = changed.shape[1]
+        self._attended = self._attended.map(lambda tensor: tensor[:, :, :old]).followed_by(changed) if old else changed
+
+    def settle(self, kept: KeptTokens, picked: Sequence[Picked]) -> None:
+        """Hold what a turn leaves: of the columns that it attended to, those that are picked for each class of `kept`.
+
+        Laid out head by head, as decoding reads them; a projection returns them token by token. (Measured: decoding from that
+        layout took up to 1.4 times as long; small model, CPU, 8 samples of 8 pictures.)
+        """
+        columns: Store | Any = self._attended
+        if self.stores and (self.format is not None or columns is None):
+            columns = self.side_by_side()
+            if self._attended is not None:  # codes are moved, nothing is quantized twice
+                old = self._attended.shape[1] - self._new
+                columns = columns.followed_by(self._encoded(self._attended.map(lambda tensor: tensor[:, :, old:])))
+        self._attended = None
+        stores = [columns.take(own.rows, own.positions) for own in picked]
+        self._hold(kept, [self._encoded(store) for store in stores])
+
+    def side_by_side(self) -> Store:
+        """All sources' tokens in one store, in the sources' order."""
+        if self.kept is None:
+            raise ValueError("This layer holds no picture.")
+        if len(self.stores) == 1 and self.kept.gather is None:
+            return self.stores[0]
+        return _assembled([self.stores], side_by_side(self.kept), self.kept.width)
+
+    def _encoded(self, store: Store) -> Store:
+        return Blocks.of(store, self.format) if self.format is not None and isinstance(store, Plain) else store
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def regroup(
+        self, kept: KeptTokens, recipe: Sequence[tuple[Parts, int]], layers: Sequence[CrossAttentionLayer]
+    ) -> None:
+        """Hold what `KeptTokens.regrouped` says, put together from these layers, which may be this one.
+
+        Codes are moved, nothing is quantized again.
+        """
+        sources, self.device = [layer.stores for layer in layers], layers[0].device
+        self._hold(kept, [_assembled(sources, parts, width) for parts, width in recipe])
+        self.is_initialized = True
+
+    def _hold(self, kept: KeptTokens, stores: list[Store]) -> None:
+        if self.static:
+            stores = [self._buffered(*stores)]
+        self.kept, self.stores = kept, stores
+        self.places = sum(own.index.numel() for own in kept.classes)
+        self.masks = [None if own.mask is None else own.mask.to(self.device) for own in kept.classes]
+        self.gather = None if kept.gather is None else (kept.gather[0].to(self.device), kept.gather[1].to(self.device))
+
+    def _buffered(self, store: Store) -> Store:
+        """The store in buffers: those that there are if they fit, else new ones."""
+        if self._buffers is not None and all(map(_fits, self._buffers.tensors, store.tensors)):
+            for buffer, tensor in zip(self._buffers.tensors, store.tensors, strict=True):
+                buffer.copy_(tensor)
+            return self._buffers
+        # Contiguous, at an address that a CUDA graph may rely on, as transformers' static layers do it.
+        self._buffers = store.map(torch.Tensor.contiguous)
+        for buffer in self._buffers.tensors:
+            torch._dynamo.mark_static_address(buffer)
+        return self._buffers
+
+    def reset(self) -> None:
+        """Forget everything; buffers stay, to be filled again."""
+        self.stores, self.masks, self.kept, self.gather, self._attended = [], [], None, None, None
+        self.is_initialized = False
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """The tensors whose bytes this layer holds, buffers that wait to be filled again among them."""
+        stores = [*self.stores, *(store for store in (self._attended, self._buffers) if store is not None)]
+        return [tensor for store in stores for tensor in store.tensors]
 
 
-def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Pick tokens per sample along the second last dimension.
+class Lent:
+    """A layer's keys or values as transformers' module is handed them in decoding.
+
+    Knows its shape without a look at the tensors. Whoever treats it as a tensor (another attention function, a user) gets a
+    padded one with a row for every sample of the batch, made for the call.
 
     Args:
-        tensor: (batch, ..., tokens, features).
-        positions: int64 (batch, kept).
-
-    Returns:
-        (batch, ..., kept, features), a copy.
-
-    Example:
-        >>> take_tokens(torch.arange(6).view(2, 3, 1), torch.tensor([[0, 2], [1, 1]]))[..., 0]
-        tensor([[0, 2],
-                [4, 4]])
+        layer: the layer that holds them.
+        name: "keys" or "values".
     """
-    if tensor.shape[0] == 1:
-        return tensor.index_select(-2, positions[0])
-    spread = positions.view(positions.shape[0], *[1] * (tensor.ndim - 3), positions.shape[1], 1)
-    return tensor.gather(-2, spread.expand(*tensor.shape[:-2], -1, tensor.shape[-1]))
+
+    def __init__(self, layer: CrossAttentionLayer, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def numel(self) -> int:
+        """More than 0 where anything is held: all that transformers asks of a layer before it decides to run it."""
+        return self.layer.places
+
+    def tensor(self) -> torch.Tensor:
+        """(batch, key-value heads, visual tokens of the fullest sample, head_dim); zeros in padding."""
+        keys, values = self.layer.side_by_side().read()
+        return of_samples(keys if self.name == "keys" else values, self.layer.kept)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        return len(self.tensor())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = [value.tensor() if isinstance(value, Lent) else value for value in args]
+        named = {name: value.tensor() if isinstance(value, Lent) else value for name, value in (kwargs or {}).items()}
+        return func(*given, **named)
 
 
-def joined(tensors: Sequence[torch.Tensor], width: int, dim: int) -> torch.Tensor:
-    """Tensors one after the other along the batch, with zeros up to `width` along `dim`.
+def of_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
+    """A row for every sample of the batch, from one for every source; without a copy where that is possible."""
+    if not kept.shared:
+        return of_sources
+    if kept.sources == 1:
+        return of_sources.expand(len(kept.order), *[-1] * (of_sources.ndim - 1))
+    if kept.gather is None and len(kept.classes) == 1:
+        return of_sources.repeat_interleave(kept.classes[0].copies, dim=0)
+    return of_sources.index_select(0, kept.source_of_sample.to(of_sources.device))
 
-    A single tensor of that width is returned as it is.
 
-    Example:
-        >>> joined([torch.ones(1, 1), torch.ones(1, 2)], 2, dim=1)
-        tensor([[1., 0.],
-                [1., 1.]])
-    """
-    first = tensors[0]
-    if len(tensors) == 1 and first.shape[dim] == width:
-        return first
-    shape = list(first.shape)
-    shape[0], shape[dim] = sum(tensor.shape[0] for tensor in tensors), width
-    whole, start = first.new_zeros(shape), 0
-    for tensor in tensors:
-        whole.narrow(0, start, tensor.shape[0]).narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-        start += tensor.shape[0]
-    return whole
+def _assembled(sources: Sequence[Sequence[Store]], parts: Parts, width: int) -> Store:
+    """One store out of parts of others; the same one where that is a whole store."""
+    stores = []
+    for layer, number, rows in parts:
+        store = sources[layer][number]
+        stores.append(store if rows is None else store.take(rows, None))
+    return Store.joined(stores, width)
+
+
+def _fits(buffer: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return buffer.shape == tensor.shape and buffer.dtype == tensor.dtype and buffer.device == tensor.device

@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from trim_plugin.cache.quantized import require_bitsandbytes
+from trim_plugin.cache.blocks import require_bitsandbytes
 from trim_plugin.commands import COMMANDS, UserError
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.evaluation import Way, ways_for
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.pictures.prompting import open_picture
-from trim_plugin.rules.processors import share
+from trim_plugin.selection.processors import share
 
 #: The name of the model that ships with the package.
 SMALL = "small"

@@ -30,7 +30,7 @@ from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.embedded import examples
 from trim_plugin.evaluation import Way, ways_for
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.prompting import build_inputs
 from trim_plugin.pictures.visualize import visualize

@@ -27,7 +27,7 @@ from trim_plugin.commands.common import (
 from trim_plugin.commands.loading import load_model
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_pictures
-from trim_plugin.rules.k_center import KCenter
+from trim_plugin.selection.k_center import KCenter
 
 
 def add_parser(subparsers: Any) -> None:

@@ -20,7 +20,7 @@ from trim_plugin.commands.common import (
 from trim_plugin.commands.loading import load_model
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.prompting import build_inputs
 

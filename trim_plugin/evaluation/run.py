@@ -14,12 +14,12 @@ from trim_plugin.config import TrimConfig
 from trim_plugin.evaluation.known import KnownPictures
 from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
 from trim_plugin.evaluation.questions import Question
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 from trim_plugin.pictures.recent import DEFAULT_BYTES
-from trim_plugin.rules.k_center import KCenter
-from trim_plugin.rules.thinning import checked_share
+from trim_plugin.selection.k_center import KCenter
+from trim_plugin.selection.processors import checked_share
 
 
 @dataclasses.dataclass(frozen=True)

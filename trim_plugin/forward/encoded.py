@@ -30,7 +30,7 @@ class EncodedSample:
 
         Args:
             model: the model that shall read them.
-            known: what samples of one batch share: what one has worked out about the model, the next need not.
+            known: what has been worked out about the model for another sample of the batch; filled here, so that it is done once.
         """
 
 
@@ -85,13 +85,6 @@ class EncodedBatch:
             complete=all(len(sample.index) == total for sample in samples),
         )
 
-    @classmethod
-    def of_states(cls, states: torch.Tensor) -> EncodedBatch:
-        """Every visual token, (batch, tokens, width), as the tower has just yielded them."""
-        index = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
-        ones = torch.ones_like(index)
-        return cls(states, index, ones, ones.bool(), states.shape[1], complete=True)
-
 
 def check_samples(pictures: Any) -> list[EncodedSample]:
     """A sample's pictures or a batch's, as a list with one entry a sample.
@@ -116,3 +109,23 @@ def check_samples(pictures: Any) -> list[EncodedSample]:
     if not samples:
         raise ValueError("pictures is an empty list. Give one entry for every sample, or leave pictures out.")
     return samples
+
+
+def check_count(samples: list[EncodedSample], batch: int) -> list[EncodedSample]:
+    """The samples, if there is one for each of the batch.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(samples) != batch:
+        raise ValueError(
+            f"This TrimmedCache was given encoded pictures of {len(samples)} samples, but the forward has {batch}. "
+            "Give one entry of pictures for every sample."
+        )
+    return samples
+
+
+ENCODED_AND_PIXELS = (
+    "This TrimmedCache was given encoded pictures, and the call brings pixel_values as well. A turn's pictures are either "
+    "encoded or not: leave pixel_values out, or encode the others too (encode_pictures with rule=None changes nothing)."
+)

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trim_plugin.attention.masks import pack
-from trim_plugin.forward.hooks import find_text_model
-from trim_plugin.forward.prefill import layer_keys
-from trim_plugin.forward.trimmed_cache import TrimmedCache
-from trim_plugin.rules.merging import merge_dropped
-from trim_plugin.rules.processors import VisualTokenProcessor
+from trim_plugin.forward.hooks import TrimmedCache, find_text_model
+from trim_plugin.forward.turn import layer_keys
+from trim_plugin.selection.merging import merge_dropped
+from trim_plugin.selection.processors import VisualTokenProcessor
+from trim_plugin.selection.visibility import pack
 
 
 class GroupRecorder(VisualTokenProcessor):

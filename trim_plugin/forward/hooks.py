@@ -1,30 +1,30 @@
-"""Hooks on Mllama and its cross-attention decoder layers: plain functions without state, inert for any other cache."""
+"""The public cache, and the hooks that fill it: plain functions without state, inert for any other cache."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
-from trim_plugin.attention.visibility import padding_of
 from trim_plugin.cache.held import HeldCache
+from trim_plugin.cache.layers import in_this_thread
+from trim_plugin.cache.reading import NamingOurs, install
 from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
+from trim_plugin.config import TrimConfig
 from trim_plugin.contract import check_contract, check_layer
-from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
-from trim_plugin.forward.prefill import Prefill
-from trim_plugin.forward.step import Reading, Step
+from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
 from trim_plugin.forward.tower import pictures_at_a_time, visual_states
-from trim_plugin.forward.tower_merging import tower_hooks
+from trim_plugin.forward.turn import Turn
+from trim_plugin.selection.visibility import padding_of
 
-ENCODED_AND_PIXELS = (
-    "This TrimmedCache was given encoded pictures, and the call brings pixel_values as well. A turn's pictures are either "
-    "encoded or not: leave pixel_values out, or encode the others too (encode_pictures with rule=None changes nothing)."
-)
+#: The forwards whose signatures were checked last: looking again where nothing has changed would only cost time.
+_checked: tuple[Any, ...] = ()
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -34,44 +34,28 @@ def attach(model: torch.nn.Module) -> Any:
         UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
         ValueError: `model` holds no Mllama text model with cross-attention layers.
     """
-    check_contract()
     text_model = find_text_model(model)
+    global _checked
+    found = tuple(one.forward for one in (MllamaModel, MllamaTextModel, MllamaCrossAttentionDecoderLayer))
+    whole = all(before_model in module._forward_pre_hooks.values() for module in whole_models(model))
+    if whole and found == _checked and has_hooks(text_model):
+        return text_model
+    check_contract()
+    _checked = found
     check_layer(_cross_layers(text_model)[0])
     for layer in _cross_layers(text_model):
         if before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
             layer.register_forward_hook(after_layer, with_kwargs=True)
-    for module in _whole_models(model):
+        install(layer.cross_attn)
+    for module in whole_models(model):
         if before_model not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(before_model, with_kwargs=True)
-        own = read_pictures if isinstance(module, MllamaModel) else read_padding
-        if own not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(own, with_kwargs=True)
+            module.register_forward_hook(after_model, with_kwargs=True)
+        opening = open_turn if isinstance(module, MllamaModel) else open_text_turn
+        if opening not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(opening, with_kwargs=True)
     return text_model
-
-
-def detach(model: torch.nn.Module) -> None:
-    """Remove every hook that trim_plugin put on a model. Other hooks stay; a model without hooks is left as it is.
-
-    Example:
-        >>> from trim_plugin.embedded import load_small_model
-        >>> model, _ = load_small_model()
-        >>> _ = attach(model)
-        >>> detach(model)
-        >>> any(layer._forward_hooks for layer in model.model.language_model.layers)
-        False
-    """
-    for module in model.modules():
-        if isinstance(module, MllamaCrossAttentionDecoderLayer):
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
-            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
-    for module in _whole_models(model):
-        for hook in (before_model, read_pictures, read_padding):
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
-    for module, hooks in tower_hooks(model):
-        for hook in hooks:
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
-            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, hook)
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
@@ -115,109 +99,117 @@ def check_layers_get_caches(text_model: Any) -> None:
 
 
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the models around the layers: say what cannot work before the vision tower runs."""
+    """Forward pre-hook of the models around the layers.
+
+    Say what cannot work before the vision tower runs, and lend what is held.
+    """
     if torch.compiler.is_compiling():
         return
-    if not isinstance(cache_of(kwargs), HeldCache):
+    if not isinstance(_cache_of(kwargs), HeldCache):
         _check_names(kwargs)
-    elif model.training:
+        in_this_thread.lending = False  # a forward that failed may have left it on
+        return
+    if model.training:
         # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
         check_layers_get_caches(find_text_model(model))
+    in_this_thread.lending = True
 
 
-def read_pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of an `MllamaModel`: give it encoded pictures, or let the vision tower read a few at a time."""
-    cache, pixel_values = cache_of(kwargs), kwargs.get("pixel_values")
+def after_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the same models: from here on what is held is read as plain tensors."""
+    if not torch.compiler.is_compiling():
+        in_this_thread.lending = False
+
+
+def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an `MllamaModel`: note who may read what, and let pictures be read a few at a time, or encoded ones."""
+    cache = _cache_of(kwargs)
     if not isinstance(cache, HeldCache):
         return None
-    if cache.encoded is not None:
-        return args, _with_encoded(model, cache, cache.encoded, args, kwargs)
+    kwargs, args = _by_name(model, args, kwargs), ()
+    text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    prepared = cache.turn
+    pictures = None if prepared is None else prepared.pictures
+    brings = any(kwargs.get(name) is not None for name in ("pixel_values", "cross_attention_states"))
+    if text is None or not (brings or pictures or (cache.kept is not None and text.shape[1] > 1)):
+        return None  # decoding, or text alone
+    cache.check_finished()
+    turn = prepared or Turn()
+    if not turn.looked:
+        masks = kwargs.get("cross_attention_mask"), kwargs.get("attention_mask")
+        turn.look(cache, text.shape[1], *masks, model.config.vision_config)
+    turn.looked = False  # what was seen is this forward's, should it fail before its turn begins
+    cache.turn = turn
+    if pictures is not None:
+        if brings:
+            raise ValueError(ENCODED_AND_PIXELS)
+        turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype)
+        return args, {**kwargs, "cross_attention_states": turn.new.states}
+    states = _states_in_micro_batches(model, cache, kwargs)
+    return None if states is None else (args, {**kwargs, "pixel_values": None, "cross_attention_states": states})
+
+
+def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an `MllamaTextModel`: called by itself, its layers get a mask that does not tell padding."""
+    cache = _cache_of(kwargs)
+    if not isinstance(cache, HeldCache) or cache.turn is not None:
+        return
+    kwargs = _by_name(text_model, args, kwargs)
+    text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if text is not None and (
+        kwargs.get("cross_attention_states") is not None or (cache.kept is not None and text.shape[1] > 1)
+    ):
+        past, rows = int(cache.get_seq_length()), text.shape[1]
+        cache.turn = Turn(padding=padding_of(kwargs.get("attention_mask"), past, rows))
+
+
+def _states_in_micro_batches(model: Any, cache: HeldCache, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The visual states of the forward's pictures; None where transformers may read them as it always does."""
+    pixel_values, ids = kwargs.get("pixel_values"), kwargs.get("aspect_ratio_ids")
     if pixel_values is None or kwargs.get("cross_attention_states") is not None:
         return None
-    at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
-    ids, mask = kwargs.get("aspect_ratio_ids"), kwargs.get("aspect_ratio_mask")
-    share = cache.config.tower_share
     if pixel_values.ndim != 6 or ids is None:
         return None  # transformers' own error
-    if share is None and pixel_values.shape[0] * pixel_values.shape[1] <= at_a_time:
-        return None  # transformers' own way
-    states = visual_states(model, pixel_values, ids, mask, at_a_time, share)
-    return args, {**kwargs, "pixel_values": None, "cross_attention_states": states}
-
-
-def read_padding(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an `MllamaTextModel`: note which rows are padding. Its layers get a mask that does not tell."""
-    cache = cache_of(kwargs)
-    if not isinstance(cache, HeldCache):
-        return
-    given = _by_name(text_model, args, kwargs)
-    text = given.get("input_ids")
-    rows = (given["inputs_embeds"] if text is None else text).shape[1]
-    if given.get("cross_attention_states") is None and (rows == 1 or cache.tokens is None):
-        return  # decoding, which must stay free of anything that a compiled graph could not hold, or text alone
-    cache.padding = padding_of(given.get("attention_mask"), int(cache.get_seq_length()), rows)
-
-
-def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A forward's arguments by their names, however they were given."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _with_encoded(
-    model: Any, cache: HeldCache, samples: list[EncodedSample], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    text = args[0] if args else kwargs.get("input_ids")
-    text = kwargs["inputs_embeds"] if text is None else text
-    if kwargs.get("pixel_values") is not None or kwargs.get("cross_attention_states") is not None:
-        raise ValueError(ENCODED_AND_PIXELS)
-    if len(samples) != len(text):
-        raise ValueError(
-            f"This TrimmedCache was given encoded pictures of {len(samples)} samples, but the forward has {len(text)}. "
-            "Give one entry of pictures for every sample."
-        )
-    cache.reading = EncodedBatch.of(samples, text.device, model.dtype)
-    return {**kwargs, "cross_attention_states": cache.reading.states}
+    share, pictures = cache.config.tower_share, pixel_values.shape[0] * pixel_values.shape[1]
+    if share is None and pictures == 1:
+        return None
+    at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
+    if share is None and pictures <= at_a_time:
+        return None
+    return visual_states(model, pixel_values, ids, kwargs.get("aspect_ratio_mask"), at_a_time, share)
 
 
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: hand the layer its visual states and mask."""
-    cache = cache_of(kwargs)
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, HeldCache):
         if CACHE not in kwargs:
             _check_names_within(layer, args, kwargs)
         return None
+    if not isinstance(layer.cross_attn.config, NamingOurs) and not torch.compiler.is_compiling():
+        install(layer.cross_attn)  # a copy of a model has its hooks, but the plain configuration
     first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
-    if kwargs["cross_attention_states"] is None and cache.tokens is not None and hidden_states.shape[1] == 1:
+    if kwargs["cross_attention_states"] is None and cache.kept is not None and hidden_states.shape[1] == 1:
         # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
         if first and not torch.compiler.is_compiling():
             _check_cache(layer, cache, hidden_states)
-        return args, {**kwargs, "cross_attention_mask": cache.tokens.decode_mask}
+        return args, {**kwargs, "cross_attention_mask": None}
     if first:
-        cache.step = _begin(layer, cache, hidden_states, kwargs)
-    if cache.step is None:
+        _check_cache(layer, cache, hidden_states)
+        cache.turn = cache.turn or Turn()
+        cache.turn.begin(cache, layer, hidden_states, kwargs)
+    if cache.turn is None:
         raise RuntimeError(
             "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
         )
-    states, mask = cache.step.before(first)
-    cache.layers[layer.layer_idx].expected = states is not None
-    return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
+    return args, {**kwargs, "cross_attention_states": cache.turn.states, "cross_attention_mask": cache.turn.mask}
 
 
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
-    cache = cache_of(kwargs)
-    if not isinstance(cache, HeldCache):
-        return
-    if cache.step is not None:
-        cache.step.after(layer, _hidden_states(args, kwargs))
-    cache.layers[layer.layer_idx].release()
-    if cache.step is not None and layer.layer_idx == cache.cross_layers[-1]:
-        cache.step.finish()
-        cache.step = cache.encoded = None
-        cache.unfinished = False
+    cache = kwargs.get(CACHE)
+    if isinstance(cache, HeldCache) and cache.turn is not None:
+        cache.turn.after(cache, layer)
 
 
 def _check_names(kwargs: dict[str, Any]) -> None:
@@ -238,36 +230,33 @@ def _check_names_within(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:
     """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
-    if not cache.belongs_to(layer):
+    if cache.owner() is not layer:
         raise ValueError(
             "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
         )
-    cache.check_finished()
-    batch, tokens = hidden_states.shape[0], cache.tokens
-    if tokens is not None and len(tokens.index) != batch:
+    if cache.turn is not None:
+        cache.check_finished()
+    batch = hidden_states.shape[0]
+    if cache.kept is not None and len(cache.kept.order) != batch:
         raise ValueError(
-            f"This TrimmedCache holds {len(tokens.index)} samples, but the forward has {batch}. Make a new cache, or bring "
+            f"This TrimmedCache holds {len(cache.kept.order)} samples, but the forward has {batch}. Make a new cache, or bring "
             "this one to the batch size with batch_repeat_interleave or batch_select_indices."
         )
 
 
-def _begin(layer: Any, cache: HeldCache, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Step:
-    _check_cache(layer, cache, hidden_states)
-    states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
-    open_rows = kwargs["full_text_row_masked_out_mask"]
-    padding, cache.padding = cache.padding, None
-    # From here to `after_layer` of the last layer a failure leaves a cache that is neither old nor new.
-    cache.unfinished = True
-    if states is not None:
-        if cache.sources.shared:
-            cache.unshare()
-        states = states.reshape(len(hidden_states), -1, states.shape[-1])
-        read, cache.reading = cache.reading, None
-        new = EncodedBatch.of_states(states) if read is None else dataclasses.replace(read, states=states)
-        return Prefill(cache, new, mask, open_rows, padding, hidden_states)
-    if cache.tokens is None:
-        raise ValueError("No picture was given, and this TrimmedCache holds none.")
-    return Reading(cache, cache.tokens, mask, open_rows, padding, hidden_states)
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """A model's cache, which a caller may name as older versions did."""
+    return kwargs[CACHE] if kwargs.get(CACHE) is not None else cache_of(kwargs)
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by their names, however they were given."""
+    return {**dict(zip(_argument_names(type(model).forward), args, strict=False)), **kwargs} if args else kwargs
+
+
+@functools.cache
+def _argument_names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -282,12 +271,75 @@ def _cross_layers(text_model: Any) -> list[Any]:
     return [layer for layer in text_model.layers if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
 
 
-def _whole_models(model: torch.nn.Module) -> list[Any]:
+def whole_models(model: torch.nn.Module) -> list[Any]:
+    """The modules around decoder layers that carry hooks."""
     return [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
 
 
-def _remove(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool], own: Callable[..., Any]) -> None:
-    # torch offers removal only by the handle; a deep-copied model has the hooks but nobody holds its handles.
-    for key in [key for key, hook in hooks.items() if hook is own]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
+class TrimmedCache(HeldCache):
+    """A transformers `Cache` whose cross-attention layers hold only the visual tokens that decoding needs.
+
+    `generate(cache_implementation="trimmed")` makes one. By hand, `TrimmedCache(model, TrimConfig(...))` goes into `cache=` of
+    `generate` or of a plain forward (`past_key_values=` before transformers 5.24); making it attaches hooks to the model's
+    cross-attention layers, which do nothing for any other cache (`trim_plugin.detach(model)` removes them). All state of a
+    generation lives here.
+
+    A forward with one text row is taken to be a decoding step, whose row may read what the last prompt row could:
+    that is how `generate` extends the mask. A forward with several rows has its mask read.
+
+    Args:
+        model: an Mllama model, or a wrapper around one (peft, for instance).
+        config: settings; a dict of `TrimConfig`'s fields does as well.
+        max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
+        pictures: encoded pictures (`trim_plugin.encode_pictures`) that the first forward reads instead of `pixel_values`: a
+            sample's, or a list with an entry for every sample of the batch (before beams and returned sequences).
+
+    Raises:
+        ValueError: the model has no Mllama cross-attention layers, the settings are not allowed, or the pictures were encoded by
+            another model.
+        TypeError: `config` is neither a `TrimConfig` nor a mapping, or `pictures` are not encoded.
+        ImportError: `kv_quantization` or `self_kv_quantization` needs a package that is not installed.
+
+    Example:
+        >>> from trim_plugin.embedded import ask, load_small_model
+        >>> model, processor = load_small_model()
+        >>> cache = TrimmedCache(model, {"top_k_ratio": 0.25})
+        >>> output = model.generate(**ask(processor), cache=cache, max_new_tokens=4)
+        >>> len(cache.kept_indices), cache.report().cross_kv_ratio < 1
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrimConfig | Mapping[str, Any] | None = None,
+        *,
+        max_cache_len: int | None = None,
+        pictures: EncodedSample | Sequence[EncodedSample] | None = None,
+    ) -> None:
+        # The settings first: a wrong one leaves the model without hooks.
+        settings = TrimConfig.of(config)
+        super().__init__(find_text_model(model), settings, max_cache_len)
+        self._model = weakref.ref(model)
+        if pictures is not None:
+            self.show(pictures)
+        attach(model)
+
+    def show(self, pictures: EncodedSample | Sequence[EncodedSample]) -> None:
+        """Let the next forward read these encoded pictures: for a later turn of a conversation that brings new ones.
+
+        Its `cross_attention_mask` covers all pictures so far, as for a turn that brings `pixel_values`.
+
+        Args:
+            pictures: a sample's, or a list with an entry for every sample.
+
+        Raises:
+            TypeError, ValueError: as for the class.
+        """
+        samples = check_samples(pictures)
+        model = self._model()
+        known: dict[str, Any] = {}
+        if model is not None:
+            for sample in samples:
+                sample.check_fits(model, known)
+        self.turn = Turn(pictures=samples)

@@ -13,6 +13,7 @@ from transformers.models.mllama.modeling_mllama import MllamaModel
 
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.tower_merging import merging_in_tower
+from trim_plugin.selection.visibility import tile_tokens
 
 #: Visual tokens that go through the tower at a time unless the configuration says otherwise: those of one 11B picture.
 TOKENS_AT_A_TIME = 6404
@@ -47,7 +48,7 @@ def pictures_at_a_time(config: TrimConfig, vision_config: Any) -> int:
 
 def picture_tokens(vision_config: Any) -> int:
     """Visual tokens of a picture, padding tiles included."""
-    return vision_config.max_num_tiles * ((vision_config.image_size // vision_config.patch_size) ** 2 + 1)
+    return vision_config.max_num_tiles * tile_tokens(vision_config)
 
 
 def visual_states(

@@ -1,8 +1,9 @@
 """The vision tower on fewer tokens: before an early layer, patches that are alike are merged and go on as one.
 
-What is merged is read with the log of its size, as everywhere else (`rules.merging`). From then on the members of a group would
-be the same token, since the tower has no rotary positions; before the global layers each tile is marked, and a group goes on with
-the mean of its members' marks. What the tower yields is spread to all members, so that nothing behind it changes.
+What is merged is read with the log of its size, as everywhere else (`selection.merging`). From then on the members of a
+group would be the same token, since the tower has no rotary positions; before the global layers each tile is marked, and a
+group goes on with the mean of its members' marks. What the tower yields is spread to all members, so that nothing behind it
+changes.
 
 The hooks do nothing outside of `merging_in_tower`. What one call needs lives in a context variable, not on the model.
 """
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
-from trim_plugin.attention.masks import add_log_sizes, close, take_square
 from trim_plugin.contract import check_contract
-from trim_plugin.rules.merging import Merging
-from trim_plugin.rules.thinning import kinds_of_tokens, merge_alike
+from trim_plugin.selection.merging import Merging
+from trim_plugin.selection.thinning import kinds_of_tokens, merge_alike
+from trim_plugin.selection.visibility import add_log_sizes, close, take_square
 
 #: Local layers that run on all tokens, as a share of the tower's local layers; at least one does.
 DEPTH = 0.25

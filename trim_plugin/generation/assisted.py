@@ -13,8 +13,7 @@ import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from trim_plugin.compat import CACHE, slices_mask_rows
-from trim_plugin.forward.hooks import has_cross_attention
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import TrimmedCache, has_cross_attention
 
 _PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 

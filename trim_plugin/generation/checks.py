@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from trim_plugin.attention.masks import LOST_TOKENS
-from trim_plugin.attention.visibility import padding_of
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.hooks import ENCODED_AND_PIXELS, check_layers_get_caches, find_text_model, has_hooks
-from trim_plugin.forward.step import counted_padding
-from trim_plugin.forward.trimmed_cache import TrimmedCache
+from trim_plugin.forward.hooks import (
+    ENCODED_AND_PIXELS,
+    TrimmedCache,
+    check_layers_get_caches,
+    find_text_model,
+    has_hooks,
+)
+from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of, tile_tokens
 
 
 def check_mode(model: torch.nn.Module) -> None:
@@ -38,7 +41,7 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
             over from a forward that failed; or the model's hooks were removed.
     """
     text_model = find_text_model(model)
-    if not cache.belongs_to(text_model.layers[cache.cross_layers[0]]):
+    if cache.owner() is not text_model.layers[cache.cross_layers[0]]:
         raise ValueError(
             "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
         )
@@ -62,7 +65,7 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
         )
 
 
-def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], batch: int) -> None:
+def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], batch: int, copies: int) -> None:
     """Check the tensors that `generate` was given.
 
     Args:
@@ -70,11 +73,12 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         cache: the cache of this generation; it may hold earlier turns.
         inputs: `generate`'s model inputs, expanded for beams and return sequences.
         batch: samples of this generation, beams and return sequences counted.
+        copies: the expand size: how often each sample stands in the batch.
 
     Raises:
         ValueError: something does not fit; the message names the argument and what to do.
     """
-    attention_mask = _flat_mask(inputs)
+    attention_mask = inputs.get("attention_mask")
     if attention_mask is not None and not bool(attention_mask.any(dim=-1).all()):
         sample = int((~attention_mask.any(dim=-1)).nonzero()[0])
         raise ValueError(
@@ -84,13 +88,13 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
-    if cache.encoded is not None:
-        _check_encoded(cache, pixel_values, batch)
+    if cache.pictures is not None:
+        _check_encoded(cache, pixel_values, batch // copies)
     # Without a vision config it is a text model that is given prepared states and an additive mask.
     if mask is not None and hasattr(model.config, "vision_config"):
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
-        if pixel_values is not None or cache.encoded is not None or cache.tokens is not None:
+        if pixel_values is not None or cache.pictures is not None or cache.kept is not None:
             _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask)
 
 
@@ -106,7 +110,7 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
     # Where transformers cannot cut the mask's rows, it cuts a prompt that fits into one chunk wrongly as well.
     if slices_mask_rows() and mask.shape[1] - int(cache.get_seq_length()) <= chunk_size:
         return
-    if inputs.get("pixel_values") is not None or cache.encoded is not None or not slices_mask_rows():
+    if inputs.get("pixel_values") is not None or cache.pictures is not None or not slices_mask_rows():
         raise ValueError(
             f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the whole prompt chooses the "
             "visual tokens. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures (for "
@@ -132,21 +136,15 @@ def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch
         )
 
 
-def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, batch: int) -> None:
+def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, sources: int) -> None:
     if pixel_values is not None:
         raise ValueError(ENCODED_AND_PIXELS)
-    sources, given = batch // cache.copies, len(cache.encoded or ())
+    given = len(cache.pictures or ())
     if given != sources:
         raise ValueError(
             f"This TrimmedCache was given encoded pictures of {given} samples, but input_ids has {sources}. Give one entry of "
             "pictures for every sample (beams and returned sequences don't count)."
         )
-
-
-def _flat_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The attention mask if it is (batch, text tokens), not one that was made for the layers."""
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def _check_mask(mask: torch.Tensor, batch: int) -> None:
@@ -181,11 +179,10 @@ def _check_mask_columns(
     pixel_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> None:
-    tiles = vision_config.max_num_tiles
-    tile_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
-    earlier = 0 if cache.tokens is None else cache.tokens.total // (tiles * tile_tokens)
-    if cache.encoded is not None:
-        new = max(sample.total for sample in cache.encoded) // (tiles * tile_tokens)
+    tiles, of_tile = vision_config.max_num_tiles, tile_tokens(vision_config)
+    earlier = 0 if cache.kept is None else cache.kept.total // (tiles * of_tile)
+    if cache.pictures is not None:
+        new = max(sample.total for sample in cache.pictures) // (tiles * of_tile)
     else:
         new = 0 if pixel_values is None else pixel_values.shape[1]
     if mask.shape[3] != tiles or mask.shape[2] != earlier + new:
@@ -199,20 +196,15 @@ def _check_mask_columns(
             f"cross_attention_mask covers {mask.shape[2]} pictures of {mask.shape[3]} tiles, but there are {earlier + new} "
             f"of {tiles}{follow_up}. Pass what the processor returns for the whole conversation."
         )
-    if cache.tokens is not None:
-        _check_nothing_lost(mask, cache, attention_mask, cache.tokens.reachable[:, ::tile_tokens])
+    if cache.kept is not None:
+        _check_nothing_lost(mask, cache, attention_mask)
 
 
-def _check_nothing_lost(
-    mask: torch.Tensor, cache: TrimmedCache, attention_mask: torch.Tensor | None, reachable: torch.Tensor
-) -> None:
+def _check_nothing_lost(mask: torch.Tensor, cache: TrimmedCache, attention_mask: torch.Tensor | None) -> None:
     """Raise if this turn's text reads a tile that earlier turns' last rows could not read: the cache has dropped it."""
     past = int(cache.get_seq_length())
     from_the_start = mask.shape[1] > past and (attention_mask is None or attention_mask.shape[1] == mask.shape[1])
     rows = mask[:, past:] if from_the_start else mask
-    padding = counted_padding(cache, padding_of(attention_mask, past, rows.shape[1]))
-    reads = rows.flatten(2).bool()
-    read = (reads if padding is None else reads & ~padding.to(reads.device)[..., None]).any(dim=1)
-    reachable = reachable.to(read.device)
-    if bool((read[:, : reachable.shape[1]] & ~reachable).any()):
+    seen = of_tiles(rows, padding_of(attention_mask, past, rows.shape[1]), tile_tokens=1)
+    if seen.reads_any(~cache.kept.readable[list(cache.kept.order)], cache.config.keeps_reachable):
         raise ValueError(LOST_TOKENS)

@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from trim_plugin.compat import CACHE, UnsupportedTransformersError, cache_of, unsupported
+from trim_plugin.compat import CACHE, UnsupportedTransformersError, unsupported
 from trim_plugin.contract import CONFIGURATION as _NAMES_IN
 from trim_plugin.contract import MIXIN as _MIXIN_IN
-from trim_plugin.contract import check_contract, check_generation
+from trim_plugin.contract import check_generation
 from trim_plugin.deferred import when_imported
 from trim_plugin.generation.saving import writing_json, writing_json_file
 
@@ -137,7 +137,7 @@ def _refusing(message: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_trimmed(cache: Any) -> bool:
     """Whether this is a `TrimmedCache`, without loading what that needs: where it was never loaded, nobody has made one."""
-    module = sys.modules.get("trim_plugin.forward.trimmed_cache")
+    module = sys.modules.get("trim_plugin.forward.hooks")
     return module is not None and isinstance(cache, module.TrimmedCache)
 
 
@@ -152,7 +152,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        given = cache_of(model_kwargs)
+        given = model_kwargs.get(CACHE)
         own = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         batch = batch_size * copies
@@ -160,11 +160,10 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
-        check_contract()
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.compat import compiles_mllama_decoding
         from trim_plugin.config import TrimConfig
-        from trim_plugin.forward.trimmed_cache import TrimmedCache
+        from trim_plugin.forward.hooks import TrimmedCache
         from trim_plugin.generation.checks import check_chunks, check_inputs, check_mode, check_reuse
 
         check_mode(self)
@@ -176,9 +175,8 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             if config.static:
                 length = max(length, config.max_cache_len or 0, _longest.get(self, 0))
             cache = TrimmedCache(self, config, max_cache_len=length)
-            check_inputs(self, cache, model_kwargs, batch)
+            check_inputs(self, cache, model_kwargs, batch, copies)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
-            cache.copies = copies
             model_kwargs[CACHE] = cache
             if config.static:
                 _longest[self] = length
@@ -189,8 +187,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         # An assistant's inputs are transformers' own doing: pictures that it drops, masks that it leaves to be extended.
         if given is not None and not generation_config.is_assistant:
             check_reuse(self, given, batch, max_cache_length)
-            given.copies = copies
-            check_inputs(self, given, model_kwargs, batch)
+            check_inputs(self, given, model_kwargs, batch, copies)
             check_chunks(given, model_kwargs, generation_config.prefill_chunk_size)
         return result
 
@@ -201,25 +198,28 @@ def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     def prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        cache = cache_of(model_kwargs)
+        cache = model_kwargs.get(CACHE)
         if cache is None or not _is_trimmed(cache):
             if generation_config.cache_implementation == NAME and generation_config.use_cache is not False:
                 # What makes the cache was replaced after it had been wrapped, or by the model's class.
                 raise unsupported([f"trim_plugin's _prepare_cache_for_generation on {type(self).__name__}"])
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        from trim_plugin.generation.pieces import prefill_of_generate
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if len(input_ids) == copies == 1:  # nothing to cut
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        from trim_plugin.generation.micro_batches import prefill_of_generate
 
-        def read(piece_ids: Any, piece_kwargs: dict[str, Any]) -> Any:
-            return original(self, piece_ids, generation_config, piece_kwargs, *args, **kwargs)
+        def read(own_ids: Any, own_kwargs: dict[str, Any]) -> Any:
+            return original(self, own_ids, generation_config, own_kwargs, *args, **kwargs)
 
-        return prefill_of_generate(self, cache, input_ids, model_kwargs, read)
+        return prefill_of_generate(self, cache, copies, input_ids, model_kwargs, read)
 
     return prefill
 
 
 def _making_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_candidate_generator(self: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        cache = cache_of(model_kwargs)
+        cache = model_kwargs.get(CACHE)
         if cache is None or not _is_trimmed(cache):
             return original(self, *args, model_kwargs=model_kwargs, **kwargs)
         from trim_plugin.generation.assisted import adapt, check_supported

@@ -20,7 +20,7 @@ def writing_json(original: Callable[..., str]) -> Callable[..., str]:
     ) -> str:
         if holds_rules(self):
             from trim_plugin.config import as_json
-            from trim_plugin.rules.written import shown, written
+            from trim_plugin.selection.written import shown, written
 
             settings = as_json(self.cache_config, shown if ignore_metadata else written)
             self = copy.copy(self)

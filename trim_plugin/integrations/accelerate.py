@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache.quantized import require_bitsandbytes
+from trim_plugin.cache.blocks import require_bitsandbytes
 from trim_plugin.integrations import bitsandbytes as quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

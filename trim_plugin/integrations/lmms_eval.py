@@ -32,7 +32,7 @@ from trim_plugin.integrations.accelerate import load
 from trim_plugin.pictures.prompting import written
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.rules.k_center import KCenter
+from trim_plugin.selection.k_center import KCenter
 
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

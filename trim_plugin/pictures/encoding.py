@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trim_plugin.attention.masks import pack
 from trim_plugin.forward.hooks import find_text_model
-from trim_plugin.forward.prefill import layer_keys
 from trim_plugin.forward.tower import find_model, picture_tokens, visual_states
+from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.prompting import open_picture
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.rules.merging import merge_dropped
-from trim_plugin.rules.processors import (
+from trim_plugin.selection.merging import merge_dropped
+from trim_plugin.selection.processors import (
     ProcessorLike,
     TopKPerHead,
     TopPPerHead,
     VisualTokenProcessorList,
+    checked_share,
     processor_name,
 )
-from trim_plugin.rules.thinning import checked_share
+from trim_plugin.selection.visibility import pack
 
 
 def encode_pictures(
@@ -46,9 +46,10 @@ def encode_pictures(
         processor: its `MllamaProcessor`.
         images: pictures or files of pictures, in the order in which prompts name them.
         rule: what is kept of each picture's real tiles; all others join the kept token that they resemble most
-            (`rules.merging`). `KCenter(0.25)` keeps a quarter. A rule that asks for states (`needs_states`) is given the keys of
-            the first cross-attention layer in their place. One that needs attention cannot choose here, since there is no
-            prompt. None keeps everything, padding tiles included: the same answers as with the pictures themselves.
+            (`selection.merging`). `KCenter(0.25)` keeps a quarter. A rule that asks for states (`needs_states`) is given
+            the keys of the first cross-attention layer in their place. One that needs attention cannot choose here, since
+            there is no prompt. None keeps everything, padding tiles included: the same answers as with the pictures
+            themselves.
         tower_share: share of the patches that go on through the tower, as in `TrimConfig`: the same answers as with the pictures
             themselves and that setting. None, and 1.0, leave the tower untouched.
 

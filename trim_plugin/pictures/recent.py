@@ -15,7 +15,7 @@ from PIL import Image
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_pictures
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.rules.processors import ProcessorLike
+from trim_plugin.selection.processors import ProcessorLike
 
 #: Bytes that are held unless something else is said: 20 whole pictures of the 11B model in bfloat16.
 DEFAULT_BYTES = 2**30

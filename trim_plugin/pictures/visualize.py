@@ -12,8 +12,8 @@ import torch
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.holders import GroupRecorder, holders
-from trim_plugin.forward.trimmed_cache import TrimmedCache
-from trim_plugin.rules.processors import TopKPerHead, VisualTokenProcessor
+from trim_plugin.forward.hooks import TrimmedCache
+from trim_plugin.selection.processors import TopKPerHead, VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

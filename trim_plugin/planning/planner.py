@@ -16,7 +16,7 @@ from transformers import MllamaConfig
 
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
 from trim_plugin.forward.tower import pictures_at_a_time
-from trim_plugin.generation.pieces import TOWER_CALLS
+from trim_plugin.generation.micro_batches import TOWER_CALLS
 from trim_plugin.planning import working_set
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import (
@@ -28,7 +28,7 @@ from trim_plugin.planning.model_sizes import (
     tile_tokens,
     weight_bytes,
 )
-from trim_plugin.rules.thinning import checked_share
+from trim_plugin.selection.processors import checked_share
 
 #: Left free by default: a CUDA context takes about half of it, the rest is for blocks that the allocator cannot use again.
 RESERVE = 2**30

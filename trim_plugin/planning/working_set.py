@@ -11,8 +11,8 @@ from transformers import MllamaConfig
 from trim_plugin.forward.tower_merging import layers_before
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import image_tokens, kv_values, tile_tokens
-from trim_plugin.rules.k_center import FEATURES
-from trim_plugin.rules.thinning import tokens_left
+from trim_plugin.selection.k_center import FEATURES
+from trim_plugin.selection.thinning import tokens_left
 
 #: Scoring and merging never take more scratch than this each, see `attention/scoring.py` and `rules/merging.py`.
 SCRATCH = 64 * 2**20

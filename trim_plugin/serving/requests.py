@@ -12,7 +12,7 @@ from PIL import Image
 
 from trim_plugin.asking.prompts import Prompt, read_prompt
 from trim_plugin.asking.rows import RowError
-from trim_plugin.cache.quantized import require_bitsandbytes
+from trim_plugin.cache.blocks import require_bitsandbytes
 from trim_plugin.config import TrimConfig
 from trim_plugin.serving.limits import Limits, RequestError
 from trim_plugin.serving.sources import checked_picture, picture_bytes

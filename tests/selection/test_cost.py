@@ -1,0 +1,115 @@
+"""What choosing and merging cost: scratch, and waiting for the device."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trim_plugin import KCenter
+from trim_plugin.selection import k_center, merging
+from trim_plugin.selection.merging import merge_dropped
+from trim_plugin.selection.visibility import pack
+
+#: Operations that need a number, or a shape, from the device.
+WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "unique_dim")
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the operations that reach the device, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.name().removeprefix("aten::").split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def waits(self):
+        return sum(self.calls[name] for name in WAITS)
+
+
+@pytest.mark.parametrize("kept_share", [0.02, 0.5])
+def test_a_share_waits_for_the_device_twice_however_many_tokens_it_keeps(kept_share):
+    """For the longest sample and for the largest count, before the loop; indexing by a bool tensor would wait as well."""
+    states, members = torch.randn(3, 200, 8), torch.rand(3, 200) < 0.8
+    with CountCalls() as count:
+        KCenter(kept_share).choose(states, members)
+    assert count.waits == 2
+
+
+def test_a_radius_waits_once_in_many_steps():
+    states, members = torch.randn(2, 300, 64), torch.ones(2, 300, dtype=torch.bool)
+    with CountCalls() as count:
+        chosen = KCenter(radius=0.3).choose(states, members)
+    steps = int(chosen.sum(dim=1).max())
+    assert steps > 200
+    assert count.waits <= 2 + -(-steps // k_center.STEPS)
+
+
+def test_merging_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(merging, "BLOCK", 16)
+    monkeypatch.setattr(merging, "BLOCK_VALUES", 512)
+    states, kept = torch.randn(3, 200, 8), torch.rand(3, 200) < 0.3
+    groups = torch.randint(0, 2, (3, 200))
+    kept[:, :2], groups[:, :2] = True, torch.tensor([0, 1])
+    positions, _ = pack(kept)
+    with CountCalls() as count:
+        merged = merge_dropped(states, kept, groups, torch.ones_like(groups), positions)
+        merged.mean(torch.randn(3, 2, 200, 4))
+        merged.mean(states)
+    assert count.calls["bmm"] > 50
+    assert count.waits == 0
+
+
+SCRATCH = """
+import resource, sys, torch
+from trim_plugin import KCenter
+from trim_plugin.selection.merging import Merging, merge_dropped
+torch.set_num_threads(1)
+what, tokens, width, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
+states = torch.empty(1, tokens, width, dtype=dtype).normal_()
+positions = torch.arange(5000)[None]
+kept, groups = torch.arange(tokens)[None] < 5000, torch.zeros(1, tokens, dtype=torch.long)
+small = torch.ones(1, 64, 64)
+small.bmm(small)  # the libraries' own buffers are not scratch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if what == "alike":
+    merged = merge_dropped(states, kept, groups, groups + 1, positions)
+    result = merged.slots.nbytes + merged.weights.nbytes
+elif what == "means":
+    means = Merging(torch.arange(tokens)[None] % 5000, groups + 1, 5000).mean(states)
+    result = means.nbytes
+else:
+    KCenter(20 / tokens).choose(states, groups == 0)
+    result = tokens * min(width, 256) * 4  # a row of features for every token
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 - result)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("what", "tokens", "width"), [("alike", 51_232, 64), ("means", 12_808, 4096), ("k-center", 12_808, 4096)]
+)
+def test_scratch_beside_the_result(what, tokens, width, dtype):
+    """51,232 tokens are 32 pictures of a tile, or 8 of four; 5,000 are kept. The peak of a process of its own."""
+    assert scratch(what, tokens, width, dtype) <= 64 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["alike", "means", "k-center"])
+def test_scratch_beside_the_result_at_full_size(what, dtype):
+    assert scratch(what, 51_232, 4096, dtype) <= 64 * 2**20
+
+
+def scratch(what, tokens, width, dtype):
+    command = [sys.executable, "-c", SCRATCH, what, str(tokens), str(width), dtype]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

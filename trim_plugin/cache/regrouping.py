@@ -1,0 +1,122 @@
+"""Other sources in other classes: what batch operations, joined micro-batches and later turns make of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trim_plugin.cache.kept import KeptTokens, classify, take, valid_places, width_class
+from trim_plugin.cache.stores import padded_join
+from trim_plugin.selection.select import Columns
+
+#: A width class put together from held ones: (which cache, which of its classes, rows; None for all of them) in order.
+Parts = list[tuple[int, int, slice | torch.Tensor | None]]
+
+
+def padded_columns(kept: KeptTokens) -> Columns:
+    """All sources' tokens side by side, in the sources' order: what a later turn goes on from."""
+    parts, width = side_by_side(kept), kept.width
+    index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
+    count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}
+    valid = valid_places([count_of[source] for source in range(kept.sources)], width, index.device)
+    return Columns(
+        index=index,
+        valid=valid,
+        sizes=sizes,
+        group=torch.full_like(index, -1),
+        readable=kept.readable.to(index.device).gather(1, index // kept.tile_tokens) & valid,
+        first_new=width,
+        tile_tokens=kept.tile_tokens,
+    )
+
+
+def side_by_side(kept: KeptTokens) -> Parts:
+    """All sources in their order, as one class."""
+    return _runs([(0, source) for source in range(kept.sources)], [kept])
+
+
+def regrouped(
+    records: Sequence[KeptTokens], sources: Sequence[tuple[int, int]], order: Sequence[int], bucket: int
+) -> tuple[KeptTokens, list[tuple[Parts, int]]]:
+    """Other sources in other classes, put together from what one or several records hold.
+
+    Args:
+        records: what there is.
+        sources: the new sources: (number of the record, source there).
+        order: the source of every sample of the new batch.
+        bucket: as for the class.
+
+    Returns:
+        The record, and for every class the parts of which layers put it together, and its width.
+    """
+    copies = [0] * len(sources)
+    for source in order:
+        copies[source] += 1
+    if bucket and len({*copies}) > 1:  # one class has one number of copies: here every sample gets its own row
+        sources, order = [sources[source] for source in order], range(len(order))
+        copies = [1] * len(sources)
+    count_of = [
+        {source: count for own in record.classes for source, count in zip(own.sources, own.counts, strict=True)}
+        for record in records
+    ]
+    counts = [count_of[record][source] for record, source in sources]
+    first, sized = records[0], any(record.sized for record in records)
+    classes, recipe = [], []
+    for members, width in classify(counts, copies, bucket):
+        parts = _runs([sources[source] for source in members], records)
+        index, sizes = (_assembled(records, parts, name, width, fill) for name, fill in (("index", 0), ("sizes", 1)))
+        own = tuple(counts[source] for source in members)
+        valid = None if min(own) == width else valid_places(own, width, index.device)
+        classes.append(width_class(members, own, copies[members[0]], index, sizes, valid, first.dtype, sized, bucket))
+        recipe.append((parts, width))
+    visible = torch.stack([records[record].visible[source] for record, source in sources])
+    readable = torch.stack([records[record].readable[source] for record, source in sources])
+    return KeptTokens(
+        classes=tuple(classes),
+        order=tuple(order),
+        visible=visible,
+        readable=readable,
+        tile_tokens=first.tile_tokens,
+        token_bytes=first.token_bytes,
+        dtype=first.dtype,
+        sized=sized,
+        bucket=bucket,
+    ), recipe
+
+
+def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens]) -> Parts:
+    """Where sources, (record, source), lie: neighbours in one class are one part."""
+    place_of = [
+        {source: (number, row) for number, own in enumerate(record.classes) for row, source in enumerate(own.sources)}
+        for record in records
+    ]
+    runs: list[tuple[int, int, list[int]]] = []
+    for record, source in wanted:
+        number, row = place_of[record][source]
+        if runs and runs[-1][:2] == (record, number):
+            runs[-1][2].append(row)
+        else:
+            runs.append((record, number, [row]))
+    parts: Parts = []
+    for record, number, rows in runs:
+        own = records[record].classes[number]
+        whole = rows == list(range(len(own.sources)))
+        parts.append((record, number, None if whole else _rows(rows, own.index.device)))
+    return parts
+
+
+def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: int, fill: int = 0) -> torch.Tensor:
+    """The classes' `index` or `sizes`, put together as the layers' stores are."""
+    tensors = []
+    for record, number, rows in parts:
+        tensor = getattr(records[record].classes[number], name)
+        tensors.append(tensor if rows is None else take(tensor, rows))
+    return padded_join([tensor.to(tensors[0].device) for tensor in tensors], width, dim=1, fill=fill)
+
+
+def _rows(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Rows of a tensor: a slice where they follow each other, which needs no copy to the device."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)

@@ -1,0 +1,231 @@
+"""One selection: which visual tokens survive the first cross-attention layer, and what becomes of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from trim_plugin.selection.merging import Merging, merge_dropped
+from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
+from trim_plugin.selection.visibility import pack
+
+
+@dataclasses.dataclass
+class Columns:
+    """What a cross-attention layer attends to: visual tokens cached in earlier turns, then those of the new pictures.
+
+    Args:
+        index: int64 (batch, columns), the visual token behind every column.
+        valid: bool (batch, columns), False for columns that only pad a sample.
+        sizes: int64 (batch, columns), how many visual tokens each stands for; 1 in padding.
+        group: int64 (batch, columns), the visibility group of a new token; −1 for earlier ones, and for those that nobody reads.
+        readable: bool (batch, columns), visible to the last prompt row: decoding can read nothing else.
+        first_new: columns of earlier turns.
+        tile_tokens: visual tokens of a tile.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    sizes: torch.Tensor
+    group: torch.Tensor
+    readable: torch.Tensor
+    first_new: int
+    tile_tokens: int
+
+    @property
+    def tile_of(self) -> torch.Tensor:
+        """int64 (batch, columns): the tile of every token; −1 in padding."""
+        return (self.index // self.tile_tokens).masked_fill(~self.valid, -1)
+
+    def followed_by(self, new: Columns, readable_tiles: torch.Tensor) -> Columns:
+        """These and then a new turn's, whose last row can read `readable_tiles`, bool (batch, tiles)."""
+        still = self.readable & readable_tiles.gather(1, self.index // self.tile_tokens)
+
+        def both(name: str) -> torch.Tensor:
+            return torch.cat([getattr(self, name), getattr(new, name)], dim=1)
+
+        return dataclasses.replace(
+            self,
+            index=both("index"),
+            valid=both("valid"),
+            sizes=both("sizes"),
+            group=both("group"),
+            readable=torch.cat([still, new.readable], dim=1),
+        )
+
+    def narrowed(self, selection: Selection) -> Columns:
+        """The columns that later layers attend to."""
+        if selection.positions is None:
+            return self
+        old, positions, present = self.first_new, selection.positions, selection.present
+
+        def left(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor[:, :old], tensor[:, old:].gather(1, positions)], dim=1)
+
+        sizes = left(self.sizes)
+        if selection.merging is not None:
+            sizes = torch.cat([self.sizes[:, :old], selection.merging.sizes], dim=1)
+        valid = torch.cat([self.valid[:, :old], present], dim=1)
+        return dataclasses.replace(
+            self,
+            index=left(self.index),
+            valid=valid,
+            sizes=sizes.masked_fill(~valid, 1),
+            group=left(self.group),
+            readable=left(self.readable) & valid,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What survived, for all samples.
+
+    Args:
+        positions: int64 (batch, slots), the kept ones among the new columns, ascending, and padding; None if all were kept.
+        present: bool (batch, slots), False for that padding.
+        merging: what the dropped ones become part of; None if they are forgotten, or nothing was dropped.
+        readable: how many columns of every sample decoding can read, earlier turns' counted.
+    """
+
+    positions: torch.Tensor | Any
+    present: torch.Tensor
+    merging: Merging | None
+    readable: list[int]
+
+
+def select(
+    scores: torch.Tensor | None,
+    keys: torch.Tensor,
+    states: torch.Tensor,
+    columns: Columns,
+    groups: int,
+    processors: VisualTokenProcessorList,
+    merge: bool,
+) -> Selection:
+    """Let the processors choose in every visibility group; the union over heads is kept, and the rest merged or forgotten.
+
+    A sample without any query row keeps everything: its rows are fully masked, which read all tokens in stock's attention.
+    Reads the host once, for counts and checks together.
+
+    Args:
+        scores: float32 (batch, heads, columns), see `scoring.visual_token_scores`; None keeps everything (exact mode).
+        keys: (batch, key-value heads, columns, head_dim) of the first cross-attention layer. Dropped tokens are compared by them:
+            tokens with equal keys are read with equal weights, so that merging them changes nothing, whatever their values.
+        states: (batch, new columns, width), visual states, for processors that need them.
+        columns: what `scores` and `keys` are about.
+        groups: visibility groups of the sample that has most.
+        processors: the chain that decides, called for every sample's first group, then for their second ones, and so on. A sample
+            that has fewer is given its first group again, and what is chosen then is ignored.
+        merge: whether a dropped token joins the kept token of its group that is most like it.
+
+    Raises:
+        TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
+            a group; or the scores are NaN.
+
+    Example:
+        >>> from trim_plugin import TopKPerHead
+        >>> here, ones = torch.arange(4)[None], torch.ones(1, 4, dtype=torch.long)
+        >>> columns = Columns(here, ones.bool(), ones, 0 * ones, ones.bool(), first_new=0, tile_tokens=4)
+        >>> attention = torch.tensor([[[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]]])
+        >>> rule = VisualTokenProcessorList([TopKPerHead(0.25)])
+        >>> chosen = select(attention, torch.ones(1, 1, 4, 2), torch.ones(1, 4, 2), columns, 1, rule, merge=True)
+        >>> chosen.positions.tolist(), chosen.merging.sizes.tolist(), chosen.readable
+        ([[0, 3]], [[3, 1]], [2])
+    """
+    valid, group = columns.valid[:, columns.first_new :], columns.group[:, columns.first_new :]
+    checks = _Checks(processors)
+    kept = valid
+    if scores is not None:
+        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, processors, checks)
+    readable = (columns.readable & columns.valid)[:, : columns.first_new].sum(dim=1)
+    readable = readable + (columns.readable[:, columns.first_new :] & kept).sum(dim=1)
+    counts = kept.sum(dim=1)
+    # Whether a dropped token joins another one decides whether log sizes are there to be added.
+    joins = ((group >= 0) & valid & ~kept).any()
+    numbers = torch.cat([counts, readable, valid.sum(dim=1), joins[None], *checks.flags])
+    counted, readable_counts, present_counts, (joined, *flags) = _split(numbers.tolist(), len(counts))
+    checks.raise_if(flags)
+    if counted == present_counts:
+        return Selection(None, valid, None, readable_counts)
+    positions, present = pack(kept, longest=max(counted))
+    merging = None
+    if merge and joined:
+        features = keys[:, :, columns.first_new :].transpose(1, 2).flatten(2)
+        merging = merge_dropped(features, kept, group, columns.sizes[:, columns.first_new :], positions)
+    return Selection(positions, present, merging, readable_counts)
+
+
+def _choose(
+    scores: torch.Tensor,
+    states: torch.Tensor,
+    valid: torch.Tensor,
+    group: torch.Tensor,
+    groups: int,
+    processors: VisualTokenProcessorList,
+    checks: _Checks,
+) -> torch.Tensor:
+    """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
+    checks.no_scores(scores)
+    # What stands in for a group that a sample lacks: its first one; all of its tokens where it has none.
+    instead = torch.where((group == 0).any(dim=1, keepdim=True), group == 0, valid)
+    kept = valid & (group < 0).all(dim=1, keepdim=True)
+    states = states.to(scores.device) if processors.needs_states else states
+    for number in range(groups):
+        members = group == number
+        there = members.any(dim=1, keepdim=True)
+        asked = torch.where(there, members, instead)
+        given = scores.masked_fill(~asked[:, None], -math.inf)
+        chosen, unclear = processors.apply(given, asked, states)
+        survivors = (chosen != -math.inf).any(dim=1) & members
+        checks.group(unclear, there[:, 0] & ~survivors.any(dim=1))
+        kept = kept | survivors
+    return kept
+
+
+class _Checks:
+    """What has to hold of scores and processors, gathered on the device and looked at with the counts: one host read for all."""
+
+    def __init__(self, processors: VisualTokenProcessorList) -> None:
+        self.flags: list[torch.Tensor] = []
+        self._processors = processors
+        self._meanings: list[tuple[str, int, int]] = []  # what a flag says: of which processor, or group and sample
+
+    def no_scores(self, scores: torch.Tensor) -> None:
+        self._note("scores", scores.isnan().any()[None])
+
+    def group(self, unclear: list[torch.Tensor], emptied: torch.Tensor) -> None:
+        """For one more group: whether each processor returned NaN, and bool (batch,), whether a sample's group was emptied."""
+        number = sum(meaning == "emptied" and sample == 0 for meaning, _, sample in self._meanings)
+        if unclear:
+            self._note("unclear", torch.stack(unclear), number)
+        self._note("emptied", emptied, number)
+
+    def _note(self, meaning: str, flags: torch.Tensor, number: int = 0) -> None:
+        self.flags.append(flags)
+        self._meanings += [(meaning, number, place) for place in range(len(flags))]
+
+    def raise_if(self, flags: list[int]) -> None:
+        """Raise `ValueError` for the first thing that does not hold."""
+        for flag, (meaning, number, place) in zip(flags, self._meanings, strict=True):
+            if not flag:
+                continue
+            if meaning == "scores":
+                raise ValueError(
+                    "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
+                    "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
+                )
+            if meaning == "unclear":
+                raise ValueError(returned_nan(self._processors[place]))
+            names = ", ".join(map(processor_name, self._processors))
+            raise ValueError(
+                f"The visual token processors {names} removed every visual token of visibility group {number} in "
+                f"sample {place}. Leave at least one token of each group above -inf, so that no text row loses all it reads."
+            )
+
+
+def _split(numbers: list[int], batch: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Three numbers a sample, and what follows them."""
+    return numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch : 3 * batch], numbers[3 * batch :]

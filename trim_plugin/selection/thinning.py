@@ -1,0 +1,99 @@
+"""Fewer patches of a picture inside the vision tower: which stay, and which of these every other one joins.
+
+Three kinds of tokens run through the tower, and only tokens of one kind are merged: patches of real tiles, which all read
+everything; padding (whole padding tiles, and the few tokens that fill every tile up), which reads real tiles alone; and the class
+tokens of real tiles, which stay alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from trim_plugin.selection.k_center import KCenter
+from trim_plugin.selection.merging import Merging, merge_dropped
+from trim_plugin.selection.visibility import pack
+
+#: Share of the padding that goes on, rounded up: little is read of it, but not nothing. With half of it, 3 more answers of 1,000
+#: about pictures of one tile are other than stock's; twice as much gained 1 or 2 (docs/tables/tower.md).
+PADDING_SHARE = 1 / 8
+#: The kinds of tokens in `kinds_of_tokens`.
+PATCH, PADDING, CLASS = 0, 1, 2
+
+
+def farthest_first(states: torch.Tensor, members: torch.Tensor, kept_share: float) -> torch.Tensor:
+    """bool (pictures, tokens): this share of the members, chosen so that no member is far from a chosen one; see `KCenter`."""
+    if not bool(members.any()):  # a picture may have no real tile, and nothing needs to be padding
+        return members
+    return KCenter(kept_share).choose(states, members)
+
+
+def kinds_of_tokens(tiles: torch.Tensor, patches: int, tokens: int) -> torch.Tensor:
+    """What every token of the tower is: `PATCH`, `PADDING` or `CLASS`.
+
+    Args:
+        tiles: bool (pictures, tiles), True for real tiles.
+        patches: tokens of a tile, its class token counted, what fills it up left out.
+        tokens: tokens of a picture, what fills tiles up counted.
+
+    Returns:
+        int64 (pictures, tokens).
+
+    Example:
+        >>> kinds_of_tokens(torch.tensor([[True, False]]), patches=3, tokens=8).tolist()
+        [[2, 0, 0, 1, 1, 1, 1, 1]]
+    """
+    pictures, most = tiles.shape
+    kinds = torch.full((pictures, most, tokens // most), PATCH, device=tiles.device)
+    kinds[:, :, 0] = CLASS
+    kinds[:, :, patches:] = PADDING
+    kinds[~tiles] = PADDING
+    return kinds.flatten(1)
+
+
+def merge_alike(
+    states: torch.Tensor, kinds: torch.Tensor, kept_share: float
+) -> tuple[Merging, torch.Tensor, torch.Tensor]:
+    """Merge tokens that are alike, all tiles of a picture together.
+
+    Args:
+        states: (pictures, tokens, width).
+        kinds: int64 (pictures, tokens), see `kinds_of_tokens`.
+        kept_share: share of the real tiles' patches that stay, rounded up.
+
+    Returns:
+        The merging; int64 (pictures, slots), the token that stands for each slot; and bool (pictures, slots), False for slots
+        that are there because another picture has more.
+
+    Example:
+        >>> states = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
+        >>> merging, positions, _ = merge_alike(states, torch.tensor([[2, 0, 0, 0, 0]]), 0.5)
+        >>> positions.tolist(), merging.sizes.tolist()
+        ([[0, 2, 3]], [[1, 2, 2]])
+    """
+    kept = kinds == CLASS
+    kept |= farthest_first(states, kinds == PATCH, kept_share)
+    kept |= farthest_first(states, kinds == PADDING, PADDING_SHARE)
+    positions, valid = pack(kept)
+    return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid
+
+
+def tokens_left(tiles: int, most_tiles: int, patches: int, tokens: int, kept_share: float) -> int:
+    """How many of a picture's tokens go on after merging.
+
+    Args:
+        tiles: real tiles.
+        most_tiles: tiles of a picture, padding tiles counted.
+        patches, tokens: as in `kinds_of_tokens`.
+        kept_share: as in `merge_alike`.
+
+    Example:
+        >>> tokens_left(4, 4, 1601, 6432, 0.5), tokens_left(1, 4, 1601, 6432, 0.5)
+        (3208, 1405)
+    """
+    real = tiles * (patches - 1)
+    padding = tokens - real - tiles
+    # As k-center rounds: a share of 0.1 shall be a tenth whatever floating point makes of it.
+    chosen = (math.ceil(count * part - 1e-9) for count, part in ((real, kept_share), (padding, PADDING_SHARE)))
+    return tiles + sum(chosen)
