@@ -1,4 +1,4 @@
-"""Put the fine model and its learning curve beside the benchmark: ``python -m benchmarks.small_model.publish RUN``.
+"""Put a trained model and its curve beside the benchmarks: ``python -m benchmarks.small_model.publish RUN --model pages``.
 
 ``RUN`` is the folder that ``train --out`` wrote. Afterwards ``evaluate`` writes the tables.
 """
@@ -14,14 +14,14 @@ import matplotlib.pyplot as plt
 
 from benchmarks.common.figures import save
 from benchmarks.common.results import write_json
-from benchmarks.small_model.fine import MODEL
 from benchmarks.small_model.state import load_progress
+from benchmarks.small_model.tasks import FOLDERS
 
 MOST_BYTES = 10_000_000
 
 
 def draw_curve(curve: list[dict[str, Any]], path: Path) -> Path:
-    """The shares of right answer tokens and digit patches over the minutes of training, stage by stage."""
+    """The shares of right answer tokens and patches over the minutes of training, stage by stage."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     offset, borders = 0.0, []
     minutes: list[float] = []
@@ -30,7 +30,7 @@ def draw_curve(curve: list[dict[str, Any]], path: Path) -> Path:
             offset = minutes[-1]
             borders.append((offset, point["stage"]))
         minutes.append(offset + point["minutes"])
-    for key, title in (("words", "answer tokens right"), ("patches", "digit patches named right")):
+    for key, title in (("words", "answer tokens right"), ("patches", "patches named right")):
         points = [(x, point[key]) for x, point in zip(minutes, curve, strict=True) if key in point]
         axes.plot(*zip(*points, strict=True), label=title)
     for x, stage in [(0.0, curve[0]["stage"]), *borders]:
@@ -64,10 +64,11 @@ def publish(run: Path, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Put the fine model beside the benchmark.")
+    parser = argparse.ArgumentParser(description="Put a trained model beside the benchmarks.")
     parser.add_argument("run", type=Path, help="the folder that train --out wrote")
+    parser.add_argument("--model", choices=list(FOLDERS), default="fine", help="which model it is")
     args = parser.parse_args(arguments)
-    publish(args.run, MODEL.parent)
+    publish(args.run, FOLDERS[args.model].parent)
 
 
 if __name__ == "__main__":
