@@ -36,7 +36,7 @@ class TrimConfig:
             `processors` are given. 1.0 is exact mode: prefill is untouched and the cache drops only what decoding
             cannot read.
         processors: the whole list of visual token processors; replaces `[TopKPerHead(top_k_ratio)]`. A rule may be given as it
-            is saved, for instance `{"rule": "KCenter", "kept_share": 0.1}` (`rules.written`).
+            is saved, for instance `{"rule": "KCenter", "kept_share": 0.1}` (`selection.written`).
         kv_quantization: "int8" or "nf4" stores the kept visual tokens' keys and values in 8 or 4 bits with bitsandbytes,
             quantized once after the prefill; None keeps the model's dtype. Goes with every ratio, exact mode included, and
             with `static`.
