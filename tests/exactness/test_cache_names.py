@@ -20,6 +20,8 @@ from trim_plugin.embedded import ask, examples, load_small_model
 
 from ..random_models import PAIR, Sample, generate, random_inputs, random_model, trimmed
 
+pytestmark = pytest.mark.former_names
+
 NAMES = list(dict.fromkeys(["past_key_values", CACHE]))
 CONFIG = {"top_k_ratio": 0.2}
 ONE = [Sample((1, (6,), 6))]
