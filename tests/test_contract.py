@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import cache_utils
+from transformers import GenerationConfig, cache_utils
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.models.mllama import modeling_mllama
@@ -25,6 +25,7 @@ from trim_plugin.contract import check_contract, check_generation
 from .random_models import Sample, generate, random_inputs, random_model, trimmed
 
 ROOT = Path(__file__).parents[1]
+CONFIG = {"top_k_ratio": 0.2}
 ONE = [Sample((1, (6,), 6))]
 
 
@@ -113,6 +114,11 @@ def test_a_removed_method(monkeypatch, fresh, name):
     ("name", "argument", "message"),
     [
         (
+            "_prepare_cache_for_generation",
+            "batch_size",
+            r"_prepare_cache_for_generation\(generation_config, model_kwargs, ",
+        ),
+        (
             "_prefill",
             "generation_config",
             r"GenerationMixin._prefill\(input_ids, generation_config, model_kwargs, ...\)",
@@ -175,6 +181,21 @@ def test_what_wraps_a_forward_without_changing_it_is_accepted(monkeypatch, model
     assert torch.equal(trimmed(model, inputs, {"top_k_ratio": 0.2}).sequences, expected)
 
 
+def test_a_model_that_carries_hooks_already_is_checked_again(monkeypatch, model):
+    inputs = random_inputs(model, ONE)
+    trimmed(model, inputs, CONFIG, 2)
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: GenerationMixin\._prefill\."):
+        TrimmedCache(model)
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: GenerationMixin\._prefill\."):
+        trimmed(model, inputs, CONFIG, 2)
+
+
+def test_a_changed_way_to_write_settings(monkeypatch, fresh):
+    monkeypatch.setattr(GenerationConfig, "to_json_string", renamed(GenerationConfig.to_json_string, "use_diff"))
+    refused(*fresh, r"GenerationConfig.to_json_string\(use_diff, ignore_metadata, ...\)")
+
+
 def test_a_cache_that_was_not_made_is_no_silent_stock_generation(monkeypatch, fresh):
     model, inputs = fresh
     unwrapped = inspect.unwrap(GenerationMixin._prepare_cache_for_generation)
@@ -209,6 +230,8 @@ ALL_CACHE_IMPLEMENTATIONS = ("dynamic",)
 class GenerationConfig:
     use_cache = cache_implementation = cache_config = max_cache_len = disable_compile = None
     num_beams = num_return_sequences = prefill_chunk_size = is_assistant = None
+    def to_json_string(self, use_diff=True, ignore_metadata=False): ...
+    def to_json_file(self, path): ...
     def to_json_string(self, use_diff=True, ignore_metadata=False): ...
     def to_json_file(self, json_file_path): ...
 """

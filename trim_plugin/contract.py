@@ -43,14 +43,17 @@ FORWARDS: dict[str, tuple[str, ...]] = {
     "MllamaVisionEncoderLayer": ("attention_mask",),
 }
 
-#: Arguments of the wrapped methods of `GenerationMixin`: those that come first, in this order, and those passed by name.
-METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "_prepare_cache_for_generation": (
-        ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
-        (),
-    ),
-    "_prefill": (("input_ids", "generation_config", "model_kwargs"), ()),
-    "_get_candidate_generator": ((), ("input_ids", "model_kwargs")),
+#: Arguments of the wrapped methods, by class: those that come first, in this order, and those passed by name.
+METHODS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "GenerationMixin": {
+        "_prepare_cache_for_generation": (
+            ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
+            (),
+        ),
+        "_prefill": (("input_ids", "generation_config", "model_kwargs"), ()),
+        "_get_candidate_generator": ((), ("input_ids", "model_kwargs")),
+    },
+    "GenerationConfig": {"to_json_string": (("use_diff", "ignore_metadata"), ()), "to_json_file": ((), ())},
 }
 
 #: The same of `GenerationConfig`.
@@ -89,13 +92,15 @@ NAMES: dict[str, tuple[str, ...]] = {
     "transformers.generation.candidate_generator": ("AssistedCandidateGenerator", "PromptLookupCandidateGenerator"),
     "transformers.distributed.fsdp": ("is_fsdp_managed_module",),
     "transformers.integrations.deepspeed": ("is_deepspeed_zero3_enabled",),
+    "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
+    MLLAMA: ("eager_attention_forward",),
 }
 
-#: Attributes of a cross-attention decoder layer and of its attention, with which queries and keys are worked out again.
+#: Attributes of a cross-attention decoder layer and of its attention, with which queries and keys are worked out again and read.
 LAYER = ("layer_idx", "cross_attn", "input_layernorm")
 ATTENTION = (
     *("q_proj", "q_norm", "k_proj", "k_norm", "scaling"),
-    *("num_heads", "num_key_value_heads", "head_dim"),
+    *("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "config"),
 )
 
 
@@ -162,20 +167,17 @@ def _raise_if(missing: Sequence[str]) -> None:
 
 
 def _missing_in_generation() -> Iterator[str]:
-    configuration = importlib.import_module(CONFIGURATION)
+    configuration, mixin = importlib.import_module(CONFIGURATION), importlib.import_module(MIXIN)
     if not isinstance(getattr(configuration, "ALL_CACHE_IMPLEMENTATIONS", None), tuple):
         yield f"ALL_CACHE_IMPLEMENTATIONS, a tuple, in {CONFIGURATION}"
-    settings = getattr(configuration, "GenerationConfig", None)
-    if settings is None:
-        yield f"GenerationConfig in {CONFIGURATION}"
-    else:
-        yield from (f"GenerationConfig.{name}" for name in _settings_not_in(settings))
-        yield from _missing_methods(settings, CONFIGURATION_METHODS)
-    mixin = getattr(importlib.import_module(MIXIN), "GenerationMixin", None)
-    if mixin is None:
-        yield f"GenerationMixin in {MIXIN}"
-        return
-    yield from _missing_methods(mixin, METHODS)
+    for module, name in ((configuration, "GenerationConfig"), (mixin, "GenerationMixin")):
+        owner = getattr(module, name, None)
+        if owner is None:
+            yield f"{name} in {module.__name__}"
+        else:
+            yield from _missing_methods(owner, METHODS[name])
+    if hasattr(configuration, "GenerationConfig"):
+        yield from (f"GenerationConfig.{name}" for name in _settings_not_in(configuration.GenerationConfig))
 
 
 def _missing_methods(owner: type, methods: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> Iterator[str]:

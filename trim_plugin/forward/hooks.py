@@ -23,9 +23,6 @@ from trim_plugin.forward.tower import pictures_at_a_time, visual_states
 from trim_plugin.forward.turn import Turn
 from trim_plugin.selection.visibility import padding_of
 
-#: The forwards whose signatures were checked last: looking again where nothing has changed would only cost time.
-_checked: tuple[Any, ...] = ()
-
 
 def attach(model: torch.nn.Module) -> Any:
     """Put the hooks on a model and its cross-attention decoder layers, once; return its `MllamaTextModel`.
@@ -34,14 +31,11 @@ def attach(model: torch.nn.Module) -> Any:
         UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
         ValueError: `model` holds no Mllama text model with cross-attention layers.
     """
-    text_model = find_text_model(model)
-    global _checked
-    found = tuple(one.forward for one in (MllamaModel, MllamaTextModel, MllamaCrossAttentionDecoderLayer))
-    whole = all(before_model in module._forward_pre_hooks.values() for module in whole_models(model))
-    if whole and found == _checked and has_hooks(text_model):
-        return text_model
     check_contract()
-    _checked = found
+    text_model = find_text_model(model)
+    whole = all(before_model in module._forward_pre_hooks.values() for module in whole_models(model))
+    if whole and has_hooks(text_model):
+        return text_model
     check_layer(_cross_layers(text_model)[0])
     for layer in _cross_layers(text_model):
         if before_layer not in layer._forward_pre_hooks.values():

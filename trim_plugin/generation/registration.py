@@ -12,7 +12,7 @@ from typing import Any
 from trim_plugin.compat import CACHE, UnsupportedTransformersError, unsupported
 from trim_plugin.contract import CONFIGURATION as _NAMES_IN
 from trim_plugin.contract import MIXIN as _MIXIN_IN
-from trim_plugin.contract import check_generation
+from trim_plugin.contract import check_contract, check_generation
 from trim_plugin.deferred import when_imported
 from trim_plugin.generation.saving import writing_json, writing_json_file
 
@@ -160,6 +160,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
+        check_contract()
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.compat import compiles_mllama_decoding
         from trim_plugin.config import TrimConfig
