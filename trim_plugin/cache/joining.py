@@ -1,4 +1,4 @@
-"""A batch read in micro-batches: a cache for each, and what they hold put together, layer by layer."""
+"""Caches put together, layer by layer: the micro-batches of one prompt, and batches that come to a running one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicLayer
 
 from trim_plugin.cache.held import HalfDone, HeldCache
+from trim_plugin.cache.kept import KeptTokens
 from trim_plugin.cache.stores import padded_join
 
 
@@ -79,3 +81,72 @@ def _join_text(layer: Any, parts: Sequence[Any], copies: int) -> None:
         layer.keys, layer.values = keys, values
     else:
         layer.update(keys, values)
+
+
+def join_running(running: HeldCache, part: HeldCache) -> tuple[int, int]:
+    """Let a running batch go on together with another one, whose samples stand behind its own. The other one is emptied.
+
+    Texts of unequal length are padded at the left, with zeros that an attention mask has to hide.
+
+    Args:
+        running: growing layers, with a text or new.
+        part: growing layers, with a text.
+
+    Returns:
+        By how many positions the texts of the running batch, and of the other one, are padded.
+
+    Example:
+        >>> from trim_plugin import TrimmedCache
+        >>> from trim_plugin.embedded import ask, load_small_model
+        >>> model, processor = load_small_model()
+        >>> batch = [TrimmedCache(model) for _ in range(2)]
+        >>> for cache in batch:
+        ...     _ = model(**ask(processor), cache=cache)
+        >>> join_running(*batch), batch[0].batch_size
+        ((0, 0), 2)
+    """
+    lengths = [max(0, int(cache.get_seq_length())) if cache.batch_size > 0 else 0 for cache in (running, part)]
+    longest = max(lengths)
+    padding = (longest - lengths[0], longest - lengths[1])
+    before, batch = max(0, running.batch_size), part.batch_size
+    _join_pictures(running, part, before, batch)
+    for index in running.self_layers:
+        own, other = running.layers[index], part.layers[index]
+        if before == 0:
+            own.lazy_initialization(other.keys, other.values)
+            own.keys, own.values = other.keys, other.values
+        else:
+            own.keys, own.values = (
+                torch.cat([_left_padded(mine, padding[0]), _left_padded(theirs, padding[1])])
+                for mine, theirs in ((own.keys, other.keys), (own.values, other.values))
+            )
+        part.layers[index] = None
+    return padding
+
+
+def _join_pictures(running: HeldCache, part: HeldCache, before: int, batch: int) -> None:
+    """What is held of pictures; samples without any stand beside those that have some."""
+    if running.kept is None and part.kept is None:
+        return
+    for cache, other, samples in ((running, part, before), (part, running, batch)):
+        if cache.kept is None and samples:
+            cache.kept = KeptTokens.without_pictures(samples, other.kept)
+            for index in cache.cross_layers:
+                cache.layers[index].hold_nothing(cache.kept, other.layers[index])
+    caches = [cache for cache in (running, part) if cache.kept is not None]
+    sources = [(number, source) for number, cache in enumerate(caches) for source in range(cache.kept.sources)]
+    firsts = [0, caches[0].kept.sources] if len(caches) == 2 else [0]
+    order = [first + source for first, cache in zip(firsts, caches, strict=True) for source in cache.kept.order]
+    running.regroup(caches, sources, order)
+
+
+def _left_padded(tensor: torch.Tensor, positions: int) -> torch.Tensor:
+    """(batch, heads, positions more, head_dim)."""
+    return torch.nn.functional.pad(tensor, (0, 0, positions, 0)) if positions else tensor
+
+
+def cut_left(cache: HeldCache, positions: int) -> None:
+    """Forget the first positions of all texts, which are padding in every one."""
+    for index in cache.self_layers:
+        layer = cache.layers[index]
+        layer.keys, layer.values = layer.keys[:, :, positions:].clone(), layer.values[:, :, positions:].clone()

@@ -121,6 +121,30 @@ class KeptTokens:
         return places[0], places[1]
 
     @functools.cached_property
+    def closed_rows(self) -> torch.Tensor | None:
+        """For a decoding step's rows: (batch, 1, 1, 1) of 0 for samples without pictures, which a cross-attention layer leaves as
+        they are, and 1 for others; None if there are none such.
+        """
+        if all(count for own in self.classes for count in own.counts):
+            return None
+        seen = [float(count > 0) for count in self.counts()]
+        return torch.tensor(seen, dtype=self.dtype, device=self.classes[0].index.device).view(-1, 1, 1, 1)
+
+    @classmethod
+    def without_pictures(cls, sources: int, like: KeptTokens) -> KeptTokens:
+        """The record of samples of text alone, to stand beside another one's."""
+        device = like.classes[0].index.device
+        nothing = torch.empty(sources, 0, dtype=torch.long, device=device)
+        numbers = tuple(range(sources))
+        return dataclasses.replace(
+            like,
+            classes=(WidthClass(numbers, (0,) * sources, 1, nothing, nothing, None),),
+            order=numbers,
+            visible=torch.zeros(sources, dtype=torch.long, device=like.visible.device),
+            readable=torch.zeros(sources, like.readable.shape[1], dtype=torch.bool),
+        )
+
+    @functools.cached_property
     def source_of_sample(self) -> torch.Tensor:
         """`order` as int64 (batch,) on the device."""
         return torch.tensor(self.order, device=self.classes[0].index.device)
@@ -209,7 +233,7 @@ def classify(counts: Sequence[int], copies: Sequence[int], bucket: int) -> list[
         costs = [
             (len(narrow) * (counts[wide[0]] - counts[narrow[0]]), place)
             for place, (wide, narrow) in enumerate(itertools.pairwise(found))
-            if copies[wide[0]] == copies[narrow[0]]
+            if copies[wide[0]] == copies[narrow[0]] and counts[narrow[0]] > 0
         ]
         if not costs:
             break

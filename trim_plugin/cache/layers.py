@@ -164,6 +164,13 @@ class CrossAttentionLayer(DynamicLayer):
         self._hold(kept, [_assembled(sources, parts, width) for parts, width in recipe])
         self.is_initialized = True
 
+    def hold_nothing(self, kept: KeptTokens, like: CrossAttentionLayer) -> None:
+        """Be a layer of samples without pictures, to be joined with one like `like`."""
+        sources, self.device = len(kept.order), like.device
+        empty = like.stores[0].map(lambda tensor: tensor.new_empty(sources, *tensor.shape[1:-2], 0, tensor.shape[-1]))
+        self._hold(kept, [empty])
+        self.is_initialized = True
+
     def _hold(self, kept: KeptTokens, stores: list[Store]) -> None:
         if self.static:
             stores = [self._buffered(*stores)]

@@ -89,8 +89,12 @@ def _read_once(layer: CrossAttentionLayer, query: torch.Tensor, shared: int, sca
         query = query.index_select(0, layer.gather[0])
     results, first = [], 0
     for own, store, mask in zip(layer.kept.classes, layer.stores, layer.masks, strict=True):
-        keys, values = store.read()
         sources, copies = len(own.sources), own.copies
+        if own.width == 0:  # samples without pictures read nothing
+            results.append(query.new_zeros(sources * copies, 1, heads, dim))
+            first += sources * copies
+            continue
+        keys, values = store.read()
         split = (sources, copies, heads // shared, shared, dim)
         rows = query[first : first + sources * copies].reshape(split).transpose(1, 2)
         rows = rows.reshape(sources, heads // shared, copies * shared, dim)

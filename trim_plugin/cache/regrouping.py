@@ -71,7 +71,10 @@ def regrouped(
         classes.append(width_class(members, own, copies[members[0]], index, sizes, valid, first.dtype, sized, bucket))
         recipe.append((parts, width))
     visible = torch.stack([records[record].visible[source] for record, source in sources])
-    readable = torch.stack([records[record].readable[source] for record, source in sources])
+    # Samples may have had other numbers of pictures: what one never had is as out of reach as what another cannot see any more.
+    tiles = max(record.readable.shape[1] for record in records)
+    rows = [records[record].readable[source] for record, source in sources]
+    readable = torch.stack([torch.nn.functional.pad(row, (0, tiles - len(row))) for row in rows])
     return KeptTokens(
         classes=tuple(classes),
         order=tuple(order),

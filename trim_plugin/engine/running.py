@@ -1,0 +1,151 @@
+"""The running batch: requests of unequal texts that take a decoding step together, joining and leaving as they come and end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trim_plugin.cache.joining import cut_left, join_running
+from trim_plugin.cache.report import held_bytes, stored_tensors
+from trim_plugin.compat import CACHE
+from trim_plugin.config import TrimConfig
+from trim_plugin.engine.request import Finished, Request
+from trim_plugin.engine.sampling import Drawer, Writer
+from trim_plugin.forward.hooks import TrimmedCache
+
+#: Positions at the left that no running text needs are cut off once there are this many.
+CUT = 64
+
+
+@dataclasses.dataclass
+class Running:
+    """A request that is being answered."""
+
+    request: Request
+    drawer: Drawer
+    writer: Writer
+    kept: int
+    visible: int
+    #: Bytes of its visual tokens' keys and values.
+    visual_bytes: int
+    #: Characters that were sent already, before it had to be read again.
+    already: int = 0
+
+    def write(self, token: int, ends: set[int]) -> str | None:
+        """Send what a new token brings; the reason to finish, if there is one."""
+        ended = token in ends
+        if not ended:
+            self._send(self.writer.add(token))
+        if self.writer.stopped or ended:
+            return "stop"
+        return "length" if len(self.drawer.tokens) >= self.request.sampling.max_new_tokens else None
+
+    def finish(self, reason: str) -> None:
+        """Hand the whole answer on."""
+        self._send(self.writer.end())
+        reason = "stop" if self.writer.stopped and reason == "length" else reason
+        tokens, prompt = list(self.drawer.tokens), self.request.prompt_tokens
+        self.request.finish(Finished(self.writer.text, reason, tokens, prompt, self.kept, self.visible))
+
+    def _send(self, text: str) -> None:
+        start = len(self.writer.text) - len(text)
+        self.request.send(text[max(0, self.already - start) :])
+
+    @property
+    def sent(self) -> int:
+        """Characters that have been sent."""
+        return max(self.already, len(self.writer.text))
+
+
+class RunningBatch:
+    """Who is being answered, and what is held for them.
+
+    Args:
+        model: an Mllama model, or a wrapper around one.
+        config: of the trimmed cache.
+    """
+
+    def __init__(self, model: Any, config: TrimConfig) -> None:
+        self._model, self._config = model, config
+        self.rows: list[Running] = []
+        self._cache: TrimmedCache | None = None
+        self._mask = torch.empty(0, 0, dtype=torch.long)
+
+    def join(self, rows: Sequence[Running], cache: TrimmedCache, mask: torch.Tensor) -> None:
+        """Take in requests whose prompts have been read.
+
+        Args:
+            rows: the requests; the first token of each has been drawn.
+            cache: what their prompts have left; emptied here.
+            mask: int64 (requests, text tokens), 0 for padding.
+        """
+        if self._cache is None:
+            self._cache, self._mask = TrimmedCache(self._model, self._config), mask[:0]
+        own, other = join_running(self._cache, cache)
+        before = torch.nn.functional.pad(self._mask, (own, 0)) if len(self.rows) else self._mask.new_empty(0, 0)
+        coming = torch.nn.functional.pad(mask, (other, 0))
+        self._mask = torch.cat([before, coming]) if len(self.rows) else coming
+        self.rows += rows
+
+    def step(self) -> torch.Tensor:
+        """One forward with everybody's last token: logits (requests, vocabulary).
+
+        If it fails, what is held is as it was.
+        """
+        device = self._mask.device
+        ids = torch.tensor([[row.drawer.tokens[-1]] for row in self.rows], device=device)
+        mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        length = self._mask.shape[1]
+        try:
+            with torch.no_grad():
+                output = self._model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                    **{CACHE: self._cache},
+                    use_cache=True,
+                    return_dict=True,
+                )
+        except BaseException:
+            self._take_back(length)
+            raise
+        self._mask = mask
+        return output.logits[:, -1]
+
+    def _take_back(self, length: int) -> None:
+        for index in self._cache.self_layers if self._cache is not None else ():
+            layer = self._cache.layers[index]
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+    def leave(self, places: Sequence[int]) -> list[Running]:
+        """Let these rows go."""
+        gone = [self.rows[place] for place in places]
+        stay = [place for place in range(len(self.rows)) if place not in set(places)]
+        self.rows = [self.rows[place] for place in stay]
+        if not stay:
+            self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long)
+        elif places and self._cache is not None:
+            chosen = torch.tensor(stay, device=self._mask.device)
+            self._cache.batch_select_indices(chosen)
+            self._mask = self._mask.index_select(0, chosen)
+            self._cut()
+        return gone
+
+    def _cut(self) -> None:
+        """Drop positions that are padding in every text."""
+        used = max(row.request.prompt_tokens + len(row.drawer.tokens) - 1 for row in self.rows)
+        unused = self._mask.shape[1] - used
+        if unused >= CUT and self._cache is not None:
+            cut_left(self._cache, unused)
+            self._mask = self._mask[:, unused:]
+
+    def held_bytes(self) -> int:
+        """Bytes of all keys and values that are held."""
+        if self._cache is None:
+            return 0
+        own = [tensor for index in self._cache.self_layers for tensor in stored_tensors(self._cache.layers[index])]
+        cross = [tensor for index in self._cache.cross_layers for tensor in self._cache.layers[index].held_tensors()]
+        return held_bytes([*own, *cross])
