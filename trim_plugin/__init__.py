@@ -19,6 +19,7 @@ from trim_plugin.generation.registration import register, unregister
 if TYPE_CHECKING:
     from trim_plugin.cache.report import TrimReport
     from trim_plugin.config import TrimConfig
+    from trim_plugin.engine.engine import Engine
     from trim_plugin.forward.detaching import detach
     from trim_plugin.forward.hooks import TrimmedCache
     from trim_plugin.generation.micro_batches import prefill
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "KCenter",
     "Pictures",
     "TopKPerHead",
@@ -57,6 +59,7 @@ __all__ = [
 
 #: The module of every public name that is loaded at its first use.
 _MODULES = {
+    "Engine": "engine.engine",
     "KCenter": "selection.k_center",
     "Pictures": "pictures.encoded",
     "TopKPerHead": "selection.processors",

@@ -7,7 +7,6 @@ contract (`trim_plugin.contract`). Differences that matter here:
   The older name is an alias until 5.40. Forwards take it by a wrapper that warns (`deprecate_kwarg`); outputs log it.
 * 5.24 returns what the vision tower yielded as `image_outputs` of a forward (`Multimodal...Output`). A prompt read in micro-batches
   leaves it out: holding the tower's output of each would cost what they save.
-* 5.24's server lists its models by `ModelManager.list_models`, before by `get_gen_models` (`transformers_server`).
 * 5.24 crops static self-attention layers and allows assisted decoding with them. Here it is refused in every version.
 * 5.24 keeps the cache in training mode with gradient checkpointing, unless gradients are computed; before, it is dropped
   (`checkpointing_keeps_caches`).
@@ -18,7 +17,6 @@ contract (`trim_plugin.contract`). Differences that matter here:
 * 5.17 extends `cross_attention_mask` by one row a step and indexes it by position, later versions cut it to the rows at hand
   (`slices_mask_rows`): without that, assisted decoding with pictures is impossible.
 * 5.17's `reset` zeroes a dynamic layer but keeps its length. `TrimmedCache.reset` empties it.
-* Later versions of transformers' server have handlers more (`transformers_server`); 5.17 knows `max_tokens` alone.
 * 5.17 slices a plain forward's `cross_attention_mask` after inverting it; the hooks see the same rows either way.
 
 Nothing that is used here changed in 5.24's masking (its functions take `cache` as well), and `modeling_attn_mask_utils`, which
@@ -183,49 +181,3 @@ def checkpointing_keeps_caches() -> bool:
             pass
 
     return "is_grad_enabled" in Layer.forward.__code__.co_names
-
-
-def transformers_server(model: Any, processor: Any, name: str) -> Any:
-    """The FastAPI application of `transformers serve` for a model that is loaded already. Chats alone are answered.
-
-    Upstream: `transformers.cli.serving.server.build_server`, whose handlers have become more; `Serve` in `transformers.cli.serve`
-    loads models itself.
-
-    Args:
-        model: the model.
-        processor: its processor.
-        name: what requests call it.
-    """
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState, Modality
-
-    class OneModel(ModelManager):
-        """Loads nothing and unloads nothing."""
-
-        def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
-            return model, processor
-
-        def get_model_modality(self, *_: Any, **__: Any) -> Any:
-            return Modality.VLM
-
-        def get_gen_models(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
-            return [{"id": name, "object": "model", "created": 0, "owned_by": "trim-plugin"}]
-
-        list_models = get_gen_models  # as 5.24 calls it
-
-        def shutdown(self) -> None:
-            pass
-
-    manager = OneModel()
-    manager.force_model = name
-    state = GenerationState()
-    others = {
-        parameter: None for parameter in inspect.signature(build_server).parameters if parameter.endswith("_handler")
-    }
-    return build_server(
-        manager,
-        **{**others, "chat_handler": ChatCompletionHandler(manager, state)},
-        generation_state=state,
-    )

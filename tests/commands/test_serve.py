@@ -48,7 +48,7 @@ def test_answers_until_it_is_interrupted(tmp_path):
     finally:
         server.send_signal(signal.SIGINT)
         _, said = server.communicate(timeout=60)
-    assert f"small answers at http://127.0.0.1:{port}/v1, one request at a time" in said
+    assert f"small answers at http://127.0.0.1:{port}/v1, 32 requests at once" in said
     assert "Traceback" not in said
     assert server.returncode in (0, 130)
 
@@ -57,6 +57,8 @@ def test_answers_until_it_is_interrupted(tmp_path):
     ("options", "said"),
     [
         (["--max-pictures", "0"], "--max-pictures must be at least 1"),
+        (["--port", "70000"], "--port: 70000 is no port; they end at 65535"),
+        (["--memory", "much"], "--memory"),
         (["--top-k-ratio", "0.1", "--kept-share", "0.2"], "several rules are given"),
         (["--top-k-ratio", "7"], "--top-k-ratio must be a number in (0, 1]"),
     ],
@@ -79,7 +81,7 @@ def test_server_without_a_chat_format(capsys, monkeypatch):
 
     pytest.importorskip("uvicorn")
     monkeypatch.setattr("trim_plugin.commands.serve.load_model", without_chats)
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("listens"))
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("listens"))
     assert main(["serve", "small"]) == 2
     assert "This model has no chat format, so it cannot answer chats." in capsys.readouterr().err
 
@@ -87,4 +89,4 @@ def test_server_without_a_chat_format(capsys, monkeypatch):
 def test_server_not_installed(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "small"]) == 2
-    assert "pip install 'trim-plugin[serve]'" in capsys.readouterr().err
+    assert "pip install starlette uvicorn openai prometheus_client" in capsys.readouterr().err

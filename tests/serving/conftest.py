@@ -1,4 +1,4 @@
-"""The small model behind transformers' server, on this machine's own address."""
+"""The small model behind the server, on this machine's own address."""
 
 from __future__ import annotations
 
@@ -36,13 +36,18 @@ def question():
 
 
 @contextlib.contextmanager
-def running(limits=None, config=None):
+def running(limits=None, config=None, **settings):
     """A server of its own model, and an `openai` client of it."""
     uvicorn, openai = pytest.importorskip("uvicorn"), pytest.importorskip("openai")
-    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    from trim_plugin.engine.engine import Engine
     from trim_plugin.serving.app import build_app
 
-    app = build_app(*load_small_model(), "small", config or TrimConfig(top_k_ratio=0.1), limits or Limits())
+    model, processor = load_small_model()
+    of_engine = {name: settings.pop(name) for name in ("memory", "max_running") if name in settings}
+    engine = Engine(model, processor, config or TrimConfig(top_k_ratio=0.1), **of_engine)
+    bounds = (limits or Limits()).for_model(model)
+    app = build_app(engine, processor, "small", bounds, **settings)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,8 +1,9 @@
-"""`trim-plugin serve`: transformers' own OpenAI-compatible server, with the trimmed cache, safe by default."""
+"""`trim-plugin serve`: an OpenAI-compatible server that answers many at once, safe by default."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from trim_plugin.commands.common import (
     user_errors,
 )
 from trim_plugin.commands.loading import load_model, name_of
+from trim_plugin.commands.plan import parse_bytes
 from trim_plugin.config import TrimConfig
-from trim_plugin.serving.gate import LOCAL_NAMES
 from trim_plugin.serving.limits import Limits
 
 LIMITS = Limits()
+#: Where the API key may stand instead of the command line, which other users of the machine can read.
+API_KEY = "TRIM_PLUGIN_API_KEY"
+#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
+MAX_RUNNING = 32
+#: How long answers may take to end when the server is told to.
+DRAIN_SECONDS = 30
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -32,13 +39,29 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--host",
         default="localhost",
-        help="address to listen on; there is no password, so others than localhost are for networks that you trust "
+        help="address to listen on; without --api-key others than localhost are for networks that you trust "
         "(default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     _add_limits(parser)
     parser.add_argument("--enable-cors", action="store_true", help="let web pages of any site ask (default: none may)")
-    parser.add_argument("--default-seed", type=int, metavar="N", help="seed for sampling (default: none)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"what requests have to bring as a bearer token (default: ${API_KEY} if it is set, else none)",
+    )
+    parser.add_argument(
+        "--max-running",
+        type=int,
+        default=MAX_RUNNING,
+        metavar="N",
+        help="requests that run at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for keys and values of running requests, for instance 8GiB (default: most of what the device has free)",
+    )
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="warning", help="what the server says (default: %(default)s)"
     )
@@ -77,35 +100,61 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong, the model cannot be loaded, or a package is missing.
     """
     config = one_way(arguments).config or TrimConfig()
-    check_counts(arguments, "port", "max_pictures", "max_pixels", "max_tokens", "max_bytes", "max_waiting")
+    check_counts(
+        arguments, "port", "max_running", "max_pictures", "max_pixels", "max_tokens", "max_bytes", "max_waiting"
+    )
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
         raise UserError(f"--allow-folder: no such folder: {arguments.allow_folder}")
+    memory = None if arguments.memory is None else parse_bytes(arguments.memory)
+    if arguments.port > 65535:
+        raise UserError(f"--port: {arguments.port} is no port; they end at 65535")
     try:
         import uvicorn
-        from starlette.middleware.cors import CORSMiddleware
-        from transformers.cli.serving.utils import set_torch_seed
+
+        from trim_plugin.serving.app import LOCAL_NAMES, build_app
     except ImportError as error:
-        raise UserError(f"{first_line(error)}. Install what a server needs: pip install 'trim-plugin[serve]'") from None
+        raise UserError(
+            f"{first_line(error)}. Install what a server needs: pip install starlette uvicorn openai prometheus_client"
+        ) from None
+    from trim_plugin.engine.engine import Engine
+
     model, processor = load_model(arguments)
     name = name_of(arguments)
-    app: Any = _app(arguments, model, processor, name, config)
-    if arguments.enable_cors:
-        app = CORSMiddleware(app, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
-    if arguments.default_seed is not None:
-        set_torch_seed(arguments.default_seed)
-    _set_log_level(arguments.log_level)
-    Console(stderr=True).print(
-        f"{name} answers at http://{arguments.host}:{arguments.port}/v1, one request at a time. Ctrl-C ends it.",
-        highlight=False,
-        markup=False,
-    )
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level=arguments.log_level)
+    with user_errors(ImportError, ValueError):
+        engine = Engine(model, processor, config, memory=memory, max_running=arguments.max_running)
+        try:
+            app = build_app(
+                engine,
+                processor,
+                name,
+                _limits(arguments).for_model(model),
+                local=arguments.host.lower() in LOCAL_NAMES,
+                api_key=arguments.api_key or os.environ.get(API_KEY),
+                cors=arguments.enable_cors,
+            )
+        except ValueError:
+            engine.close(cancel=True)
+            raise
+
+    class Server(uvicorn.Server):
+        """Says where it answers once it does."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                Console(stderr=True).print(
+                    f"{name} answers at http://{arguments.host}:{arguments.port}/v1, {arguments.max_running} requests at once. "
+                    "Ctrl-C ends it.",
+                    highlight=False,
+                    markup=False,
+                )
+
+    settings = {"host": arguments.host, "port": arguments.port, "log_level": arguments.log_level}
+    Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS, **settings)).run()
 
 
-def _app(arguments: argparse.Namespace, model: Any, processor: Any, name: str, config: TrimConfig) -> Any:
-    from trim_plugin.serving.app import build_app
-
-    limits = Limits(
+def _limits(arguments: argparse.Namespace) -> Limits:
+    return Limits(
         pictures=arguments.max_pictures,
         pixels=arguments.max_pixels,
         tokens=arguments.max_tokens,
@@ -114,16 +163,3 @@ def _app(arguments: argparse.Namespace, model: Any, processor: Any, name: str, c
         folder=arguments.allow_folder,
         hosts=frozenset(arguments.allow_host or ()),
     )
-    with user_errors(ImportError, ValueError):
-        return build_app(model, processor, name, config, limits, local=arguments.host in LOCAL_NAMES)
-
-
-def _set_log_level(level: str) -> None:
-    """transformers' server warns of every request that it receives; that is news at level info."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.get_logger("transformers").setLevel(transformers_logging.log_levels[level])
-    if level == "warning":
-        logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)

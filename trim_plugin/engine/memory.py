@@ -31,7 +31,7 @@ class Room:
         >>> model, _ = load_small_model()
         >>> room = Room(model, TrimConfig(top_k_ratio=1.0), memory=10**6)
         >>> room.text_bytes(10), room.visual_bytes(tiles=1)
-        (15360, 199680)
+        (30720, 199680)
     """
 
     def __init__(self, model: Any, config: TrimConfig, memory: int | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -109,8 +109,18 @@ class Request:
     Iterating yields text as it comes, to its end; once. `result()` waits for the whole.
     """
 
-    def __init__(self, prompt: str, pictures: Any, sampling: Sampling, prompt_tokens: int, needed: int) -> None:
-        self.sampling, self.prompt_tokens = sampling, prompt_tokens
+    def __init__(
+        self,
+        prompt: Any,
+        pictures: Any,
+        sampling: Sampling,
+        config: Any,
+        prompt_tokens: int,
+        needed: int,
+        listener: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self.sampling, self.config, self.prompt_tokens = sampling, config, prompt_tokens
+        self._listener = listener
         #: The prompt as the tokenizer gets it; RGB pictures, or encoded ones.
         self.prompt, self.pictures = prompt, pictures
         #: Bytes that it will take while it runs, expected.
@@ -165,7 +175,7 @@ class Request:
     def send(self, text: str) -> None:
         """Hand on some text."""
         if text:
-            self._pieces.put(text)
+            self._put(text)
 
     def finish(self, finished: Finished) -> None:
         """Hand on that this is all."""
@@ -180,7 +190,12 @@ class Request:
     def _end(self) -> None:
         self.pictures = None  # pixels are not held for as long as somebody holds the answer
         self._done.set()
-        self._pieces.put(None)
+        self._put(None)
+
+    def _put(self, piece: str | None) -> None:
+        self._pieces.put(piece)
+        if self._listener is not None:
+            self._listener(piece)
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

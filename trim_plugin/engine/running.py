@@ -116,7 +116,9 @@ class RunningBatch:
         return output.logits[:, -1]
 
     def _take_back(self, length: int) -> None:
-        for index in self._cache.self_layers if self._cache is not None else ():
+        if self._cache is None:
+            return
+        for index in self._cache.self_layers:
             layer = self._cache.layers[index]
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 

@@ -118,7 +118,7 @@ class Writer:
         >>> ids = processor.tokenizer("red blue", add_special_tokens=False)["input_ids"]
         >>> writer = Writer(processor.tokenizer, ("blue",))
         >>> [writer.add(token) for token in ids], writer.stopped
-        (['red', ''], True)
+        (['red', ' '], True)
     """
 
     tokenizer: Any
@@ -136,6 +136,8 @@ class Writer:
         before = self._decoded(self._from, self._read)
         now = self._decoded(self._from, len(self._tokens))
         if now.endswith("�"):  # a character whose bytes are not complete
+            return ""
+        if now == before:  # a token without text
             return ""
         self._from, self._read = self._read, len(self._tokens)
         return self._pass(now[len(before) :])

@@ -50,13 +50,17 @@ class Recipe:
     max_new_tokens: int = 128
     folder: str | Path = "."
 
-    def worker(self) -> Worker:
-        """Load the model and make a worker of it."""
+    def load(self) -> tuple[Any, Any]:
+        """The model, on its device, and its processor."""
         device = self.device
         if device in ("auto", "balanced", "sequential"):
             found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = "cpu" if found is None else str(found)
-        model, processor = load(self.model, self.weights, adapter=self.adapter, device_map={"": device})
+        return load(self.model, self.weights, adapter=self.adapter, device_map={"": device})
+
+    def worker(self) -> Worker:
+        """Load the model and make a worker of it."""
+        model, processor = self.load()
         return Worker(
             model,
             processor,

@@ -58,6 +58,8 @@ class RecentPictures:
         self._held: OrderedDict[tuple[Any, ...], Pictures] = OrderedDict()
         #: How often a picture went through the tower.
         self.encoded = 0
+        #: How often one that was held was asked for again.
+        self.reused = 0
 
     def __call__(self, pictures: Sequence[Image.Image], tower_share: float | None = None) -> Pictures:
         """These pictures in a row, encoded now or earlier.
@@ -88,6 +90,8 @@ class RecentPictures:
             made = encode_pictures(self._model, self._processor, [picture], self._rule, tower_share=tower_share)
             self._held[key] = made.to("cpu")
             self.encoded += 1
+        else:
+            self.reused += 1
         self._held.move_to_end(key)
         found = self._held[key]
         while self.nbytes > self._most_bytes:

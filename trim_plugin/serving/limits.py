@@ -8,16 +8,19 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """What is wrong with a request: an HTTP status of 4xx and a sentence for whoever sent it."""
+    """What is wrong with a request: an HTTP status and a sentence for whoever sent it."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, close: bool = False) -> None:
         super().__init__(message)
         self.status = status
+        #: Whether the connection cannot be used any further: a part of the request has not been read.
+        self.close = close
         self.message = message
 
     def as_dict(self) -> dict[str, dict[str, str]]:
         """As OpenAI's clients expect it."""
-        return {"error": {"message": self.message, "type": "invalid_request_error"}}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Limits:
         pixels: most pixels of a picture; what its file says is checked before it is decoded.
         tokens: most text tokens of a request, prompt and answer together.
         body_bytes: most bytes of a request.
+        body_seconds: how long a request may take to come.
         waiting: most requests that are answered or wait at a time.
         folder: files under it may be named as pictures; None: no files.
         hosts: hosts that pictures may be fetched from, by http or https.
@@ -42,7 +46,8 @@ class Limits:
     pixels: int = 40_000_000
     tokens: int = 8192
     body_bytes: int = 64 * 2**20
-    waiting: int = 16
+    body_seconds: float = 20.0
+    waiting: int = 256
     folder: Path | None = None
     hosts: frozenset[str] = frozenset()
 

@@ -12,37 +12,57 @@ from PIL import Image
 
 from trim_plugin.asking.prompts import Prompt, read_prompt
 from trim_plugin.asking.rows import RowError
-from trim_plugin.cache.blocks import require_bitsandbytes
 from trim_plugin.config import TrimConfig
+from trim_plugin.engine.engine import OWN_SETTINGS
 from trim_plugin.serving.limits import Limits, RequestError
 from trim_plugin.serving.sources import checked_picture, picture_bytes
 
 #: An answer's length where the request does not say, as in transformers' server.
 NEW_TOKENS = 1024
 #: What of the trimmed cache a request may set; the rest takes memory or code, and is the operator's.
-OPEN_FIELDS = ("top_k_ratio", "kv_quantization", "merge")
-#: What of a `generation_config` (a field that transformers' server adds to OpenAI's) a request may set.
+OPEN_FIELDS = OWN_SETTINGS
+#: What of a `generation_config`, a field of transformers' server, a request may set.
 OPEN_GENERATION = ("cache_implementation", "cache_config", "do_sample", "top_k", "min_p")
 #: Numbers of a request, their least and their most.
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
-    "seed": (0, 2**63 - 1),
+    "seed": (-(2**63), 2**63 - 1),
     "top_k": (0, 10**6),
     "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
 }
 WHOLE = ("seed", "top_k")
-#: What would change the answer, and cannot be had. transformers' server looks for stop strings with the processor, which has no
-#: vocabulary. A penalty looks for the image token's logit; Mllama has none, and transformers 5.17 reads past the end there.
-REFUSED = ("frequency_penalty", "stop", "logit_bias", "tools", "functions", "logprobs", "response_format")
-#: OpenAI's fields and what transformers' server adds; those that nothing here reads have no effect there either.
+#: What would change the answer, and cannot be had; a value that asks for nothing is taken.
+REFUSED = (
+    *("logit_bias", "tools", "functions", "logprobs", "top_logprobs", "audio", "prediction", "web_search_options"),
+    *("response_format", "modalities", "tool_choice", "function_call"),
+)
+#: Values of these that ask for nothing.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+}
+#: Fields of OpenAI's clients that change nothing here.
+WITHOUT_EFFECT = (
+    *("user", "metadata", "store", "service_tier", "reasoning_effort", "parallel_tool_calls", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "verbosity"),
+)
 KNOWN = {
     *NUMBERS,
     *REFUSED,
-    *("stream", "max_tokens", "max_completion_tokens", "cache_config", "generation_config"),
-    *("model", "n", "user", "metadata", "stream_options", "presence_penalty", "top_logprobs", "store", "service_tier"),
-    *("reasoning_effort", "parallel_tool_calls", "tool_choice", "function_call", "modalities"),
-} - {"top_k", "min_p"}
+    *WITHOUT_EFFECT,
+    *("stream", "stream_options", "max_tokens", "max_completion_tokens", "cache_config", "generation_config"),
+    *("model", "n", "stop"),
+}
 #: Logits divided by less are no numbers any more.
 LEAST_TEMPERATURE = 0.01
 
@@ -54,22 +74,22 @@ class ChatRequest:
     Args:
         messages: the chat, whose parts `{"type": "image"}` stand for the pictures.
         pictures: the pictures, decoded, in their order.
-        files: the files that they came in.
         prompt: the whole as the tokenizer gets it.
-        max_new_tokens: longest answer.
+        sampling: fields of `engine.request.Sampling`.
         stream: whether it is to come in parts.
-        generation: settings of `generate` beyond the server's own.
-        fields: the request's other fields.
+        include_usage: whether a stream ends with its usage.
+        cache_config: what it wants otherwise than the server's configuration.
+        model: the model that it names; None for whichever there is.
     """
 
     messages: list[dict[str, Any]]
     pictures: tuple[Image.Image, ...]
-    files: tuple[bytes, ...]
     prompt: Prompt
-    max_new_tokens: int
+    sampling: dict[str, Any]
     stream: bool
-    generation: dict[str, Any]
-    fields: dict[str, Any]
+    include_usage: bool
+    cache_config: dict[str, Any]
+    model: str | None
 
 
 def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
@@ -88,43 +108,96 @@ def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
         >>> _, processor = load_small_model()
         >>> body = {"messages": [{"role": "user", "content": "How many?"}], "max_tokens": 5}
         >>> request = read_request(body, processor, Limits())
-        >>> request.prompt.text, request.max_new_tokens
+        >>> request.prompt.text, request.sampling["max_new_tokens"]
         ('<|bos|><|user|>How many?<|assistant|>', 5)
     """
     if not isinstance(body, Mapping):
         raise RequestError(400, "the request must be a JSON object")
-    fields = dict(body)
-    messages, urls = _chat(fields.pop("messages", None), limits)
-    _check_numbers(fields)
+    fields = {str(name): value for name, value in body.items()}
+    messages, urls = _chat(fields.get("messages"), limits)
+    fields.pop("messages", None)
     _check_others(fields)
-    stream = fields.pop("stream", None) or False
+    settings = {**_generation(fields.get("generation_config")), **{n: v for n, v in fields.items() if n in NUMBERS}}
+    _check_numbers(settings)
+    stream = fields.get("stream") or False
     if not isinstance(stream, bool):
         raise RequestError(400, "'stream' must be true or false")
-    generation = _generation(fields.pop("cache_config", None), fields.pop("generation_config", None))
-    files = tuple(picture_bytes(url, limits) for url in urls)
-    pictures = tuple(checked_picture(data, limits) for data in files)
+    cache_config = (
+        fields.get("cache_config") if fields.get("cache_config") is not None else settings.pop("cache_config", None)
+    )
+    cache_config = {} if cache_config is None else _cache_config(cache_config)
+    settings.pop("cache_config", None)
+    pictures = tuple(checked_picture(picture_bytes(url, limits), limits) for url in urls)
     try:
-        prompt = read_prompt(processor, {"images": pictures, "messages": messages}, Path())
+        prompt = read_prompt(processor, {"images": pictures, "messages": messages}, Path(), limits.tokens)
     except RowError as error:
-        raise RequestError(400, str(error)) from None
-    room = limits.tokens - prompt.tokens
-    given = [fields.pop(name, None) for name in ("max_completion_tokens", "max_tokens")]
+        said = str(error).replace(
+            f"but the model reads {limits.tokens} at most", f"more than {limits.tokens}, this server's most"
+        )
+        raise RequestError(400, said) from None
+    return ChatRequest(
+        messages=messages,
+        pictures=pictures,
+        prompt=prompt,
+        sampling={**_sampling(settings, fields), "max_new_tokens": _length(fields, prompt.tokens, limits)},
+        stream=stream,
+        include_usage=_include_usage(fields.get("stream_options")),
+        cache_config=cache_config,
+        model=fields.get("model"),
+    )
+
+
+def _length(fields: Mapping[str, Any], prompt: int, limits: Limits) -> int:
+    """Longest answer, of which there is room for."""
+    room = limits.tokens - prompt
+    given = [fields.get(name) for name in ("max_completion_tokens", "max_tokens")]
     asked = next((value for value in given if value is not None), min(NEW_TOKENS, max(1, room)))
     if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        raise RequestError(400, f"'max_tokens' must be a positive number, got {asked!r}")
+        raise RequestError(400, f"'max_tokens' must be a positive number, got {_short(asked)}")
     if asked > room:
-        raise RequestError(
-            400,
-            f"a prompt of {prompt.tokens} tokens and {asked} new ones are more than {limits.tokens}, this server's most",
-        )
-    return ChatRequest(messages, pictures, files, prompt, asked, stream, generation, fields)
+        said = f"a prompt of {prompt} tokens and {_short(asked)} new ones are more than {limits.tokens}, this server's most"
+        raise RequestError(400, said)
+    return asked
+
+
+def _sampling(settings: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Sampling`. A temperature samples; without one the likeliest token is taken, unless `do_sample` is set."""
+    draws = settings.pop("do_sample", None)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if draws is False:
+        given["temperature"] = 0.0
+    elif draws and given.get("temperature") is None:
+        given["temperature"] = 1.0
+    if given.get("top_p") == 0:
+        given["top_p"], given["temperature"] = 1.0, 0.0
+    if not given.get("top_k"):
+        given.pop("top_k", None)
+    stop = fields.get("stop")
+    if stop is not None and not isinstance(stop, str | list):
+        raise RequestError(400, "'stop' must be a text or a list of texts")
+    return {**given, "stop": stop or ()}
+
+
+def _include_usage(options: Any) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, Mapping) or not isinstance(options.get("include_usage", False), bool):
+        raise RequestError(400, "'stream_options' must be an object such as {'include_usage': true}")
+    return bool(options.get("include_usage"))
+
+
+def _short(value: Any) -> str:
+    """A value as a sentence can hold it: a number of thousands of digits has no other text."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def check_model(request: ChatRequest, name: str) -> None:
     """Raise `RequestError` unless a request is for the model of this name, or names none."""
-    asked = request.fields.get("model")
-    if asked not in (None, name):
-        raise RequestError(404, f"this server's model is {name!r}, not {asked!r}")
+    if request.model not in (None, name):
+        raise RequestError(404, f"this server's model is {name!r}, not {_short(request.model)}")
 
 
 def _chat(messages: Any, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
@@ -184,43 +257,35 @@ def _check_others(fields: Mapping[str, Any]) -> None:
     for name in sorted(set(fields) - KNOWN):
         raise RequestError(400, f"unknown field {name!r}")
     for name in REFUSED:
-        if fields.get(name):
+        if fields.get(name) is not None and fields[name] not in NOTHING.get(name, ()):
             raise RequestError(400, f"{name!r} is not offered by this server")
 
 
-def _generation(cache_config: Any, generation_config: Any) -> dict[str, Any]:
-    """A request's own settings of the cache, and of sampling where OpenAI has no field."""
-    generation: Any = {}
-    if generation_config is not None:
-        try:
-            generation = json.loads(generation_config) if isinstance(generation_config, str) else generation_config
-        except json.JSONDecodeError as error:
-            raise RequestError(400, f"'generation_config' is not JSON: {error}") from None
-        unknown = sorted(set(generation) - set(OPEN_GENERATION)) if isinstance(generation, Mapping) else ["no object"]
-        if unknown:
-            raise RequestError(400, f"generation_config: {unknown[0]!r}. Allowed: {', '.join(OPEN_GENERATION)}")
-        if generation.get("cache_implementation") not in (None, "trimmed"):
-            raise RequestError(
-                400, "'cache_implementation' must be 'trimmed'; {'top_k_ratio': 1} answers as stock does"
-            )
-    generation = dict(generation)
-    _check_numbers(generation)
-    if not isinstance(generation.get("do_sample", False), bool):
+def _generation(given: Any) -> dict[str, Any]:
+    """What a request sets where OpenAI has no field, as clients of transformers' server do."""
+    if given is None:
+        return {}
+    try:
+        generation = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"'generation_config' is not JSON: {_short(error)}") from None
+    unknown = sorted(set(generation) - set(OPEN_GENERATION)) if isinstance(generation, Mapping) else ["no object"]
+    if unknown:
+        raise RequestError(400, f"generation_config: {unknown[0]!r}. Allowed: {', '.join(OPEN_GENERATION)}")
+    found = dict(generation)
+    if found.pop("cache_implementation", None) not in (None, "trimmed"):
+        raise RequestError(400, "'cache_implementation' must be 'trimmed'; {'top_k_ratio': 1} answers as stock does")
+    if not isinstance(found.get("do_sample", False), bool):
         raise RequestError(400, "'do_sample' must be true or false")
-    config = generation.pop("cache_config", None) if cache_config is None else cache_config
-    if config is not None:
-        generation["cache_config"] = _cache_config(config)
-    return generation
+    return found
 
 
 def _cache_config(config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise RequestError(400, "'cache_config' must be an object such as {'top_k_ratio': 0.1}")
     try:
-        checked = TrimConfig.of(config)
-        if checked.kv_quantization is not None:
-            require_bitsandbytes(f"kv_quantization={checked.kv_quantization!r}")
-    except (ValueError, TypeError, ImportError) as error:
+        TrimConfig.of(config)
+    except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(400, str(error)) from None
     closed = sorted(set(config) - set(OPEN_FIELDS))
     if closed:

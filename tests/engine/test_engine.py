@@ -1,0 +1,272 @@
+"""Requests that run together are answered as each would be alone, whatever comes and goes meanwhile."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trim_plugin import Engine, KCenter, TrimConfig, TrimmedCache, encode_pictures
+from trim_plugin.asking.answers import Inputs
+from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.engine.engine import EngineClosed
+from trim_plugin.engine.request import Sampling
+from trim_plugin.pictures.prompting import open_picture, written
+
+EXAMPLES = examples()
+PICTURES = [example.picture for example in EXAMPLES]
+CONFIG = TrimConfig(top_k_ratio=0.3)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_small_model()
+
+
+def alone(small, question, pictures, config=CONFIG, new=12):
+    """Greedy tokens of `generate`."""
+    model, processor = small
+    prompt = written(processor, question, len(pictures))
+    inputs = Inputs.of(processor, [prompt], [[open_picture(picture) for picture in pictures]])
+    output = model.generate(**inputs.arguments(model, config), max_new_tokens=new, do_sample=False)
+    return output[0, inputs.tensors["input_ids"].shape[1] :].tolist()
+
+
+def jobs(number, seed):
+    """Questions, pictures (none to three) and lengths."""
+    draw = random.Random(seed)
+    return [
+        (
+            draw.choice([draw.choice(EXAMPLES).question, "Read all digits.", "digit colour"]),
+            [draw.choice(PICTURES) for _ in range(draw.choice([0, 1, 1, 2, 3]))],
+            draw.randint(1, 14),
+        )
+        for _ in range(number)
+    ]
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1, 3, 16]),
+    st.sampled_from([CONFIG, TrimConfig(top_k_ratio=1.0), TrimConfig(processors=[KCenter(0.3)])]),
+)
+def test_every_request_is_answered_as_alone(small, seed, running, config):
+    """Random arrivals and lengths, none to three pictures, cancellations, and requests that draw, which have their own seed."""
+    model, processor = small
+    draw, asked = random.Random(seed), jobs(10, seed)
+    expected = [alone(small, question, pictures, config, new) for question, pictures, new in asked]
+    with Engine(model, processor, config, max_running=running) as engine:
+        requests, others = [], []
+        for question, pictures, new in asked:
+            requests.append(engine.submit(question, images=pictures, max_new_tokens=new))
+            if draw.random() < 0.4:
+                others.append(engine.submit(question, images=pictures[:1], max_new_tokens=30, temperature=1.0, seed=3))
+            if others and draw.random() < 0.5:
+                others.pop().cancel()
+            time.sleep(draw.choice([0, 0, 0.02]))
+        answers = [request.result(timeout=120) for request in requests]
+    assert [answer.tokens for answer in answers] == expected
+    for (_, pictures, new), answer in zip(asked, answers, strict=True):
+        assert answer.finish_reason == ("stop" if answer.tokens[-1] in ends(model) else "length")
+        assert len(answer.tokens) <= new
+        assert (answer.kept == 0) is (not pictures)
+
+
+def ends(model):
+    found = model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else {found}
+
+
+def test_a_seed_gives_the_same_text_in_any_company(small):
+    model, processor = small
+    settings = {"temperature": 1.2, "top_p": 0.95, "top_k": 20, "max_new_tokens": 12}
+    question, picture = "Read all digits.", PICTURES[0]
+    with Engine(model, processor, CONFIG) as engine:
+        first = engine.submit(question, images=[picture], seed=7, **settings).result().tokens
+        crowd = [engine.submit(question, images=[one], seed=number, **settings) for number, one in enumerate(PICTURES)]
+        again = [engine.submit(question, images=[picture], seed=7, **settings) for _ in range(2)]
+        torch.manual_seed(5)  # a global seed belongs to others
+        assert [request.result().tokens for request in again] == [first, first]
+        texts = {tuple(request.result().tokens) for request in crowd}
+    assert len(texts) > 1
+
+
+def test_text_comes_as_it_is_written_and_stops_are_cut_off(small):
+    model, processor = small
+    with Engine(model, processor, CONFIG) as engine:
+        whole = engine.submit(EXAMPLES[0].question, images=[PICTURES[0]], max_new_tokens=20)
+        pieces = list(whole)
+        text = whole.result().text
+        assert "".join(pieces) == text
+        words = engine.submit("Read all digits.", images=[PICTURES[1]], max_new_tokens=30).result().text
+        stop = words.split()[1]
+        cut = engine.submit("Read all digits.", images=[PICTURES[1]], max_new_tokens=30, stop=[stop])
+        sent = "".join(cut)
+        answer = cut.result()
+    assert answer.finish_reason == "stop"
+    assert sent == answer.text == words[: words.index(stop)]
+
+
+def test_encoded_pictures_and_conversations(small):
+    model, processor = small
+    pictures = encode_pictures(model, processor, [PICTURES[0]], rule=KCenter(0.25))
+    inputs = pictures.inputs(processor, EXAMPLES[0].question)
+    cache = TrimmedCache(model, CONFIG, pictures=pictures)
+    expected = model.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": EXAMPLES[0].question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": EXAMPLES[0].answer}]},
+        {"role": "user", "content": [{"type": "text", "text": "Read all digits."}]},
+    ]
+    with Engine(model, processor, CONFIG) as engine:
+        encoded = engine.submit(EXAMPLES[0].question, pictures=pictures, max_new_tokens=8)
+        talk = engine.submit(messages, images=[PICTURES[0]], max_new_tokens=8)
+        assert encoded.result().tokens == expected.tolist()
+        assert talk.result().text
+
+
+def test_a_picture_that_several_ask_about_is_read_once(small):
+    model, processor = small
+    read = []
+    handle = model.model.vision_model.register_forward_pre_hook(lambda *_: read.append(1))
+    try:
+        with Engine(model, processor, CONFIG) as engine:
+            for request in [engine.submit(one.question, images=[PICTURES[0]], max_new_tokens=4) for one in EXAMPLES]:
+                request.result()
+            stats = engine.stats()
+    finally:
+        handle.remove()
+    assert len(read) == stats["pictures_encoded"] == 1
+    assert stats["pictures_reused"] == len(EXAMPLES) - 1
+
+
+WRONG = [
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+    ({"max_new_tokens": 10**6}, ValueError, "reads .* at most"),
+    ({"temperature": -1}, ValueError, r"temperature must be a number in \[0, 2\]"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+    ({"top_p": 0}, ValueError, "top_p must be a number in"),
+    ({"top_k": 0}, ValueError, "top_k must be at least 1"),
+    ({"seed": 0.5}, TypeError, "seed must be an integer"),
+    ({"stop": [3]}, TypeError, "stop must be a text"),
+    ({"beams": 4}, TypeError, "unknown setting 'beams'"),
+    ({"images": ["nowhere.png"]}, ValueError, "no such picture"),
+    ({"cache_config": {"static": True}}, ValueError, "'static' is the engine's"),
+]
+
+
+@pytest.mark.parametrize(("given_settings", "error", "said"), WRONG, ids=lambda value: str(value)[:30])
+def test_what_is_wrong_is_said_at_once(small, given_settings, error, said):
+    with Engine(*small, CONFIG) as engine:
+        with pytest.raises(error, match=said):
+            engine.submit("How many?", **given_settings)
+        assert engine.submit("How many?", max_new_tokens=1).result().tokens
+
+
+def test_settings_of_the_engine_are_checked(small):
+    for wrong in ({"static": True, "max_cache_len": 64}, {"self_kv_quantization": "fp8"}):
+        with pytest.raises(ValueError, match="batch grows and shrinks"):
+            Engine(*small, wrong)
+    for name in ("memory", "max_running"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
+            Engine(*small, CONFIG, **{name: 0})
+    with pytest.raises(TypeError, match="must be"):
+        Sampling(max_new_tokens="9")
+
+
+def test_requests_wait_for_room_and_those_that_never_fit_are_refused(small):
+    model, processor = small
+    asked = jobs(8, 1)
+    expected = [alone(small, *one[:2], CONFIG, one[2]) for one in asked]
+    with Engine(model, processor, CONFIG) as engine:
+        needed = max(engine.submit(q, images=p, max_new_tokens=n).needed for q, p, n in asked)
+    with Engine(model, processor, CONFIG, memory=2 * needed) as engine:
+        requests, most = [engine.submit(q, images=p, max_new_tokens=n) for q, p, n in asked], 0
+        while not all(request.done for request in requests):
+            most = max(most, engine.stats()["running"])
+        assert [request.result().tokens for request in requests] == expected
+    refused = pytest.raises(ValueError, match=r"may take .* bytes of keys and values, but the engine has 1000")
+    with Engine(model, processor, CONFIG, memory=1000) as engine, refused:
+        engine.submit("How many?", images=PICTURES[:3], max_new_tokens=40)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("broken"), SystemExit(3)]
+)
+def test_a_failure_takes_nobody_with_it_that_is_not_running(small, error):
+    model, processor = small
+    expected = alone(small, EXAMPLES[0].question, [PICTURES[0]])
+    fail = threading.Event()
+
+    def failing(*_):
+        if fail.is_set():
+            fail.clear()
+            raise error
+
+    handle = model.model.language_model.layers[1].register_forward_pre_hook(failing)
+    try:
+        with Engine(model, processor, CONFIG) as engine:
+            fail.set()
+            first = engine.submit(EXAMPLES[0].question, images=[PICTURES[0]], max_new_tokens=12)
+            with pytest.raises(type(error)):
+                first.result(timeout=60)
+            assert engine.healthy
+            assert (
+                engine.submit(EXAMPLES[0].question, images=[PICTURES[0]], max_new_tokens=12).result().tokens == expected
+            )
+    finally:
+        handle.remove()
+
+
+def test_the_newest_are_read_again_when_memory_is_full(small):
+    """A step that runs out of memory, twice: nothing is lost, nothing is sent twice."""
+    model, processor = small
+    asked = jobs(6, 3)
+    expected = [alone(small, *one[:2], CONFIG, one[2]) for one in asked]
+    steps = []
+
+    def failing(_layer, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] == 1 and len(hidden) > 1:
+            steps.append(1)
+            if len(steps) in (1, 2):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    handle = model.model.language_model.layers[2].register_forward_pre_hook(failing, with_kwargs=True)
+    try:
+        with Engine(model, processor, CONFIG) as engine:
+            requests = [engine.submit(q, images=p, max_new_tokens=n) for q, p, n in asked]
+            texts = ["".join(request) for request in requests]
+            answers = [request.result(timeout=60) for request in requests]
+            assert engine.stats()["read_again"] >= 1
+    finally:
+        handle.remove()
+    assert [answer.tokens for answer in answers] == expected
+    assert texts == [answer.text for answer in answers]
+
+
+def test_closing_drains_and_later_requests_are_refused(small):
+    engine = Engine(*small, CONFIG)
+    requests = [engine.submit("Read all digits.", images=[PICTURES[0]], max_new_tokens=6) for _ in range(5)]
+    engine.close()
+    assert all(request.result(0).tokens for request in requests)
+    with pytest.raises(EngineClosed, match="is closed"):
+        engine.submit("How many?")
+    assert not engine.healthy
+
+
+def test_cancelling_ends_a_request_at_the_next_step(small):
+    with Engine(*small, CONFIG) as engine:
+        long = engine.submit("Read all digits.", images=[PICTURES[0]], max_new_tokens=300, temperature=2.0, seed=1)
+        next(iter(long))
+        long.cancel()
+        assert long.result(timeout=20).finish_reason in ("cancelled", "stop")
+        assert engine.submit("How many?", max_new_tokens=1).result().finish_reason in ("length", "stop")

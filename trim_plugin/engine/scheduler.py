@@ -1,0 +1,293 @@
+"""The thread that owns the model: who is read, who takes the next step, and what becomes of failures."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from trim_plugin.asking.answers import Inputs
+from trim_plugin.config import TrimConfig
+from trim_plugin.engine.memory import Room
+from trim_plugin.engine.request import Request
+from trim_plugin.engine.running import Running, RunningBatch
+from trim_plugin.engine.sampling import Drawer, Writer, choose
+from trim_plugin.forward.hooks import TrimmedCache
+from trim_plugin.generation.micro_batches import prefill
+from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.recent import RecentPictures
+
+#: Prompts that are read at a time.
+MICRO_BATCH = 8
+
+
+class EngineClosed(RuntimeError):
+    """A request came to an engine that is closed, or whose thread has died."""
+
+
+class Scheduler:
+    """Requests in the order in which they came, and the batch of those that run.
+
+    Args:
+        model, processor, config: as for `Engine`.
+        room: bytes for running requests.
+        most: requests that run at once.
+        pictures: encodes pictures, each once.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, config: TrimConfig, room: Room, most: int, pictures: RecentPictures
+    ) -> None:
+        self._model, self._processor, self._config = model, processor, config
+        self._room, self._most, self._pictures = room, most, pictures
+        self._batch = RunningBatch(model, config)
+        ends = model.generation_config.eos_token_id
+        self._ends = set(ends) if isinstance(ends, list | tuple) else {ends}
+        #: Each with the number of characters that were sent before it had to be read again.
+        self._waiting: collections.deque[tuple[Request, int]] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.died: BaseException | None = None
+        #: Nothing more is read until somebody has left: the device was full.
+        self._full = False
+        self._micro_batch = MICRO_BATCH
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._held: dict[str, int] = {"held_bytes": 0, "picture_bytes": 0}
+        self.thread = threading.Thread(target=self._run, name="trim_plugin-engine", daemon=True)
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def put(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            EngineClosed: nothing is answered any more.
+        """
+        with self._changed:
+            self.check_open()
+            self._waiting.append((request, 0))
+            self._changed.notify_all()
+
+    def close(self, cancel: bool) -> None:
+        """Take nothing more, and end once all is answered, or at the next step."""
+        with self._changed:
+            self._closing = True
+            if cancel:
+                for request in self._requests():
+                    request.cancel()
+            self._changed.notify_all()
+
+    def check_open(self) -> None:
+        """Raise `EngineClosed` if nothing is answered any more."""
+        if self.died is not None:
+            raise EngineClosed(f"The engine's thread has died: {self.died!r}. Make a new engine.")
+        if self._closing:
+            raise EngineClosed("The engine is closed. Make a new one.")
+
+    def stats(self) -> dict[str, int]:
+        """See `Engine.stats`."""
+        pictures = {"pictures_encoded": self._pictures.encoded, "pictures_reused": self._pictures.reused}
+        return {
+            "running": len(self._batch.rows),
+            "waiting": len(self._waiting),
+            **self._held,
+            **pictures,
+            **self.counts,
+        }
+
+    def _requests(self) -> list[Request]:
+        return [*(request for request, _ in self._waiting), *(row.request for row in list(self._batch.rows))]
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                self._step()
+                self._held = {"held_bytes": self._batch.held_bytes(), "picture_bytes": self._pictures.nbytes}
+        except BaseException as error:  # noqa: BLE001 - whatever ends the thread has to be told to everybody who waits
+            self.died = error
+        finally:
+            closed = self.died or EngineClosed("The engine was closed.")
+            with self._changed:
+                left = self._requests()
+                self._waiting.clear()
+                self._closing = True
+            for request in left:
+                request.fail(closed)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not self._waiting and not self._batch.rows:
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        self._leave([place for place, row in enumerate(self._batch.rows) if row.request.cancelled], "cancelled")
+        with self._changed:
+            cancelled = [request for request, _ in self._waiting if request.cancelled]
+            self._waiting = collections.deque(one for one in self._waiting if not one[0].cancelled)
+        for request in cancelled:
+            Running(request, Drawer(request.sampling, ()), Writer(self._processor.tokenizer), 0, 0, 0).finish(
+                "cancelled"
+            )
+
+    def _taken(self) -> int:
+        longest = sum(
+            self._room.text_bytes(row.request.prompt_tokens + row.request.sampling.max_new_tokens)
+            for row in self._batch.rows
+        )
+        return longest + sum(row.visual_bytes for row in self._batch.rows)
+
+    def _admit(self) -> None:
+        """Read at most one micro-batch of those who have waited longest, all with pictures or all without."""
+        if self._full and self._batch.rows:
+            return
+        self._full = False
+        chosen: list[tuple[Request, int]] = []
+        taken = self._taken()
+        with self._changed:
+            while self._waiting and len(chosen) < min(self._micro_batch, self._most - len(self._batch.rows)):
+                request, _ = self._waiting[0]
+                if chosen and not _alike(request, chosen[0][0]):
+                    break
+                if not self._room.fits(taken, request.needed) and (chosen or self._batch.rows):
+                    break
+                taken += request.needed
+                chosen.append(self._waiting.popleft())
+        if not chosen:
+            return
+        try:
+            rows, cache, mask, logits = self._read(chosen)
+        except Exception as error:  # noqa: BLE001 - one request's failure is that request's
+            self._not_read(chosen, error)
+            return
+        except SystemExit as error:
+            self._not_read(chosen, error)
+            return
+        self._batch.join(rows, cache, mask)
+        self._write(choose([row.drawer for row in rows], logits), first=len(self._batch.rows) - len(rows))
+
+    def _read(
+        self, chosen: Sequence[tuple[Request, int]]
+    ) -> tuple[list[Running], TrimmedCache, torch.Tensor, torch.Tensor]:
+        requests = [request for request, _ in chosen]
+        prompts = [request.prompt for request in requests]
+        if requests[0].pictures:
+            share = self._config.tower_share
+            encoded = [
+                request.pictures if isinstance(request.pictures, Pictures) else self._pictures(request.pictures, share)
+                for request in requests
+            ]
+            inputs = Inputs.about(self._processor, prompts, encoded)
+            cache = TrimmedCache(self._model, requests[0].config, pictures=encoded)
+        else:
+            inputs = Inputs.of(self._processor, prompts, [[] for _ in prompts])
+            cache = TrimmedCache(self._model, requests[0].config)
+        tensors = {name: tensor.to(self._model.device) for name, tensor in inputs.tensors.items()}
+        mask = tensors["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = prefill(self._model, cache, **tensors, position_ids=positions)
+        report, ids = cache.report(), inputs.tensors["input_ids"]
+        counts = list(zip(report.kept_tokens, report.visible_tokens, strict=True))
+        rows = [
+            Running(
+                request,
+                Drawer(request.sampling, own[real.bool()].tolist()),
+                Writer(self._processor.tokenizer, tuple(request.sampling.stop)),
+                int(kept),
+                int(visible),
+                self._room.kept_bytes(int(kept)),
+                already,
+            )
+            for (request, already), own, real, (kept, visible) in zip(
+                chosen, ids, inputs.tensors["attention_mask"], counts, strict=True
+            )
+        ]
+        return rows, cache, mask, output.logits[:, -1]
+
+    def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
+        """Reading has failed: for memory it is tried again with fewer at a time or later, else one by one to find whose it is."""
+        full = is_full(error)
+        if len(chosen) == 1 and not (full and self._batch.rows):
+            chosen[0][0].fail(error)
+            self.counts["failed"] += 1
+            self._micro_batch = MICRO_BATCH
+            return
+        self._full = full and bool(self._batch.rows) and len(chosen) == 1
+        self._micro_batch = max(1, len(chosen) // 2) if full else 1
+        with self._changed:
+            self._waiting.extendleft(reversed(list(chosen)))
+
+    def _step(self) -> None:
+        if not self._batch.rows:
+            return
+        try:
+            logits = self._batch.step()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - who runs is told, the engine goes on
+            self._not_stepped(error)
+            return
+        self._write(choose([row.drawer for row in self._batch.rows], logits), first=0)
+        self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
+
+    def _not_stepped(self, error: BaseException) -> None:
+        """A step has failed: for memory the newest is put back to be read again later, else all who run are told."""
+        if is_full(error) and len(self._batch.rows) > 1:
+            (newest,) = self._batch.leave([len(self._batch.rows) - 1])
+            self._full = True
+            self.counts["read_again"] += 1
+            with self._changed:
+                self._waiting.appendleft((newest.request, newest.sent))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return
+        for row in self._batch.leave(range(len(self._batch.rows))):
+            row.request.fail(error)
+            self.counts["failed"] += 1
+
+    def _write(self, tokens: Sequence[int], first: int) -> None:
+        """Hand new tokens on, from this row of the batch on; who is finished leaves."""
+        self.counts["tokens"] += len(tokens)
+        ended: dict[int, str] = {}
+        for place, token in enumerate(tokens, start=first):
+            reason = self._batch.rows[place].write(token, self._ends)
+            if reason is not None:
+                ended[place] = reason
+        for reason in dict.fromkeys(ended.values()):
+            for place in (place for place, own in ended.items() if own == reason):
+                self._batch.rows[place].finish(reason)
+                self.counts[f"finished_{reason}"] += 1
+        if ended:
+            self._batch.leave(list(ended))
+            self._full = False
+
+    def _leave(self, places: Sequence[int], reason: str) -> None:
+        for row in self._batch.leave(places) if places else ():
+            row.finish(reason)
+            self.counts[f"finished_{reason}"] += 1
+        self._full = self._full and not places
+
+
+def _alike(one: Request, other: Request) -> bool:
+    """Whether two prompts can be read together."""
+    return bool(one.pictures) == bool(other.pictures) and one.config == other.config
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a failure says that memory was not enough.
+
+    Example:
+        >>> is_full(torch.OutOfMemoryError("CUDA out of memory.")), is_full(ValueError("no"))
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
