@@ -5,8 +5,8 @@ contract (`trim_plugin.contract`). Differences that matter here:
 
 * 5.24 calls the cache `cache`, as an argument and as an output's field; before it is `past_key_values` (`CACHE`, `cache_of`).
   The older name is an alias until 5.40. Forwards take it by a wrapper that warns (`deprecate_kwarg`); outputs log it.
-* 5.24 returns what the vision tower yielded as `image_outputs` of a forward (`Multimodal...Output`). A prompt read in micro-batches
-  leaves it out: holding the tower's output of each would cost what they save.
+* 5.24 returns what the vision tower yielded as `image_outputs` of a forward (`Multimodal...Output`). A prompt read in
+  micro-batches leaves it out: holding the tower's output of each would cost what they save.
 * 5.24 crops static self-attention layers and allows assisted decoding with them. Here it is refused in every version.
 * 5.24 keeps the cache in training mode with gradient checkpointing, unless gradients are computed; before, it is dropped
   (`checkpointing_keeps_caches`).
