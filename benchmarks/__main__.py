@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.common.models import SHAPES
 from benchmarks.common.results import RESULTS
 from benchmarks.gpu import measure as gpu
-from benchmarks.latency import compiled, first_token, merging, tower
+from benchmarks.latency import compiled, first_token, merging, reading, tower
 from benchmarks.latency import measure as latency
 from benchmarks.latency import pieces as latency_pieces
 from benchmarks.memory import combined
@@ -26,7 +26,7 @@ from benchmarks.quality import tower as tower_quality
 BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded, "tower": tower_quality}
 
 #: What `all` runs besides.
-FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces, tower)
+FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces, tower, reading)
 
 
 def _named(what: str) -> tuple[ModuleType, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common.results import RESULTS, read_result
 from benchmarks.common.sheets import sheets, write_sheet
-from benchmarks.latency import compiled_report, first_token_report, merging_report, tower_report
+from benchmarks.latency import compiled_report, first_token_report, merging_report, reading_report, tower_report
 from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
 from benchmarks.memory import combined_report, pieces_report
@@ -35,6 +35,7 @@ TABLES: dict[str, Any] = {
     "pieces": pieces_report,
     "latency": latency_report,
     "merging": merging_report,
+    "reading": reading_report,
     "compiled": compiled_report,
     "pieces_latency": pieces_latency_report,
     "first_token": first_token_report,

@@ -27,7 +27,7 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
-from benchmarks.latency import compiled, first_token, merging, pieces, tower
+from benchmarks.latency import compiled, first_token, merging, pieces, reading, tower
 from benchmarks.latency.layers import layers_timed
 from trim_plugin import TrimmedCache
 
@@ -229,6 +229,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return merging.run(arguments)
     if arguments.pieces:
         return pieces.run(arguments)
+    if arguments.reading:
+        return reading.run(arguments)
     if arguments.tower:
         return tower.run(arguments)
     seed_everything()
@@ -269,3 +271,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--merging", action="store_true", help="latency: what merging costs instead")
     tower.add_arguments(parser)
+    reading.add_arguments(parser)
