@@ -191,3 +191,26 @@ def largest_difference(first: Any, second: Any) -> float:
 def largest_logit(output: Any) -> float:
     """Largest absolute logit of a generation, at least 1: what rounding is measured by."""
     return max(1.0, *(float(step[step.isfinite()].abs().max()) for step in output.logits))
+
+
+def check_same_up_to_ties(ours: Any, stock: Any, tolerance: float) -> None:
+    """Assert that two greedy generations agree: logits to `tolerance`, tokens wherever stock's choice is clearer than that.
+
+    A sample whose tokens differ in a tie goes on with another text, so it is compared no further.
+    """
+    steps = len(stock.logits)
+    assert len(ours.logits) == steps
+    alike = torch.ones(stock.sequences.shape[0], dtype=torch.bool)
+    for step, (mine, theirs) in enumerate(zip(ours.logits, stock.logits, strict=True)):
+        mine, theirs = mine.float(), theirs.float()
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
+        off = (mine - theirs).masked_fill(~theirs.isfinite(), 0.0).abs().amax(dim=-1)
+        assert float(off[alike].max()) <= tolerance, f"step {step}: logits are off by {off.tolist()}"
+        my_token, their_token = (output.sequences[:, step - steps] for output in (ours, stock))
+        margin = (theirs.gather(1, their_token[:, None]) - theirs.gather(1, my_token[:, None]))[:, 0]
+        assert float(margin[alike].max()) <= 2 * tolerance, (
+            f"step {step}: {my_token.tolist()}, not {their_token.tolist()}"
+        )
+        alike &= my_token == their_token
+        if not alike.any():
+            return
