@@ -1,4 +1,4 @@
-"""``python -m benchmarks all|memory|latency|quality|encoded|tower|gpu|report [--quick]``."""
+"""``python -m benchmarks all|memory|latency|quality|encoded|tower|throughput|gpu|report [--quick]``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ from benchmarks.memory import pieces as memory_pieces
 from benchmarks.quality import encoded
 from benchmarks.quality import measure as quality
 from benchmarks.quality import tower as tower_quality
+from benchmarks.throughput import measure as throughput
 
-BENCHMARKS = {"latency": latency, "memory": memory, "quality": quality, "encoded": encoded, "tower": tower_quality}
+BENCHMARKS = {
+    "latency": latency,
+    "memory": memory,
+    "quality": quality,
+    "encoded": encoded,
+    "tower": tower_quality,
+    "throughput": throughput,
+}
 
 #: What `all` runs besides.
 FURTHER = (compiled, first_token, merging, combined, memory_pieces, latency_pieces, tower, reading)

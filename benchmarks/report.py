@@ -21,6 +21,7 @@ from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import tower_report as tower_quality_report
+from benchmarks.throughput import report as throughput_report
 
 #: Name of a result, and of the marker of all its figures → the module with its `tables`.
 TABLES: dict[str, Any] = {
@@ -36,6 +37,7 @@ TABLES: dict[str, Any] = {
     "latency": latency_report,
     "merging": merging_report,
     "reading": reading_report,
+    "throughput": throughput_report,
     "compiled": compiled_report,
     "pieces_latency": pieces_latency_report,
     "first_token": first_token_report,

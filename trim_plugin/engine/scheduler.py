@@ -17,6 +17,7 @@ from trim_plugin.engine.request import Request
 from trim_plugin.engine.running import Running, RunningBatch
 from trim_plugin.engine.sampling import Drawer, Writer, choose
 from trim_plugin.forward.hooks import TrimmedCache
+from trim_plugin.forward.turn import Turn
 from trim_plugin.generation.micro_batches import prefill
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.recent import RecentPictures
@@ -152,10 +153,13 @@ class Scheduler:
         if self._full and self._batch.rows:
             return
         self._full = False
+        free = self._most - len(self._batch.rows)
+        if self._batch.rows and len(self._waiting) > free and free < min(self._micro_batch, max(1, self._most // 4)):
+            return  # more wait than can run: a few places are let gather, since prompts that are read together cost less
         chosen: list[tuple[Request, int]] = []
         taken = self._taken()
         with self._changed:
-            while self._waiting and len(chosen) < min(self._micro_batch, self._most - len(self._batch.rows)):
+            while self._waiting and len(chosen) < min(self._micro_batch, free):
                 request, _ = self._waiting[0]
                 if chosen and not _alike(request, chosen[0][0]):
                     break
@@ -188,7 +192,8 @@ class Scheduler:
                 for request in requests
             ]
             inputs = Inputs.about(self._processor, prompts, encoded)
-            cache = TrimmedCache(self._model, requests[0].config, pictures=encoded)
+            cache = TrimmedCache(self._model, requests[0].config)
+            cache.turn = Turn(pictures=list(encoded))  # not `show`: whose they are was checked when they came
         else:
             inputs = Inputs.of(self._processor, prompts, [[] for _ in prompts])
             cache = TrimmedCache(self._model, requests[0].config)
