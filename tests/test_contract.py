@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, cache_utils
+from transformers import GenerationConfig, cache_utils, modeling_outputs
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.models.mllama import modeling_mllama
@@ -161,6 +161,33 @@ def test_a_part_of_the_layers_is_gone(fresh):
         TrimmedCache(model)
     attention.num_heads = heads
     assert hooks_of(model) == []
+
+
+def test_a_module_with_a_forward_of_its_own(model):
+    layer, text = model.model.language_model.layers[3], model.model.language_model
+
+    class Other(type(text)):
+        def forward(self, input_ids=None, renamed=None, **kwargs):
+            return super().forward(input_ids, **{CACHE: renamed}, **kwargs)
+
+    layer.forward = lambda hidden_states, renamed=None, **kwargs: hidden_states
+    with pytest.raises(UnsupportedTransformersError, match=f"; {CACHE}= of MllamaCrossAttentionDecoderLayer.forward; "):
+        TrimmedCache(model)
+    del layer.forward
+    text.__class__ = Other
+    with pytest.raises(UnsupportedTransformersError, match=f"; {CACHE}= of Other.forward; "):
+        TrimmedCache(model)
+    assert hooks_of(model) == []
+    text.__class__ = Other.__base__
+    layer.forward = functools.partial(type(layer).forward, layer)  # as wrappers do
+    TrimmedCache(model)
+
+
+def test_an_output_that_calls_the_cache_otherwise(monkeypatch, fresh):
+    fields = dict(modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__)
+    fields["renamed"] = fields.pop(CACHE)
+    monkeypatch.setattr(modeling_outputs.CausalLMOutputWithPast, "__dataclass_fields__", fields)
+    refused(*fresh, f"CausalLMOutputWithPast.{CACHE} in")
 
 
 def test_what_wraps_a_forward_without_changing_it_is_accepted(monkeypatch, model):

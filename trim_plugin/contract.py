@@ -15,13 +15,14 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from trim_plugin.compat import CACHE, UnsupportedTransformersError, unsupported
 
 MIXIN, CONFIGURATION = "transformers.generation.utils", "transformers.generation.configuration_utils"
 MLLAMA, CACHES = "transformers.models.mllama.modeling_mllama", "transformers.cache_utils"
+OUTPUTS = "transformers.modeling_outputs"
 
 #: Arguments of forwards, by class, that hooks read or replace, or that are passed by name.
 FORWARDS: dict[str, tuple[str, ...]] = {
@@ -87,6 +88,9 @@ CACHE_CLASSES: dict[str, tuple[str, ...]] = {
     "StaticLayer": _LAYER,
 }
 
+#: Outputs of forwards that carry the cache under its name.
+WITH_CACHE = ("BaseModelOutputWithPast", "CausalLMOutputWithPast")
+
 #: What is imported from further modules.
 NAMES: dict[str, tuple[str, ...]] = {
     "transformers.generation.candidate_generator": ("AssistedCandidateGenerator", "PromptLookupCandidateGenerator"),
@@ -125,17 +129,16 @@ def check_contract() -> None:
     _raise_if([*_missing_in_generation(), *_missing_in_models()])
 
 
-def check_layer(layer: Any) -> None:
-    """Check a cross-attention decoder layer of a model.
+def check_modules(modules: Iterable[Any]) -> None:
+    """Check a model's own modules that will carry hooks: a subclass, or what another package has put on one, may differ.
+
+    Args:
+        modules: cross-attention decoder layers, and models around them.
 
     Raises:
-        UnsupportedTransformersError: it lacks what queries and keys are worked out with.
+        UnsupportedTransformersError: one lacks an argument of its forward, or what queries and keys are worked out with.
     """
-    attention = getattr(layer, "cross_attn", None)
-    missing = [f"{type(layer).__name__}.{name}" for name in LAYER if not hasattr(layer, name)]
-    if attention is not None:
-        missing += [f"{type(attention).__name__}.{name}" for name in ATTENTION if not hasattr(attention, name)]
-    _raise_if(missing)
+    _raise_if(list(dict.fromkeys(name for module in modules for name in _missing_in_module(module))))
 
 
 @contextlib.contextmanager
@@ -164,6 +167,21 @@ def naming_missing_imports() -> Iterator[None]:
 def _raise_if(missing: Sequence[str]) -> None:
     if missing:
         raise unsupported(missing)
+
+
+def _missing_in_module(module: Any) -> Iterator[str]:
+    name = next((one.__name__ for one in type(module).__mro__ if one.__name__ in FORWARDS), None)
+    own = vars(module).get("forward")  # set on the module itself, where it takes no self
+    taken = _arguments(type(module).forward) if own is None else _named(own, first=0)
+    if name is not None and taken is not None:
+        yield from (
+            f"{argument}= of {type(module).__name__}.forward" for argument in FORWARDS[name] if argument not in taken
+        )
+    if name == "MllamaCrossAttentionDecoderLayer":
+        yield from (f"{type(module).__name__}.{one}" for one in LAYER if not hasattr(module, one))
+        attention = getattr(module, "cross_attn", None)
+        if attention is not None:
+            yield from (f"{type(attention).__name__}.{one}" for one in ATTENTION if not hasattr(attention, one))
 
 
 def _missing_in_generation() -> Iterator[str]:
@@ -211,6 +229,10 @@ def _missing_in_models() -> Iterator[str]:
             yield f"{name} in {CACHES}"
         else:
             yield from (f"{name}.{method}" for method in methods if not hasattr(found, method))
+    outputs = importlib.import_module(OUTPUTS)
+    for name in WITH_CACHE:
+        if CACHE not in getattr(getattr(outputs, name, None), "__dataclass_fields__", {}):
+            yield f"{name}.{CACHE} in {OUTPUTS}"
     for module, names in NAMES.items():
         try:
             found = importlib.import_module(module)
@@ -223,12 +245,15 @@ def _missing_in_models() -> Iterator[str]:
 @functools.lru_cache(maxsize=256)
 def _arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
     """The arguments of a method without the first, seen through decorators; None for a wrapper that hands on anything."""
+    return _named(function, first=1)
+
+
+def _named(function: Callable[..., Any], first: int) -> tuple[str, ...] | None:
+    """The same from a given argument on, of a function that nobody keeps."""
     parameters = list(inspect.signature(function).parameters.values())
     named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     hands_on = {one.kind for one in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    if hands_on and len(named) <= 1:
-        return None
-    return tuple(named[1:])
+    return None if hands_on and len(named) <= first else tuple(named[first:])
 
 
 @functools.cache

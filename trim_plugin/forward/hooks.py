@@ -17,7 +17,7 @@ from trim_plugin.cache.layers import in_this_thread
 from trim_plugin.cache.reading import NamingOurs, install
 from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
 from trim_plugin.config import TrimConfig
-from trim_plugin.contract import check_contract, check_layer
+from trim_plugin.contract import check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
 from trim_plugin.forward.tower import pictures_at_a_time, visual_states
 from trim_plugin.forward.turn import Turn
@@ -36,7 +36,7 @@ def attach(model: torch.nn.Module) -> Any:
     whole = all(before_model in module._forward_pre_hooks.values() for module in whole_models(model))
     if whole and has_hooks(text_model):
         return text_model
-    check_layer(_cross_layers(text_model)[0])
+    check_modules([*whole_models(model), *_cross_layers(text_model)])
     for layer in _cross_layers(text_model):
         if before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
