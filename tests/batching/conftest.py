@@ -15,4 +15,6 @@ def small():
 
 @pytest.fixture
 def worker(small, tmp_path):
-    return Worker(*small, {"top_k_ratio": 0.1}, batch_size=8, max_new_tokens=24, folder=tmp_path)
+    made = Worker(*small, {"top_k_ratio": 0.1}, max_running=8, max_new_tokens=24, folder=tmp_path)
+    yield made
+    made.close()

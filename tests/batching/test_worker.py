@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 from trim_plugin.batching.worker import Worker
 from trim_plugin.compat import cache_of
+from trim_plugin.engine.engine import EngineClosed
 from trim_plugin.pictures.prompting import build_inputs, open_picture
 
 from ..scenes import scene_rows
@@ -134,74 +137,200 @@ def test_broken_rows_are_errors_and_the_rest_is_answered(worker, tmp_path):
     ]
 
 
-class Full:
-    """A model that has memory for so many rows."""
+@contextlib.contextmanager
+def forwards(small, hook):
+    """Calls `hook(hidden_states)` in every forward, which it may fail."""
+    layer = small[0].model.language_model.layers[1]
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: hook(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
-    def __init__(self, model, most, error):
-        self._model, self.most, self.error, self.batches = model, most, error, []
 
-    def __getattr__(self, name):
-        return getattr(self._model, name)
+def always(error):
+    def fail(_):
+        raise error
 
-    def generate(self, **inputs):
-        self.batches.append(len(inputs["input_ids"]))
-        if len(inputs["input_ids"]) > self.most:
-            raise self.error
-        return self._model.generate(**inputs)
+    return fail
+
+
+def without_seconds(results):
+    return [{name: value for name, value in result.items() if name != "seconds"} for result in results]
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_halves_the_batch_where_memory_runs_out_and_goes_on(small, worker, tmp_path, error):
+def test_fewer_at_once_where_memory_runs_out(small, worker, tmp_path, error):
     rows = scene_rows(tmp_path, 20)
-    full = Full(small[0], 2, error)
-    own = Worker(full, small[1], worker.config, batch_size=8, max_new_tokens=24, folder=tmp_path)
-    results, expected = own(rows), worker(rows)
-    assert [result["answer"] for result in results] == [result["answer"] for result in expected]
-    assert own.batch_size == 2
-    assert full.batches.count(8) <= 2, "batches that follow are small from the start (one may have been read before)"
+    expected, sizes = worker(rows), []
+
+    def full(hidden):
+        if len(hidden) > 2:
+            raise error
+        sizes.append(len(hidden))
+
+    with forwards(small, full):
+        results = worker(rows)
+    assert without_seconds(results) == without_seconds(expected)
+    assert max(sizes) == 2
 
 
-def test_row_out_of_memory(small, tmp_path):
-    own = Worker(Full(small[0], 0, MemoryError("all gone")), small[1], batch_size=4, folder=tmp_path)
-    assert {result["error"] for result in own(scene_rows(tmp_path, 3))} == {"out of memory, even alone: all gone"}
+def test_row_out_of_memory(small, worker, tmp_path):
+    with forwards(small, always(MemoryError("all gone"))):
+        results = worker(scene_rows(tmp_path, 3))
+    assert {result["error"] for result in results} == {"out of memory, even alone: all gone"}
 
 
-def test_a_row_that_the_model_refuses_does_not_take_others_with_it(small, worker, tmp_path):
+def test_row_that_could_never_fit(small, tmp_path):
+    rows = scene_rows(tmp_path, 2)
+    own = Worker(*small, memory=100_000, max_new_tokens=2, folder=tmp_path)
+    pictures, text = own([rows[0], {"question": "How many?"}])
+    own.close()
+    assert "bytes of keys and values, but the engine has 100000 in all" in pictures["error"]
+    assert text["tokens"] <= 2
+
+
+@pytest.mark.parametrize("error", [ValueError("not that one"), SystemExit("not that one")])
+def test_a_row_that_the_model_refuses_does_not_take_others_with_it(small, worker, tmp_path, error):
+    """While its prompt is read."""
     rows = scene_rows(tmp_path, 5)
-
-    class Picky(Full):
-        def generate(self, **inputs):
-            if inputs["input_ids"].eq(small[1].tokenizer.convert_tokens_to_ids("seven")).any():
-                raise ValueError("not that one")
-            return self._model.generate(**inputs)
-
     rows[2]["question"] = "Where is the seven?"
-    own = Worker(Picky(small[0], 9, None), small[1], worker.config, batch_size=8, max_new_tokens=24, folder=tmp_path)
-    results = own(rows)
-    assert results[2] == {"id": "row 2", "error": "not that one"}
-    del rows[2], results[2]
-    assert [result["answer"] for result in results] == [result["answer"] for result in worker(rows)]
-    assert own.batch_size == 8
+    expected = worker(rows)
+    seven = small[1].tokenizer.convert_tokens_to_ids("seven")
+
+    def picky(_, args):
+        if args[0].eq(seven).any() and args[0].shape[1] > 1:
+            raise error
+
+    handle = small[0].get_input_embeddings().register_forward_pre_hook(picky)
+    try:
+        results = worker(rows)
+    finally:
+        handle.remove()
+    assert results[2].keys() == {"id", "error"}
+    assert results[2]["id"] == "row 2"
+    assert "not that one" in results[2]["error"]
+    del rows[2], results[2], expected[2]
+    assert without_seconds(results) == without_seconds(expected)
 
 
-def test_a_lost_device_is_no_row_s_fault(small, tmp_path):
-    own = Worker(Full(small[0], 0, torch.AcceleratorError("gone")), small[1], batch_size=4, folder=tmp_path)
-    with pytest.raises(torch.AcceleratorError):
-        own(scene_rows(tmp_path, 3))
+def test_a_step_that_fails_is_the_failure_of_one_row(small, worker, tmp_path):
+    """Those that ran beside it are answered again."""
+    rows = scene_rows(tmp_path, 16)
+    expected = worker(rows)
+    tokenizer = small[1].tokenizer
+    written = [tokenizer(result["answer"], add_special_tokens=False)["input_ids"] for result in expected]
+    poison = min({token for tokens in written for token in tokens}, key=lambda token: sum(token in w for w in written))
+    whose = [place for place, tokens in enumerate(written) if poison in tokens]
+    assert 0 < len(whose) < 4
+
+    def picky(_, args):
+        if args[0].shape[1] == 1 and args[0].eq(poison).any():
+            raise RuntimeError("not that token")
+
+    handle = small[0].get_input_embeddings().register_forward_pre_hook(picky)
+    try:
+        results = worker(rows)
+    finally:
+        handle.remove()
+    assert [place for place, result in enumerate(results) if "error" in result] == whose
+    assert {results[place]["error"] for place in whose} == {"not that token"}
+    others = [place for place in range(16) if place not in whose]
+    assert without_seconds(results[place] for place in others) == without_seconds(expected[place] for place in others)
+
+
+def test_a_lost_device_is_no_row_s_fault(small, worker, tmp_path):
+    with forwards(small, always(torch.AcceleratorError("gone"))), pytest.raises(torch.AcceleratorError):
+        worker(scene_rows(tmp_path, 3))
+
+
+def test_results_come_as_they_finish_and_no_more_is_read_than_is_needed_soon(small, tmp_path):
+    rows = scene_rows(tmp_path, 40)
+    rows[0] = {**rows[0], "question": "Read all digits.", "max_new_tokens": 24}
+    rows[1:] = [{**row, "max_new_tokens": 1} for row in rows[1:]]
+
+    class Watched(list):
+        read = 0
+
+        def __getitem__(self, place):
+            self.read = max(self.read, place + 1)
+            return super().__getitem__(place)
+
+    watched, answered = Watched(rows), []
+    own = Worker(*small, max_running=2, folder=tmp_path)
+    for some in own.answers(watched):
+        answered += [place for place, _ in some]
+        assert watched.read - len(answered) <= 4
+    own.close()
+    assert sorted(answered) == list(range(40))
+    assert answered[0] != 0
+
+
+def test_who_stops_asking_leaves_nothing_running(worker, tmp_path):
+    rows = scene_rows(tmp_path, 12)
+    answers = worker.answers(rows)
+    next(answers)
+    answers.close()
+    expected = worker(rows[:2])
+    stats = worker.engine.stats()
+    assert stats["running"] == stats["waiting"] == 0
+    assert [result["id"] for result in expected] == ["row 0", "row 1"]
+
+
+def test_a_worker_that_is_closed_gives_no_half_answers(small, tmp_path):
+    own = Worker(*small, max_running=2, max_new_tokens=24, folder=tmp_path)
+    answers = own.answers(scene_rows(tmp_path, 12))
+    next(answers)
+    own.close()
+    with pytest.raises(EngineClosed):
+        list(answers)
+    with pytest.raises(EngineClosed):
+        own([{"question": "How many?"}])
+
+
+def test_a_worker_that_nobody_holds_ends_its_thread(small):
+    own = Worker(*small)
+    engine = own.engine
+    assert engine.healthy
+    del own
+    gc.collect()
+    assert not engine.healthy
+
+
+def test_pictures_in_a_folder_give_the_same_answers_and_are_encoded_once(small, worker, tmp_path):
+    rows = scene_rows(tmp_path, 4)
+    several = [
+        {**row, "id": f"{row['id']} {asked}", "question": asked}
+        for row in rows
+        for asked in ("Read all digits.", "How many digits?")
+    ]
+    several += [{"images": [*rows[0]["images"], *rows[1]["images"]], "question": "Read all digits."}]
+    several += [{"question": "How many?"}, {"images": ["gone.png"], "question": "?"}]
+    expected = worker(several)
+    for encoded in (4, 0):
+        settings = {"max_new_tokens": 24, "folder": tmp_path, "picture_folder": tmp_path / "encoded"}
+        own = Worker(*small, worker.config, **settings)
+        assert without_seconds(own(several)) == without_seconds(expected)
+        assert own.engine.stats()["pictures_encoded"] == encoded
+        own.close()
+    assert len(list((tmp_path / "encoded").iterdir())) == 4
 
 
 def test_no_rows(worker):
     assert worker([]) == []
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"max_new_tokens": True}, {"batch_size": 1.5}])
+@pytest.mark.parametrize("settings", [{"max_running": 0}, {"max_new_tokens": True}, {"memory": 1.5}])
 def test_worker_number_not_positive(small, settings):
     with pytest.raises(ValueError, match="must be a positive integer"):
         Worker(*small, **settings)
 
 
-def test_worker_static_and_encode(small):
-    with pytest.raises(ValueError, match="encode and static=True are both given"):
-        Worker(*small, {"static": True}, encode=lambda pictures: None)
+@pytest.mark.parametrize("config", [{"static": True, "max_cache_len": 64}, {"self_kv_quantization": "fp8"}])
+def test_worker_settings_of_an_engine(small, config):
+    with pytest.raises(ValueError, match="An Engine's batch grows and shrinks"):
+        Worker(*small, config)

@@ -32,7 +32,7 @@ def read(file):
 
 def command(folder, *options):
     out = folder / "answers.jsonl"
-    words = ["batch", "--questions", str(folder / "questions.jsonl"), "--out", str(out), "--batch-size", "8"]
+    words = ["batch", "--questions", str(folder / "questions.jsonl"), "--out", str(out), "--max-running", "8"]
     return [*words, "--max-new-tokens", "24", "--device", "cpu", *options], out
 
 
@@ -243,7 +243,8 @@ def test_pictures_are_looked_for_beside_the_questions(tmp_path, monkeypatch):
     ("options", "said"),
     [
         (["--top-k-ratio", "0.1", "--kept-share", "0.2"], "several rules are given"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--max-running", "0"], "--max-running must be at least 1"),
+        (["--memory", "8"], "--memory needs a unit: 8GiB"),
         (["--questions", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["small", "--model", "small"], "the model is given twice"),
     ],

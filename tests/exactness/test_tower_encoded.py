@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures, open_picture
-from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.evaluation import AnswerLog, Question, evaluate, ways_for
 from trim_plugin.forward import tower_merging
@@ -56,8 +55,10 @@ def test_pictures_remembered_with_one_share_are_not_taken_for_another(small, tmp
     recent = RecentPictures(model, processor)
     assert [recent(page, share).tower_share for share in (None, SHARE, None)] == [None, SHARE, None]
     assert recent.encoded == 2
-    folders = [PictureFolder(tmp_path, model, processor, tower_share=share) for share in (None, SHARE)]
-    assert [folder(page).tower_share for folder in folders] == [None, SHARE]
+    for encoded in (2, 0):
+        stored = RecentPictures(model, processor, folder=tmp_path)
+        assert [stored(page, share).tower_share for share in (None, SHARE)] == [None, SHARE]
+        assert stored.encoded == encoded
     assert len(list(tmp_path.iterdir())) == 2
 
 

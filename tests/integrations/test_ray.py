@@ -16,7 +16,7 @@ from ..scenes import scene_rows
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
-SETTINGS = {"weights": "fp32", "device": "cpu", "config": {"top_k_ratio": 0.1}, "batch_size": 8, "max_new_tokens": 24}
+SETTINGS = {"weights": "fp32", "device": "cpu", "config": {"top_k_ratio": 0.1}, "max_running": 8, "max_new_tokens": 24}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def cluster():
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     rows = scene_rows(folder, 40)
-    worker = Worker(*load_small_model(), {"top_k_ratio": 0.1}, batch_size=8, max_new_tokens=24, folder=folder)
+    worker = Worker(*load_small_model(), {"top_k_ratio": 0.1}, max_running=8, max_new_tokens=24, folder=folder)
     return folder, rows, {result["id"]: result["answer"] for result in worker(rows)}
 
 
@@ -89,6 +89,14 @@ def test_an_actor_that_is_killed_midway(rows):
     assert {result["id"]: result["answer"] for result in answers} == expected
 
 
+def test_settings_that_an_engine_cannot_have_are_refused_before_any_actor(rows):
+    from trim_plugin.integrations.ray import answer
+
+    dataset = ray.data.from_items(rows[1])
+    with pytest.raises(ValueError, match="An Engine's batch grows and shrinks"):
+        answer(dataset, str(SMALL_MODEL), config={"static": True})
+
+
 def _is_actor(process):
     try:
         return any("JsonAnswerer" in word for word in process.cmdline())
@@ -102,7 +110,18 @@ def test_the_command_line_s_engine(rows, tmp_path):
     lines = [*asked, {"id": "broken", "images": ["gone.png"], "question": "?"}]
     questions.write_text("".join(json.dumps(row) + "\n" for row in lines))
     words = ["batch", "--questions", str(questions), "--out", str(out), "--engine", "ray", "--actors", "2"]
-    words += ["--batch-size", "8", "--max-new-tokens", "24", "--top-k-ratio", "0.1", "--device", "cpu"]
+    words += [
+        "--max-running",
+        "8",
+        "--memory",
+        "2GiB",
+        "--max-new-tokens",
+        "24",
+        "--top-k-ratio",
+        "0.1",
+        "--device",
+        "cpu",
+    ]
     out.write_text(json.dumps({"id": "row 0", "answer": "kept"}) + "\n")
     assert main(words) == 0
     results = {result["id"]: result for result in map(json.loads, out.read_text().splitlines())}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,8 +84,38 @@ def test_never_more_than_was_allowed(loaded, pages, room):
         assert recent.nbytes <= room * one
 
 
+def test_a_folder_is_of_use_to_later_runs(loaded, pages, calls, tmp_path):
+    folder = tmp_path / "encoded" / "pages"
+    first = RecentPictures(*loaded, folder=folder)(pages[:2])
+    assert len(list(folder.iterdir())) == len(calls) == 2
+    later = RecentPictures(*loaded, folder=folder)
+    again = later(pages[:2])
+    assert torch.equal(again.states, first.states)
+    assert (len(calls), later.encoded, later.reused) == (2, 0, 2)
+    list(map(Path.unlink, folder.iterdir()))
+    assert later(pages[:1]).tiles == first.tiles[:1], "what is held needs no file"
+    assert len(calls) == 2
+
+
+def test_files_that_are_cut_off_or_of_another_model_are_written_anew(loaded, pages, tmp_path):
+    first = RecentPictures(*loaded, folder=tmp_path)(pages[:1])
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])
+    recent = RecentPictures(*loaded, folder=tmp_path)
+    assert torch.equal(recent(pages[:1]).states, first.states)
+    assert recent.encoded == 1
+    other = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        other.model.multi_modal_projector.weight.mul_(1.5)
+    trained = RecentPictures(other, loaded[1], folder=tmp_path)
+    assert not torch.equal(trained(pages[:1]).states, first.states)
+    assert trained.encoded == 1
+
+
 def test_what_is_not_allowed(loaded):
     with pytest.raises(ValueError, match="most_bytes must be 0 or more"):
         RecentPictures(*loaded, most_bytes=-1)
+    with pytest.raises(ValueError, match="folder and rule are both given"):
+        RecentPictures(*loaded, KCenter(0.25), folder="nowhere")
     with pytest.raises(ValueError, match="No picture was given"):
         RecentPictures(*loaded)([])

@@ -1,70 +1,51 @@
-"""The worker behind every way of answering many rows: the command line, Ray, a server's batches, a loop of one's own."""
+"""The worker behind every way of answering many rows: the command line, Ray, a loop of one's own."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections import deque
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import torch
-from PIL import Image
-
-from trim_plugin.asking.answers import Inputs, answer, tried
-from trim_plugin.asking.prompts import Prompt, decoded, read_prompt
-from trim_plugin.asking.rows import Row, RowError
-from trim_plugin.batching.sizing import pictures_at_a_time
+from trim_plugin.asking.answers import tried
+from trim_plugin.asking.rows import Row
 from trim_plugin.config import TrimConfig
-from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.engine.engine import MAX_RUNNING, Engine, EngineClosed
+from trim_plugin.engine.request import Request
 
-#: A row's place among those that the worker was called with, and its prompt.
-Placed = tuple[int, Prompt]
-
-
-@dataclasses.dataclass(frozen=True)
-class Read:
-    """A batch whose pictures are decoded: either what `generate` is given, or pictures that are to be encoded first.
-
-    Args:
-        batch: the rows that could be read.
-        failed: what is wrong with the others.
-        inputs: on the CPU; None if there is something to encode, or nothing at all.
-        pictures: of every row, where they are to be encoded.
-    """
-
-    batch: list[Placed]
-    failed: dict[int, str]
-    inputs: Inputs | None = None
-    pictures: Sequence[list[Image.Image]] = ()
+#: For every request that runs so many are read: decoded pictures are large, and one that waits is enough to take its place.
+READ_AHEAD = 2
+#: A row's place among those that the worker was called with, and its result.
+Placed = tuple[int, dict[str, Any]]
+Rows = Sequence[Row | Mapping[str, Any]]
 
 
 class Worker:
     """Answers rows greedily with the trimmed cache: made once, called with as many rows as one likes.
 
-    Rows of as many pictures, of like tiles and length, go through one `generate`. Where memory runs out, the batch is halved, and
-    so are the batches after it. A row that cannot be answered becomes an error in its own result.
+    Rows go into an `Engine` as they fit, and results come as they finish. A row that cannot be answered becomes an error in its
+    own result; others that ran beside it when it failed are answered again.
 
     Args:
-        model: an Mllama model or a wrapper around one, in eval mode, on its device.
+        model: an Mllama model or a wrapper around one, in eval mode, on its device. Nobody else may use it
+            while rows are answered.
         processor: its `MllamaProcessor`.
-        config: of the trimmed cache, as `generate` takes it.
-        batch_size: most pictures of one `generate` (a row without pictures counts as one); None: what the planner says that
-            fits into the memory at hand.
+        config: of the trimmed caches, as `Engine` takes it.
+        max_running: rows that are answered at once.
+        memory: bytes that their keys and values may take; None takes what the model's device has free.
         max_new_tokens: longest answer, in text tokens, of rows that don't say.
         folder: what relative names of pictures start from.
-        encode: what encodes a row's pictures, where they are to be remembered: a `batching.remembered.PictureFolder` or a
-            `pictures.recent.RecentPictures`. None reads them anew for every row.
+        picture_folder: where encoded pictures are kept for later runs; None keeps none.
 
     Raises:
-        ValueError: a number is not positive, the configuration has a value that is not allowed, or `encode` is given with a
-            static cache.
+        ValueError: a number is not positive, or the configuration is one that an `Engine` cannot have.
+        OSError: `picture_folder` cannot be made.
 
     Example:
         >>> from trim_plugin.embedded import examples, load_small_model
-        >>> worker = Worker(*load_small_model(), {"top_k_ratio": 0.25}, batch_size=8)
+        >>> worker = Worker(*load_small_model(), {"top_k_ratio": 0.25})
         >>> first, second = examples()[:2]
         >>> answers = worker([
         ...     {"id": "a", "images": [first.picture], "question": first.question},
@@ -80,28 +61,30 @@ class Worker:
         processor: Any,
         config: TrimConfig | Mapping[str, Any] | None = None,
         *,
-        batch_size: int | None = None,
+        max_running: int = MAX_RUNNING,
+        memory: int | None = None,
         max_new_tokens: int = 128,
         folder: Path | str = ".",
-        encode: Callable[[Sequence[Image.Image]], Pictures] | None = None,
+        picture_folder: Path | str | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        self.model = model
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}.")
         self.processor = processor
-        self.config = TrimConfig.of(config)
         self.max_new_tokens = max_new_tokens
         self.folder = Path(folder)
-        self.encode = encode
-        if encode is not None and self.config.static:
-            raise ValueError(
-                "encode and static=True are both given, but a static cache is made by generate. Choose one."
-            )
-        self._most_tokens = int(model.config.get_text_config().max_position_embeddings)
-        self.batch_size = batch_size or pictures_at_a_time(model, self.config, max_new_tokens)
+        self.engine = Engine(
+            model, processor, config, memory=memory, max_running=max_running, picture_folder=picture_folder
+        )
+        self.config = self.engine.config
+        self._most = READ_AHEAD * max_running
+        # Its thread holds the model: it ends when nobody has the worker any more.
+        self._ending = weakref.finalize(self, self.engine.close, cancel=True)
 
-    def __call__(self, rows: Sequence[Row | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def close(self) -> None:
+        """Answer nothing any more. The worker does so by itself when nobody holds it."""
+        self._ending()
+
+    def __call__(self, rows: Rows) -> list[dict[str, Any]]:
         """The results of rows, in their order.
 
         Args:
@@ -110,100 +93,126 @@ class Worker:
         Returns:
             For every row its "id", if it has one, and either "error", a sentence, or "answer" with "tokens" (generated),
             "prompt_tokens", "visible" (visual tokens that the text may read), "kept" (those that decoding read) and "seconds"
-            (the batch's, shared among its rows).
+            (from when it was read to the end of its answer, beside others).
         """
         placed = [answer for answers in self.answers(rows) for answer in answers]
         return [result for _, result in sorted(placed, key=lambda answer: answer[0])]
 
-    def answers(self, rows: Sequence[Row | Mapping[str, Any]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-        """The same as they come, some at a time: each with the row's place in `rows`."""
-        prompts: list[Placed] = []
-        refused: list[tuple[int, dict[str, Any]]] = []
-        for place, row in enumerate(rows):
-            try:
-                prompt = read_prompt(self.processor, row, self.folder, self._most_tokens, self.max_new_tokens)
-                prompts.append((place, prompt))
-            except RowError as error:
-                refused.append((place, {**_id(row), "error": str(error)}))
-        if refused:
-            yield refused
-        waiting = deque(sorted(prompts, key=lambda placed: _likeness(placed[1])))
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            following = self._read_next(reader, waiting)
-            while following is not None:
-                read = following.result()
-                # The next batch's pictures are decoded while this one is answered.
-                following = self._read_next(reader, waiting)
-                yield [(place, {**_id(rows[place]), **result}) for place, result in self._answered(read)]
-                del read
+    def answers(self, rows: Rows) -> Iterator[list[Placed]]:
+        """The same as they come, some at a time: each with the row's place in `rows`.
 
-    def _read_next(self, reader: ThreadPoolExecutor, waiting: deque[Placed]) -> Future[Read] | None:
-        """Take the next batch of what is waiting, and begin to read it."""
-        if not waiting:
-            return None
-        batch = [waiting.popleft()]
-        pictures = len(batch[0][1].pictures)
-        most = max(1, self.batch_size // max(1, pictures))
-        while waiting and len(batch) < most and len(waiting[0][1].pictures) == pictures:
-            batch.append(waiting.popleft())
-        return reader.submit(self._read, batch)
+        Raises:
+            torch.AcceleratorError: the device is lost, for rows that follow, too.
+            EngineClosed: the worker is closed, or its engine's thread has died.
+        """
+        run = _Run(self, rows)
+        try:
+            for place in range(len(rows)):
+                refused = run.ask(place)
+                found = [] if refused is None else [(place, refused)]
+                found += run.finished(wait=len(run.asked) >= self._most)
+                if found:
+                    yield found
+            while run.asked:
+                found = run.finished(wait=True)
+                if found:
+                    yield found
+            for place in run.again:
+                # Whose failure it was shows alone.
+                refused = run.ask(place)
+                yield run.finished(wait=True, last=True) if refused is None else [(place, refused)]
+        finally:
+            run.cancel()
 
-    def _read(self, batch: Sequence[Placed]) -> Read:
-        whole, pictures, failed = [], [], {}
-        for place, prompt in batch:
-            try:
-                pictures.append([decoded(source) for source in prompt.pictures])
-                whole.append((place, prompt))
-            except RowError as error:
-                failed[place] = str(error)
-        if not whole or (self.encode is not None and pictures[0]):
-            return Read(whole, failed, pictures=pictures)
-        return Read(whole, failed, Inputs.of(self.processor, [prompt.text for _, prompt in whole], pictures))
+    def submit(self, row: Row | Mapping[str, Any], listener: Callable[[str | None], None]) -> Request:
+        """Give a row to the engine.
 
-    def _answered(self, read: Read) -> Iterator[tuple[int, dict[str, Any]]]:
-        for place, error in read.failed.items():
-            yield place, {"error": error}
-        batch = read.batch
-        if not batch:
-            return
-        results, error, full = tried(functools.partial(self._generate, read))
-        if results is not None:
-            yield from zip((place for place, _ in batch), results, strict=True)
-            return
-        del read
-        if full:
-            _free_memory()
-        if len(batch) == 1:
-            yield batch[0][0], {"error": error}
-            return
-        middle = len(batch) // 2
-        if full:
-            self.batch_size = max(1, middle * len(batch[0][1].pictures))
-        for half in (batch[:middle], batch[middle:]):
-            yield from self._answered(self._read(half))
+        Raises:
+            ValueError: the row cannot be answered.
+            EngineClosed: the worker is closed, or its engine's thread has died.
+        """
+        row = Row.of(row)
+        return self.engine.submit(
+            row.messages or row.question,
+            [self.folder / image if isinstance(image, str | Path) else image for image in row.images],
+            max_new_tokens=row.max_new_tokens or self.max_new_tokens,
+            listener=listener,
+        )
 
-    def _generate(self, read: Read) -> list[dict[str, Any]]:
-        prompts, inputs = [prompt for _, prompt in read.batch], read.inputs
-        if inputs is None:
-            if self.encode is None:
-                raise ValueError("There is nothing to encode pictures with.")
-            encoded = [self.encode(own) for own in read.pictures]
-            inputs = Inputs.about(self.processor, [prompt.text for prompt in prompts], encoded)
-        most = [prompt.max_new_tokens or self.max_new_tokens for prompt in prompts]
-        answers, _ = answer(self.model, self.processor, inputs, self.config, most)
-        return [own.result() for own in answers]
+    def result(self, request: Request, seconds: float) -> dict[str, Any]:
+        """What has come of a request that is done, as it stands in a file of results.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+            EngineClosed: the worker is closed, or its engine's thread has died.
+        """
+        try:
+            finished, error, _ = tried(request.result)
+        except SystemExit as stopped:  # a model's code must not end the run of all other rows
+            return {"error": f"the model's code asked to exit: {stopped}"}
+        if finished is None and self.engine.healthy:
+            return {"error": error}
+        if finished is None or finished.finish_reason == "cancelled":
+            raise EngineClosed(f"The worker was closed while it answered. {error}".strip())
+        return {
+            "answer": self.processor.decode(finished.tokens, skip_special_tokens=True).strip(),
+            "tokens": len(finished.tokens),
+            "prompt_tokens": finished.prompt_tokens,
+            "visible": finished.visible,
+            "kept": finished.kept,
+            "seconds": round(seconds, 4),
+        }
+
+
+class _Run:
+    """Rows on their way through a worker's engine."""
+
+    def __init__(self, worker: Worker, rows: Rows) -> None:
+        self._worker, self._rows = worker, rows
+        #: By their places: the request, and when it went in.
+        self.asked: dict[int, tuple[Request, float]] = {}
+        #: Places of rows that failed beside others.
+        self.again: list[int] = []
+        self._done: SimpleQueue[tuple[int, float]] = SimpleQueue()
+
+    def ask(self, place: int) -> dict[str, Any] | None:
+        """Give a row to the engine, or say what is wrong with it."""
+
+        def listen(piece: str | None) -> None:
+            if piece is None:
+                self._done.put((place, time.perf_counter()))
+
+        since = time.perf_counter()
+        try:
+            self.asked[place] = self._worker.submit(self._rows[place], listen), since
+        except ValueError as error:
+            return {**_id(self._rows[place]), "error": str(error)}
+        return None
+
+    def finished(self, *, wait: bool, last: bool = False) -> list[Placed]:
+        """Results of rows that are done.
+
+        Args:
+            wait: until there is one.
+            last: whether failures are results; otherwise such rows are put down to be asked again.
+        """
+        found: list[Placed] = []
+        while self.asked and (wait or not self._done.empty()):
+            (place, until), wait = self._done.get(), False
+            request, since = self.asked.pop(place)
+            result = self._worker.result(request, until - since)
+            if "error" in result and not last:
+                self.again.append(place)
+            else:
+                found.append((place, {**_id(self._rows[place]), **result}))
+        return found
+
+    def cancel(self) -> None:
+        """Answer no more of them."""
+        for request, _ in self.asked.values():
+            request.cancel()
 
 
 def _id(row: Any) -> dict[str, Any]:
     name = row.id if isinstance(row, Row) else row.get("id") if isinstance(row, Mapping) else None
     return {} if name is None else {"id": name}
-
-
-def _likeness(prompt: Prompt) -> tuple[int, int, int]:
-    """Rows that are near each other in this order make a batch with little padding."""
-    return len(prompt.pictures), prompt.tiles, prompt.tokens
-
-
-def _free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

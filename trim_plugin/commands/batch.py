@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -15,7 +16,6 @@ from rich.progress import TextColumn
 
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
-from trim_plugin.batching.remembered import PictureFolder
 from trim_plugin.batching.worker import Worker
 from trim_plugin.commands import FAILED_ROWS, UserError
 from trim_plugin.commands.common import (
@@ -37,11 +37,12 @@ from trim_plugin.commands.loading import (
     settings_of,
     weights_of,
 )
+from trim_plugin.commands.plan import parse_bytes
 from trim_plugin.evaluation import Way
 
 Answers = list[dict[str, Any]]
-#: So many batches' rows are sorted at a time: enough for batches of like rows, few enough to begin at once.
-WINDOW = 32
+#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
+MAX_RUNNING = 32
 ENGINES = ("local", "ray")
 #: Errors that are shown at the end; all of them stand in the file.
 SHOWN_ERRORS = 3
@@ -65,10 +66,16 @@ def add_parser(subparsers: Any) -> None:
         help="results in JSON Lines, appended as they come; the same command goes on there",
     )
     parser.add_argument(
-        "--batch-size",
+        "--max-running",
         type=int,
+        default=MAX_RUNNING,
         metavar="N",
-        help="most pictures of one call (default: what fits into the memory at hand by `trim-plugin plan`)",
+        help="rows that are answered at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for keys and values of rows that are being answered, for instance 8GiB (default: most of what the device has free)",
     )
     parser.add_argument(
         "--retry-errors",
@@ -101,7 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     console = Console(stderr=True)
     way = one_way(arguments)
-    check_counts(arguments, "max_new_tokens", "batch_size", "actors")
+    check_counts(arguments, "max_new_tokens", "max_running", "actors")
+    memory = None if arguments.memory is None else parse_bytes(arguments.memory)
     process, processes = process_of(os.environ)
     with user_errors(OSError, ValueError):
         check_folder_of(arguments.out)
@@ -127,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
             task = bar.add_task("rows", total=len(share), completed=len(share) - len(missing), speed="")
             pictures = {row.id: len(row.images) for row in missing}
             seen = 0
-            for batch in answered(arguments, way, missing):
+            for batch in answered(arguments, way, missing, memory):
                 with user_errors(OSError, ValueError):
                     results.add(batch)
                 seen += sum(pictures[result["id"]] for result in batch)
@@ -137,29 +145,26 @@ def run(arguments: argparse.Namespace) -> None:
     _sum_up(console, arguments.out, rows, share, results, before)
 
 
-def _answered_here(arguments: argparse.Namespace, way: Way, rows: list[Row]) -> Iterator[Answers]:
+def _answered_here(arguments: argparse.Namespace, way: Way, rows: list[Row], memory: int | None) -> Iterator[Answers]:
     model, processor = load_model(arguments)
-    encode = None
-    if arguments.pictures_cache is not None:
-        with user_errors(OSError, ValueError):
-            share = None if way.config is None else way.config.tower_share
-            encode = PictureFolder(arguments.pictures_cache, model, processor, tower_share=share)
-    worker = Worker(
-        model,
-        processor,
-        way.config,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        folder=arguments.questions.parent,
-        encode=encode,
-    )
-    step = WINDOW * worker.batch_size
-    for start in range(0, len(rows), step):
-        for batch in worker.answers(rows[start : start + step]):
+    with user_errors(OSError, ValueError):
+        worker = Worker(
+            model,
+            processor,
+            way.config,
+            max_running=arguments.max_running,
+            memory=memory,
+            max_new_tokens=arguments.max_new_tokens,
+            folder=arguments.questions.parent,
+            picture_folder=arguments.pictures_cache,
+        )
+    # A picture that cannot be written to its folder is no row's fault.
+    with contextlib.closing(worker), user_errors(OSError):
+        for batch in worker.answers(rows):
             yield [result for _, result in batch]
 
 
-def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row]) -> Iterator[Answers]:
+def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row], memory: int | None) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
     found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
     with user_errors(ImportError):
@@ -172,7 +177,8 @@ def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row]) -
             adapter=arguments.adapter,
             device=arguments.device,
             config=way.config,
-            batch_size=arguments.batch_size,
+            max_running=arguments.max_running,
+            memory=memory,
             max_new_tokens=arguments.max_new_tokens,
             folder=arguments.questions.parent.resolve(),
             actors=arguments.actors,

@@ -28,6 +28,25 @@ MAX_RUNNING = 32
 OWN_SETTINGS = ("top_k_ratio", "merge")
 
 
+def running_config(config: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
+    """A configuration that an engine can have.
+
+    Raises:
+        ValueError: a value is not allowed, or does not go with a batch that others join and leave.
+
+    Example:
+        >>> running_config({"top_k_ratio": 0.25}).top_k_ratio
+        0.25
+    """
+    found = TrimConfig.of(config)
+    if found.static or found.self_kv_quantization is not None:
+        raise ValueError(
+            "An Engine's batch grows and shrinks, which static caches and transformers' quantized layers cannot. Use "
+            "TrimConfig(static=False, self_kv_quantization=None)."
+        )
+    return found
+
+
 class Engine:
     """Answers many requests at once on one model.
 
@@ -39,9 +58,11 @@ class Engine:
         memory: bytes that keys and values of running requests may take; None takes what the model's device has free.
         max_running: requests that run at once.
         picture_bytes: bytes of encoded pictures that are held, in main memory, for requests that ask about them again.
+        picture_folder: where they are kept on disk as well, for later runs; None keeps none.
 
     Raises:
         ValueError: settings that running batches don't go with (`static`, `self_kv_quantization`), or a model without a tower.
+        OSError: the folder cannot be made.
 
     Example:
         >>> from trim_plugin.embedded import examples, load_small_model
@@ -62,20 +83,16 @@ class Engine:
         memory: int | None = None,
         max_running: int | None = None,
         picture_bytes: int = DEFAULT_BYTES,
+        picture_folder: Path | str | None = None,
     ) -> None:
-        self.config = TrimConfig.of(config)
-        if self.config.static or self.config.self_kv_quantization is not None:
-            raise ValueError(
-                "An Engine's batch grows and shrinks, which static caches and transformers' quantized layers cannot. Use "
-                "TrimConfig(static=False, self_kv_quantization=None)."
-            )
+        self.config = running_config(config)
         for name, value in (("memory", memory), ("max_running", max_running)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         find_text_model(model)
         self._model, self._processor = model, processor
         self._room = Room(model, self.config, memory)
-        pictures = RecentPictures(model, processor, most_bytes=picture_bytes)
+        pictures = RecentPictures(model, processor, most_bytes=picture_bytes, folder=picture_folder)
         self._scheduler = Scheduler(model, processor, self.config, self._room, max_running or MAX_RUNNING, pictures)
         self._scheduler.thread.start()
 
@@ -181,4 +198,4 @@ class Engine:
         return self._scheduler.stats()
 
 
-__all__ = ["MAX_RUNNING", "OWN_SETTINGS", "Engine", "EngineClosed"]
+__all__ = ["MAX_RUNNING", "OWN_SETTINGS", "Engine", "EngineClosed", "running_config"]

@@ -1,4 +1,4 @@
-"""Many rows over a cluster: Ray Data with a pool of actors, each of which holds the model and answers batch after batch."""
+"""Many rows over a cluster: Ray Data with a pool of actors, each of which answers its rows by an engine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch
 from trim_plugin.asking.rows import Row
 from trim_plugin.batching.worker import Worker
 from trim_plugin.config import TrimConfig
+from trim_plugin.engine.engine import MAX_RUNNING, running_config
 from trim_plugin.integrations.accelerate import load
 
 #: Columns that a worker reads; "id" and others stay as they are.
 COLUMNS = ("images", "question", "messages", "max_new_tokens")
 #: What a worker's result adds to a row. Every row has all of them, None where they don't apply, as columns have to.
 RESULT = ("answer", "error", "tokens", "prompt_tokens", "visible", "kept", "seconds")
-#: Rows that an actor gets at a time: enough to sort them into like batches, few enough to lose little with an actor.
+#: Rows that an actor gets at a time: enough for those that run to be always many, few enough to lose little with an actor.
 ROWS = 64
 
 
@@ -36,9 +37,13 @@ class Recipe:
         adapter: a LoRA adapter's folder.
         device: a device, or "auto": the actor's GPU, the CPU where it has none.
         config: of the trimmed cache.
-        batch_size: most pictures of one `generate`; None: what fits into the actor's memory.
+        max_running: rows that an actor answers at once.
+        memory: bytes that their keys and values may take; None takes what the actor's device has free.
         max_new_tokens: longest answer.
         folder: what relative names of pictures start from; every machine has to see it.
+
+    Raises:
+        ValueError: the configuration has a value that is not allowed, or that an engine cannot have.
     """
 
     model: str
@@ -46,9 +51,13 @@ class Recipe:
     adapter: str | Path | None = None
     device: str = "auto"
     config: TrimConfig | Mapping[str, Any] | None = None
-    batch_size: int | None = None
+    max_running: int = MAX_RUNNING
+    memory: int | None = None
     max_new_tokens: int = 128
     folder: str | Path = "."
+
+    def __post_init__(self) -> None:
+        running_config(self.config)  # said here, and not by every actor once it has loaded the model
 
     def load(self) -> tuple[Any, Any]:
         """The model, on its device, and its processor."""
@@ -65,7 +74,8 @@ class Recipe:
             model,
             processor,
             self.config,
-            batch_size=self.batch_size,
+            max_running=self.max_running,
+            memory=self.memory,
             max_new_tokens=self.max_new_tokens,
             folder=self.folder,
         )
@@ -114,7 +124,8 @@ def answer(
         num_cpus: CPUs that an actor takes.
         num_gpus: GPUs that an actor takes; 1 where the cluster has any, unless the device is the CPU.
         rows: rows that an actor gets at a time.
-        settings: `Recipe`'s: `weights`, `adapter`, `device`, `config`, `batch_size`, `max_new_tokens`, `folder`.
+        settings: `Recipe`'s: `weights`, `adapter`, `device`, `config`, `max_running`, `memory`, `max_new_tokens`,
+            `folder`.
 
     Returns:
         The dataset with the columns `RESULT`. What an actor that dies has in hand goes to another.

@@ -1,4 +1,4 @@
-"""Pictures that are asked about again: encoded once, remembered as long as there is room."""
+"""Pictures that are asked about again: encoded once, remembered as long as there is room, in a folder for later runs too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +32,13 @@ class RecentPictures:
         processor: its `MllamaProcessor`.
         rule: as for `encode_pictures`; None is whole, with the same answers as the pictures themselves.
         most_bytes: of encoded pictures that are held at a time, in main memory; the least recently asked for go first.
+        folder: where whole pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
+            another model, or of one whose tower was trained since, are written anew. Nothing is ever removed: delete the folder,
+            or files of it, whenever you like. None keeps nothing on disk.
 
     Raises:
-        ValueError: `most_bytes` is negative.
+        ValueError: `most_bytes` is negative, or a folder is given with a rule.
+        OSError: the folder cannot be made.
 
     Example:
         >>> from trim_plugin.embedded import examples, load_small_model
@@ -50,15 +55,21 @@ class RecentPictures:
         processor: Any,
         rule: ProcessorLike | None = None,
         most_bytes: int = DEFAULT_BYTES,
+        folder: Path | str | None = None,
     ) -> None:
         if most_bytes < 0:
             raise ValueError(f"most_bytes must be 0 or more, got {most_bytes}.")
+        if folder is not None and rule is not None:
+            raise ValueError("folder and rule are both given, but files there hold whole pictures. Choose one.")
         self._model, self._processor, self._rule = model, processor, rule
         self._most_bytes = most_bytes
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._held: OrderedDict[tuple[Any, ...], Pictures] = OrderedDict()
         #: How often a picture went through the tower.
         self.encoded = 0
-        #: How often one that was held was asked for again.
+        #: How often one that was held, or lay in the folder, was asked for.
         self.reused = 0
 
     def __call__(self, pictures: Sequence[Image.Image], tower_share: float | None = None) -> Pictures:
@@ -70,6 +81,7 @@ class RecentPictures:
 
         Raises:
             ValueError: no picture is given, or as for `encode_pictures`.
+            OSError: a file of the folder cannot be written.
         """
         if not pictures:
             raise ValueError("No picture was given to RecentPictures. Ask about text alone without it.")
@@ -86,14 +98,33 @@ class RecentPictures:
 
     def _one(self, picture: Image.Image, tower_share: float | None) -> Pictures:
         key = (picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
-        if key not in self._held:
+        held = self._held.get(key)
+        file = None if held is not None or self._folder is None else self._folder / self._name(picture, tower_share)
+        found = held if file is None else self._stored(file)
+        if found is None:
             made = encode_pictures(self._model, self._processor, [picture], self._rule, tower_share=tower_share)
-            self._held[key] = made.to("cpu")
+            found = made.to("cpu")
             self.encoded += 1
+            if file is not None:
+                found.save(file)
         else:
             self.reused += 1
+        self._held[key] = found
         self._held.move_to_end(key)
-        found = self._held[key]
         while self.nbytes > self._most_bytes:
             self._held.popitem(last=False)
+        return found
+
+    def _name(self, picture: Image.Image, tower_share: float | None) -> str:
+        """Of the picture's file: what it shows, and what else its encoding depends on."""
+        own = () if tower_share is None else (tower_share,)
+        kind = repr((picture.size, str(self._model.dtype), *own))
+        return hashlib.blake2b(kind.encode() + picture.tobytes(), digest_size=20).hexdigest() + ".safetensors"
+
+    def _stored(self, file: Path) -> Pictures | None:
+        try:
+            found = Pictures.load(file)
+            found.check_fits(self._model)
+        except (FileNotFoundError, ValueError):
+            return None  # not there yet, cut off, or another model's
         return found
