@@ -1,1 +1,1 @@
-"""Many rows of pictures and questions: answered in batches, kept in a file that a stopped run goes on with."""
+"""Many rows of pictures and questions: answered many at once, by an engine."""
