@@ -132,7 +132,7 @@ def test_what_another_rule_keeps_is_told_apart(dtype):
     inputs = random_inputs(model, [Sample((1, (6,), 6))])
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     for other in (0.1, 0.3):
-        with pytest.raises(AssertionError, match="missing|too many"):
+        with pytest.raises(AssertionError, match=r"missing|too many"):
             check_kept(cache_of(trimmed(model, inputs, {"top_k_ratio": other}, 1)).kept_indices, model, inputs, 0.2)
     kept = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.2}, 1)).kept_indices[0].tolist()
     best = first_cross_attention_map(model, inputs)[0, 0, 1:].float().mean(dim=0).argmax().item()
