@@ -100,7 +100,7 @@ def test_wrong_pictures_of_generate_are_one_line(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     cases = [
         (("--pictures", tmp_path / "none"), "no such file of encoded pictures"),
-        (("--pictures", tmp_path), "no such file of encoded pictures"),
+        (("--pictures", tmp_path), "it is a folder, not a file"),
         (("--pictures", tmp_path / "a.png"), "cut off or damaged"),
         (("--pictures", tmp_path / "cut"), "cut off or damaged"),
         (("--pictures", other), "encoded by another model"),
