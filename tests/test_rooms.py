@@ -22,6 +22,7 @@ ORDER = (
     "batching",
     "engine",
     "asking",
+    "variants",
     "embedded",
     "pictures",
     "planning",
@@ -35,6 +36,7 @@ ORDER = (
     "deferred",
     "contract",
     "compat",
+    "arithmetic",
 )
 #: Modules without a test file of their own, and where they are tested instead: what they do shows in whole generations.
 TESTED_IN = {

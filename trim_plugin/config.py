@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trim_plugin.arithmetic import checked_share, share
 from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.selection.processors import (
-    ProcessorLike,
-    TopKPerHead,
-    VisualTokenProcessorList,
-    checked_share,
-    processor_name,
-    share,
-)
-from trim_plugin.selection.written import read_rule, written
+
+if TYPE_CHECKING:
+    from trim_plugin.selection.processors import ProcessorLike, VisualTokenProcessorList
 
 #: The smallest that lost no accuracy on the small model, second questions, bfloat16, a quantized cache and an adapter included
 #: (benchmarks/quality): at 0.1 one second question in 45 is answered otherwise than by stock.
@@ -123,6 +118,9 @@ class TrimConfig:
     @property
     def processor_list(self) -> VisualTokenProcessorList:
         """The processors that decide what is kept; empty where nothing is chosen."""
+        # Loaded here, since it needs torch: settings are checked before that is loaded.
+        from trim_plugin.selection.processors import TopKPerHead, VisualTokenProcessorList
+
         if self.processors is not None:
             return VisualTokenProcessorList(self.processors)
         if self.keeps_reachable or self.top_k_ratio is None:
@@ -170,6 +168,7 @@ class TrimConfig:
             ValueError: one of the rules is the user's own and cannot be saved; the message says why.
 
         Example:
+            >>> from trim_plugin import TopKPerHead
             >>> TrimConfig(top_k_ratio=0.5, merge=False).to_dict()
             {'top_k_ratio': 0.5, 'merge': False}
             >>> TrimConfig.of(TrimConfig(processors=[TopKPerHead(0.5)]).to_dict()).processors
@@ -191,16 +190,20 @@ class TrimConfig:
 
 
 def as_json(
-    settings: TrimConfig | Mapping[str, Any], write: Callable[[ProcessorLike], Any] = written
+    settings: TrimConfig | Mapping[str, Any], write: Callable[[ProcessorLike], Any] | None = None
 ) -> dict[str, Any]:
-    """Settings of either kind as JSON has them; `write` is how rules are written.
+    """Settings of either kind as JSON has them; `write` is how rules are written, `rules.written.written` by default.
 
     Example:
+        >>> from trim_plugin import TopKPerHead
         >>> as_json({"processors": [TopKPerHead(0.5)]})
         {'processors': [{'rule': 'TopKPerHead', 'ratio': 0.5}]}
     """
     saved = settings._said() if isinstance(settings, TrimConfig) else dict(settings)
     if isinstance(saved.get("processors"), list | tuple):
+        from trim_plugin.selection.written import written
+
+        write = write or written
         saved["processors"] = [write(rule) if callable(rule) else rule for rule in saved["processors"]]
     return saved
 
@@ -230,6 +233,8 @@ def _check_static(config: TrimConfig) -> None:
 
 def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
     if callable(processors) and not isinstance(processors, list | tuple):
+        from trim_plugin.selection.processors import processor_name
+
         raise ValueError(
             f"processors must be a list of visual token processors, got the single {processor_name(processors)}."
         )
@@ -243,6 +248,9 @@ def _checked_processors(processors: Any) -> tuple[ProcessorLike, ...]:
 
 
 def _each_processor(processors: Any) -> Iterator[ProcessorLike]:
+    from trim_plugin.selection.processors import VisualTokenProcessorList
+    from trim_plugin.selection.written import read_rule
+
     for processor in processors:
         if type(processor) is VisualTokenProcessorList:  # a chain in a chain
             yield from _each_processor(processor)

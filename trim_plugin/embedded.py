@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
-from trim_plugin.pictures.prompting import build_inputs, open_picture
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small_model"
@@ -28,17 +27,18 @@ class Example:
     answer: str
 
 
-def load_small_model(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
-    """The small trained model, in eval mode, and its processor.
+def load_small_model(dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """The small trained model, in eval mode, and its processor; in float32 unless a dtype is given.
 
     Example:
         >>> model, processor = load_small_model()
         >>> type(model).__name__, type(processor).__name__
         ('MllamaForConditionalGeneration', 'MllamaProcessor')
     """
+    import torch
     from transformers import AutoProcessor, MllamaForConditionalGeneration
 
-    model = MllamaForConditionalGeneration.from_pretrained(SMALL_MODEL, dtype=dtype).to(device).eval()
+    model = MllamaForConditionalGeneration.from_pretrained(SMALL_MODEL, dtype=dtype or torch.float32).to(device).eval()
     return model, AutoProcessor.from_pretrained(SMALL_MODEL)
 
 
@@ -68,6 +68,10 @@ def ask(
         >>> sorted(inputs)[-3:]
         ['cross_attention_mask', 'input_ids', 'pixel_values']
     """
+    from PIL import Image
+
+    from trim_plugin.pictures.prompting import build_inputs, open_picture
+
     example = examples()[0]
     if not isinstance(picture, Image.Image):
         picture = open_picture(Path(example.picture if picture is None else picture))

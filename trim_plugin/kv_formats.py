@@ -1,21 +1,44 @@
 """Formats of quantized cross-attention keys and values: `KV_FORMATS` is the one place that names them.
 
 Configuration, layers, planner and command line read the table. A format says how many bits a value takes, and how rows of values
-become codes and scales and come back; bitsandbytes, whose blockwise functions do it, is loaded when they are called.
+become codes and scales and come back; torch and bitsandbytes, whose blockwise functions do it, are loaded when they are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import logging
 import math
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 #: Values that share a scale. 64 costs 1/16 of an 8-bit tensor for the scales (float32) and fits all formats' kernels.
 BLOCK = 64
 SCALE_BYTES = 4
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raise `ImportError` saying what to install, unless bitsandbytes can be imported. Does not import it.
+
+    Where some CPU kernels cannot be fetched, bitsandbytes warns of it as soon as it is imported and uses its own: not shown.
+
+    Example:
+        >>> require_bitsandbytes("kv_quantization='int8'")
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"{what} needs bitsandbytes, which is not installed. Install it: pip install bitsandbytes accelerate"
+        )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()
 
 
 class KVFormat(ABC):
@@ -124,6 +147,8 @@ class FourBits(KVFormat):
 
 
 def _shape(quantized: Quantized) -> torch.Size:
+    import torch
+
     batch, tokens, blocks = quantized.scales.shape
     return torch.Size((batch, tokens, blocks * BLOCK))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trim_plugin.forward.tower_merging import layers_before
-from trim_plugin.selection.thinning import tokens_left
+from trim_plugin.arithmetic import layers_before, tile_tokens, tokens_left
 
 
 def tower_operations(vision: Any, tiles: int | None = None, share: float | None = None) -> int:
@@ -19,13 +18,13 @@ def tower_operations(vision: Any, tiles: int | None = None, share: float | None 
             untouched tower. Choosing and merging are not in it.
 
     Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> vision = built_in_config("11b").vision_config
         >>> untouched = tower_operations(vision)
         >>> [round(untouched / tower_operations(vision, tiles, 0.5), 2) for tiles in (1, 4)]
         [3.2, 1.97]
     """
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    patches = tile_tokens(vision)
     most = vision.max_num_tiles
     all_tokens = most * -(-patches // 8) * 8  # transformers pads tiles to a multiple of 8
     width, local, around = vision.hidden_size, vision.num_hidden_layers, vision.num_global_layers

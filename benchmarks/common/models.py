@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.common.seeds import SEED
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.planning.model_sizes import built_in_config, tile_tokens
+from trim_plugin.planning.configuration import built_in_config
 
 SHAPES = ("small", "11b-layers", "11b-tower", "11b-eighth", "11b")
 #: What a model of that shape computes in.
@@ -25,6 +27,19 @@ DTYPE = {
 }
 
 
+def transformers_config(shape: str) -> MllamaConfig:
+    """transformers' configuration of Llama-3.2-Vision, "11b" or "90b".
+
+    Example:
+        >>> transformers_config("11b").text_config.num_attention_heads
+        32
+    """
+    numbers = dataclasses.asdict(built_in_config(shape))
+    return MllamaConfig(
+        vision_config=numbers["vision_config"], text_config=numbers["text_config"] | {"pad_token_id": 128004}
+    )
+
+
 def shape_config(shape: str) -> MllamaConfig:
     """The configuration of a random model: "11b-layers", "11b-tower", "11b-eighth" or "11b".
 
@@ -34,7 +49,7 @@ def shape_config(shape: str) -> MllamaConfig:
     the real widths of both, an eighth of the layers of each kind (4 self-attention, 1 cross-attention; 4 local, 1 global in the
     tower, of which one intermediate layer is handed on instead of five), and an eighth of the vocabulary.
     """
-    config = built_in_config("11b")
+    config = transformers_config("11b")
     if shape == "11b-eighth":
         text = config.text_config.to_dict() | {
             "num_hidden_layers": 5,
@@ -117,7 +132,7 @@ class FeatureTable(nn.Module):
     def __init__(self, config: MllamaConfig, dtype: torch.dtype) -> None:
         super().__init__()
         vision = config.vision_config
-        self.num_patches, self.max_num_tiles = tile_tokens(config), vision.max_num_tiles
+        self.num_patches, self.max_num_tiles = tile_tokens(vision), vision.max_num_tiles
         generator = torch.Generator().manual_seed(SEED)
         features = torch.randn(self.max_num_tiles, self.num_patches, vision.vision_output_dim, generator=generator)
         self.register_buffer("features", features.to(dtype), persistent=False)

@@ -28,6 +28,7 @@ from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from benchmarks.gpu.parts import Stopwatch, median_seconds, parts_timed
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.forward.encoded import EncodedSample
 from trim_plugin.forward.tower import visual_states
 from trim_plugin.selection.merging import merge_dropped
@@ -82,7 +83,7 @@ def prefill(bench: Bench) -> list[dict[str, Any]]:
 def choosing(bench: Bench) -> list[dict[str, Any]]:
     """Seconds of k-center and of merging alone, for a page and for 32 video frames."""
     text, vision = bench.model.config.text_config, bench.model.config.vision_config
-    tile = (vision.image_size // vision.patch_size) ** 2 + 1
+    tile = tile_tokens(vision)
     rows = []
     for name, tokens in (("page", 4 * tile), ("video", 32 * tile)):
         states = torch.randn(1, tokens, text.hidden_size, device=bench.device, dtype=bench.model.dtype)

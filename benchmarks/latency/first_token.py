@@ -31,7 +31,8 @@ from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import SEED, seed_everything
 from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures
-from trim_plugin.planning.model_sizes import built_in_config
+from trim_plugin.arithmetic import picture_tokens
+from trim_plugin.planning.configuration import built_in_config
 
 SHAPES = ("small", "11b-eighth")
 SHARE = 0.25
@@ -129,7 +130,7 @@ def arithmetic(config: Any, text_rows: int) -> dict[str, Any]:
         True
     """
     vision, text = config.vision_config, config.text_config
-    tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    tokens = picture_tokens(vision)
     tower = tower_operations(vision)
     projector = 2 * tokens * vision.vision_output_dim * text.hidden_size
     wide, grouped = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads

@@ -26,14 +26,13 @@ from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.common.device import synchronize
 from benchmarks.common.given_share import EvenlySpaced
 from benchmarks.common.intervals import median_interval, spread
-from benchmarks.common.models import DTYPE, load_shape
+from benchmarks.common.models import DTYPE, load_shape, transformers_config
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from benchmarks.latency.compiled import StepClock, bucket_of, settings_of
 from benchmarks.latency.layers import layers_timed
 from trim_plugin import KCenter, TrimmedCache
-from trim_plugin.planning.model_sizes import built_in_config
 from trim_plugin.selection.merging import merge_dropped
 from trim_plugin.selection.visibility import pack
 
@@ -149,7 +148,7 @@ def prefill_seconds(text_layers: Any, device: str, repeats: int) -> dict[str, fl
     for _ in range(repeats):
         with layers_timed(text_layers, device, layers):
             Decoding(text_layers, inputs, stock_cache(text_layers)).prefill()
-    config = built_in_config("11b").vision_config
+    config = transformers_config("11b").vision_config
     config._attn_implementation = "sdpa"
     layer = MllamaVisionEncoderLayer(config).to(device, torch.bfloat16).eval()
     # Every tile is padded from 1,601 to 1,608 patches.

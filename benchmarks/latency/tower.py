@@ -29,7 +29,7 @@ from benchmarks.common.models import shape_config
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.seeds import seed_everything
 from trim_plugin.forward.tower_merging import merging_in_tower
-from trim_plugin.planning.model_sizes import built_in_config
+from trim_plugin.planning.configuration import built_in_config
 
 #: Way → `TrimConfig.tower_share`.
 WAYS: dict[str, float | None] = {

@@ -13,34 +13,35 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.models import transformers_config
 from benchmarks.common.results import write_result
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.planning import planner
+from trim_plugin.planning.configuration import built_in_config
 from trim_plugin.planning.fitting import largest_fit
 from trim_plugin.planning.job import Job
-from trim_plugin.planning.model_sizes import built_in_config
 
 MEMORY = 24 * 2**30
 WEIGHTS = ("bf16", "int8", "nf4")
 BATCH = 16
 RANK = 16
 WAYS = (
-    planner.Way("stock"),
-    planner.Way("exact", 1.0, 1.0),
-    planner.Way("default", planner.expected_kept_share(DEFAULT_TOP_K_RATIO), DEFAULT_TOP_K_RATIO),
-    planner.Way("KCenter(0.1), nf4 KV", 0.1, kv_quantization="nf4"),
+    planner.PlannedVariant("stock"),
+    planner.PlannedVariant("exact", 1.0, 1.0),
+    planner.PlannedVariant("default", planner.expected_kept_share(DEFAULT_TOP_K_RATIO), DEFAULT_TOP_K_RATIO),
+    planner.PlannedVariant("KCenter(0.1), nf4 KV", 0.1, kv_quantization="nf4"),
 )
 
 
-def adapter_bytes(config: Any, rank: int = RANK) -> int:
-    """Bytes of a LoRA adapter on the text model's attention, as peft makes it; no weights are allocated."""
+def adapter_bytes(rank: int = RANK) -> int:
+    """Bytes of a LoRA adapter on the 11B text model's attention, as peft makes it; no weights are allocated."""
     from peft import get_peft_model
     from transformers import MllamaForConditionalGeneration
 
     from trim_plugin.integrations.peft import lora_config
 
     with torch.device("meta"):
-        model = MllamaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = MllamaForConditionalGeneration._from_config(transformers_config("11b"), dtype=torch.bfloat16)
         adapted = get_peft_model(model, lora_config("text_attention", rank))
     return sum(tensor.nbytes for name, tensor in adapted.named_parameters() if "lora_" in name)
 
@@ -71,7 +72,7 @@ def rows(config: Any, adapter: int, adapted: bool) -> list[dict[str, Any]]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Calculate, write and return the result; without peft there are no rows with an adapter."""
     config = built_in_config("11b")
-    adapter = adapter_bytes(config) if importlib.util.find_spec("peft") is not None else None
+    adapter = adapter_bytes() if importlib.util.find_spec("peft") is not None else None
     result = {
         "quick": False,
         "memory": MEMORY,

@@ -27,6 +27,7 @@ from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
 from benchmarks.memory import combined, pieces
 from trim_plugin import TrimConfig
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import model_sizes, planner
@@ -249,12 +250,15 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
         new_tokens=NEW_TOKENS,
         tower=tower,
     )
-    readable = scenario.readable * scenario.tiles * model_sizes.tile_tokens(config)
+    readable = scenario.readable * scenario.tiles * tile_tokens(config.vision_config)
     kept = max(row["kept_tokens"]) if row["kept_tokens"] else readable
     format = next((name for name in KV_FORMATS if f"{name} KV" in row["cache"]), None)
     share = None if row["cache"].startswith("stock") else min(1.0, kept / readable)
-    way = planner.plan(
-        config, job, planner.Way(row["cache"], share, kv_quantization=format), weights=PLANNED_WEIGHTS[row["weights"]]
+    plan = planner.plan(
+        config,
+        job,
+        planner.PlannedVariant(row["cache"], share, kv_quantization=format),
+        weights=PLANNED_WEIGHTS[row["weights"]],
     )
     left_out = () if tower else ("vision tower",)
 
@@ -263,12 +267,12 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
 
     return row | {
         "planned": {
-            "weights": total(way.weights),
-            "weights_error": total(way.weights) / total(row["weights_by_part"]) - 1,
-            "cross_kv": way.cross_kv,
-            "cross_kv_error": way.cross_kv - row["cross_kv"],
-            "self_kv": way.self_kv,
-            "generation": way.peak - way.weights_total,
+            "weights": total(plan.weights),
+            "weights_error": total(plan.weights) / total(row["weights_by_part"]) - 1,
+            "cross_kv": plan.cross_kv,
+            "cross_kv_error": plan.cross_kv - row["cross_kv"],
+            "self_kv": plan.self_kv,
+            "generation": plan.peak - plan.weights_total,
             "generation_measured": row["peak"] - row["before"],
         }
     }

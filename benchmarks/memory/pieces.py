@@ -25,9 +25,9 @@ from benchmarks.common.models import DTYPE, load_shape
 from benchmarks.common.results import environment, read_result, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
+from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.planning import planner
 from trim_plugin.planning.job import Job
-from trim_plugin.planning.model_sizes import image_tokens
 
 NEW_TOKENS = 4
 KEPT = 0.1
@@ -132,10 +132,10 @@ def with_plan(row: dict[str, Any], model: Any) -> dict[str, Any]:
     """Add what the planner says about the same case."""
     config = model.config
     job = Job(batch=row["batch"], prompt_tokens=row["prompt_tokens"], new_tokens=NEW_TOKENS)
-    share = None if row["kept_tokens"] is None else row["kept_tokens"] / image_tokens(config)
+    share = None if row["kept_tokens"] is None else row["kept_tokens"] / picture_tokens(config.vision_config)
     pictures = (WAYS[row["way"]] or {}).get("prefill_pictures")
-    way = planner.Way(row["way"], share, prefill_pictures=pictures)
-    planned = planner.plan(config, job, way, weights="fp32" if model.dtype == torch.float32 else "bf16")
+    variant = planner.PlannedVariant(row["way"], share, prefill_pictures=pictures)
+    planned = planner.plan(config, job, variant, weights="fp32" if model.dtype == torch.float32 else "bf16")
     return row | {"planned": planned.peak - planned.weights_total}
 
 

@@ -25,7 +25,7 @@ from benchmarks.small_model.batches import image_inputs
 from benchmarks.small_model.tasks import DIGITS, Task, folder_of, task_of
 from trim_plugin import KCenter
 from trim_plugin.embedded import SMALL_MODEL
-from trim_plugin.planning.model_sizes import built_in_config
+from trim_plugin.planning.configuration import built_in_config
 
 #: Beyond the scenes of the tables of rules, which are the first of theirs; nothing was tried on these.
 SEED = 900_000_000

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import MllamaForConditionalGeneration
 
+from trim_plugin.arithmetic import tile_tokens
+
 
 def finer_positions(positions: torch.Tensor, patches: int) -> torch.Tensor:
     """Position embeddings (..., 1 + n², width), the class token's first, for ``patches`` = 1 + m² tokens, bilinearly."""
@@ -30,7 +32,7 @@ def fewer_heads(weight: torch.Tensor, rows: int) -> torch.Tensor:
 def warm_start(model: MllamaForConditionalGeneration, coarse: MllamaForConditionalGeneration) -> None:
     """Fill ``model`` with the weights of ``coarse``, which has fewer patches a tile and more key-value heads."""
     vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    patches = tile_tokens(vision)
     given = coarse.state_dict()
     for name, weight in model.state_dict().items():
         old = given[name]

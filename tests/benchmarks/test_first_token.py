@@ -8,7 +8,7 @@ from benchmarks import report
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.latency import first_token
-from trim_plugin.planning.model_sizes import built_in_config
+from trim_plugin.planning.configuration import built_in_config
 
 
 def test_the_arithmetic_is_what_torch_counts(small):

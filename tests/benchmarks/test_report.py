@@ -146,7 +146,7 @@ def test_a_sheet_has_a_line_a_measurement(tmp_path):
 
 def test_what_fits_grows_with_what_is_left_out(results):
     """The figures are the planner's of today, and an adapter takes what peft says it takes."""
-    from trim_plugin.planning.model_sizes import built_in_config
+    from trim_plugin.planning.configuration import built_in_config
 
     kept = results["combined"]
     config = built_in_config("11b")
@@ -157,4 +157,4 @@ def test_what_fits_grows_with_what_is_left_out(results):
         assert batches == sorted(set(batches))
     pytest.importorskip("peft")
     # q, k, v and o of 40 layers, 8 key-value heads of 128: rank x (inputs + outputs), in float32.
-    assert combined.adapter_bytes(config) == 40 * 16 * 4 * (2 * (4096 + 4096) + 2 * (4096 + 1024)) == kept["adapter"]
+    assert combined.adapter_bytes() == 40 * 16 * 4 * (2 * (4096 + 4096) + 2 * (4096 + 1024)) == kept["adapter"]

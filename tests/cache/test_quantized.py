@@ -11,10 +11,11 @@ import torch
 from transformers import cache_utils
 
 from trim_plugin import TrimConfig, TrimmedCache
-from trim_plugin.cache.blocks import Blocks, require_bitsandbytes
+from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.stores import Plain
 from trim_plugin.compat import CACHE, cache_of
+from trim_plugin.kv_formats import require_bitsandbytes
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
@@ -275,11 +276,13 @@ def test_without_bitsandbytes_making_the_cache_says_what_to_install(model, monke
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
     )
-    with pytest.raises(ImportError, match=r"kv_quantization='int8' needs bitsandbytes.*trim-plugin\[quantization\]"):
+    with pytest.raises(
+        ImportError, match=r"kv_quantization='int8' needs bitsandbytes.*pip install bitsandbytes accelerate"
+    ):
         TrimmedCache(model, {"kv_quantization": "int8"})
     runs = []
     model.model.vision_model.register_forward_pre_hook(lambda *_: runs.append(1))
-    with pytest.raises(ImportError, match="trim-plugin"):
+    with pytest.raises(ImportError, match="pip install bitsandbytes accelerate"):
         trimmed(model, random_inputs(model, PAIR), {"kv_quantization": "nf4"})
     assert runs == []  # before any work
     TrimmedCache(model, {})

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -6,67 +7,107 @@ import pytest
 from PIL import Image
 
 from trim_plugin.cli import main
-from trim_plugin.embedded import examples
+from trim_plugin.compat import cache_of
+from trim_plugin.embedded import ask, examples, load_small_model
+
+QUESTIONS = [example.question for example in examples()]
 
 
-def test_demo_needs_no_argument(tmp_path):
+def rows_of(shown: str) -> list[list[str]]:
+    """The cells of a table's rows: columns are two spaces apart, a cell of several lines stays in its column."""
+    lines = shown.splitlines()
+    rule = next(number for number, line in enumerate(lines) if line.startswith("───"))
+    starts = [match.start() for match in re.finditer(r"(?:(?<=\s\s)|^)\S", lines[rule - 1])]
+    return [
+        [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        for line in [lines[rule - 1], *lines[rule + 1 :]]
+    ]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
     """As a user runs it: a process of its own, in some folder."""
-    result = subprocess.run(
-        [sys.executable, "-m", "trim_plugin.cli", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    folder = tmp_path_factory.mktemp("demo")
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "trim_plugin.cli", "demo"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for example in examples():
-        assert example.picture.name in result.stdout
-    for way in ("stock", "exact", "ratio 0.15", "ratio 0.1"):
-        assert result.stdout.count(way) >= len(examples())
-    with Image.open(tmp_path / "trim-demo.png") as picture:
+    return result, folder
+
+
+def test_demo_needs_no_argument(demo):
+    result, folder = demo
+    with Image.open(folder / "trim-demo.png") as picture:
         assert picture.size[0] > 500
-    assert "Warning" not in result.stderr
-    first = examples()[0].picture.name
-    said = re.search(
-        rf"A second question about {first}: (\d+) ms .* tower, (\d+) ms without it", unwrapped(result.stdout)
-    )
-    assert said is not None
-    assert int(said[1]) > 0 < int(said[2])
+    assert result.stderr.splitlines() == ["trim-plugin demo: loading small ..."]
 
 
-def test_demo_with_a_picture_of_ones_own(tmp_path, capsys):
+def test_the_demo_is_one_table_and_three_sentences(demo):
+    shown = demo[0].stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert sum(line.startswith("───") for line in shown.splitlines()) == 1
+    head, *rows = rows_of(shown)
+    assert head == ["question", "true", "stock", "exact", "ratio 0.15", "ratio 0.1"]
+    assert unwrapped(" ".join(row[0] for row in rows)).startswith(" ".join(QUESTIONS))
+    sentences = unwrapped(shown.split("of stock's ", 1)[1]).split(" Of stock's 6 answers,")
+    said = "Of stock's 6 answers," + sentences[1]
+    assert len(re.findall(r"\.(?= [A-Z]|$)", said)) == 3, said
+
+
+def test_the_demo_sums_up_what_it_shows(demo):
+    """Against generations of one's own: answers, tokens and bytes."""
+    shown = demo[0].stdout
+    model, processor = load_small_model()
+    same, held, stock = {"ratio 0.15": 0}, {"ratio 0.15": 0}, 0
+    for example in examples():
+        inputs = ask(processor, example.question, example.picture)
+        texts = {}
+        for name, settings in (("stock", {}), ("ratio 0.15", {"cache_implementation": "trimmed"})):
+            output = model.generate(
+                **inputs, max_new_tokens=128, do_sample=False, return_dict_in_generate=True, **settings
+            )
+            texts[name] = processor.decode(
+                output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+        same["ratio 0.15"] += texts["stock"] == texts["ratio 0.15"]
+        report = cache_of(output).report()
+        held["ratio 0.15"] += report.cross_kv_bytes
+        stock += report.stock_cross_kv_bytes
+    said = unwrapped(shown)
+    share = round(100 * held["ratio 0.15"] / stock)
+    assert f"ratio 0.15 gives {same['ratio 0.15']} with {share} %" in said
+    assert "exact gives 6 with " in said
+    assert re.search(r"takes \d+ ms instead of \d+ ms to its first token if the picture was encoded once", said)
+
+
+def test_demo_with_pictures_of_ones_own(tmp_path, capsys):
     picture, out = tmp_path / "mine.png", tmp_path / "kept.png"
     Image.new("RGB", (90, 33), "navy").save(picture)
-    arguments = [
-        "demo",
-        "--image",
-        str(picture),
-        "--prompt",
-        "Which digit is red?",
-        "--top-k-ratio",
-        "0.3",
-        "--out",
-        str(out),
-    ]
-    assert main(arguments) == 0
+    words = ["demo", "--prompt", "Which digit is red?", "--top-k-ratio", "0.3", "--out", str(out)]
+    assert main([*words, "--image", str(picture)]) == 0
     shown = capsys.readouterr().out
-    assert "mine.png" in shown
     assert "ratio 0.3" in shown
     assert "ratio 0.15" not in shown
     assert out.exists()
+    (one,) = re.findall(r"visual tokens held, mean +(\d+)", shown)
+    assert main([*words, "--image", str(picture), str(examples()[0].picture), "--max-new-tokens", "2"]) == 0
+    (both,) = re.findall(r"visual tokens held, mean +(\d+)", capsys.readouterr().out)
+    assert int(both) == 2 * int(one)  # both are read by one question
 
 
 def unwrapped(text: str) -> str:
     return " ".join(text.split())
 
 
-def answers_of(table: str) -> dict[str, str]:
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
-    return {row[0]: row[1] for row in rows if row[0]}
-
-
 def test_exact_answers_are_stocks(tmp_path, capsys):
     picture = str(examples()[0].picture)
     assert main(["demo", "--image", picture, "--out", str(tmp_path / "x.png"), "--top-k-ratio", "1.0"]) == 0
-    answers = answers_of(capsys.readouterr().out)
-    assert answers["stock"]
-    assert answers["exact"] == answers["stock"]
+    shown = capsys.readouterr().out
+    head, first, *_ = rows_of(shown)
+    assert head == ["question", "stock", "exact"]
+    assert first[1]
+    assert first[2] == "same"
+    assert "these variants choose nothing" in unwrapped(shown)
 
 
 @pytest.fixture
@@ -99,12 +140,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, llama_folder,
         (["--top-k-ratio", "0.2", "--top-k-ratio", ".2"], "--top-k-ratio: the same value is given twice"),
         (["--radius", "2"], "--radius must be a number in (0, 1], got 2"),
         (["--weights", "float32"], "invalid choice: 'float32'"),
-        (["--bach", "3"], "unrecognized arguments: --bach 3"),
+        (["--bach", "3"], "unrecognized arguments: --bach"),
     ]
     for arguments, message in cases:
         assert main(["demo", *arguments]) == 2, arguments
         error = capsys.readouterr().err
         assert message in error, arguments
-        lines = [line for line in error.strip().splitlines() if "it/s" not in line]
+        lines = [line for line in error.strip().splitlines() if "it/s" not in line and not line.endswith("small ...")]
         assert len(lines) == 1, error
         assert "Traceback" not in error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +99,146 @@ def test_the_device_of_a_process(monkeypatch, device, there, processes, expected
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert loading.device_of(device, {"LOCAL_RANK": "3", "WORLD_SIZE": str(processes)}) == expected
+
+
+GATED = "403 Client Error: you are not in the authorized list"
+
+
+@pytest.mark.parametrize("where", ["the model", "its configuration"])
+def test_a_gated_model_says_where_to_ask(monkeypatch, where):
+    """The hub describes gated models to everybody, and refuses their files."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    refused = GatedRepoError(GATED, response=response(403))
+    Hub(monkeypatch, refused if where == "the model" else None)
+
+    def download(*_, **__):
+        raise refused
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError) as error:
+        loading.check_is_mllama("meta-llama/Gated")
+    assert "cannot load meta-llama/Gated: it is a gated model" in str(error.value)
+    assert "https://huggingface.co/meta-llama/Gated" in str(error.value)
+    assert "hf auth login" in str(error.value)
+
+
+def test_a_gated_model_whose_configuration_is_cached_says_so_too(monkeypatch, tmp_path):
+    """Where transformers meets the refusal, it raises an error of its own, whose first line is not enough."""
+    from huggingface_hub.errors import GatedRepoError
+
+    def refused(*_):
+        try:
+            raise GatedRepoError(GATED, response=response(403))
+        except GatedRepoError as error:
+            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it") from error
+
+    monkeypatch.setattr(loading, "_load_plain", refused)
+    given = argparse.Namespace(
+        model="org/gated", weights="fp32", device="cpu", adapter=None, max_memory=None, offload_folder=None
+    )
+    with pytest.raises(UserError, match=r"cannot load org/gated: it is a gated model.*hf auth login"):
+        loading.load_model(given)
+
+
+def test_a_hubs_configuration_is_downloaded_alone(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    hub = Hub(monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllama", "text_config": {"hidden_size": 64}}))
+    asked = []
+
+    def download(name, file, **_):
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert loading.model_numbers("org/name").text_config.hidden_size == 64
+    assert asked == [("org/name", "config.json")]
+    assert hub.asked == [("org/name", loading.HUB_SECONDS)]
+
+
+def test_a_hubs_model_without_a_configuration(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    Hub(monkeypatch)
+
+    def download(*_, **__):
+        raise RemoteEntryNotFoundError("404", response=response(404))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=r"cannot load org/name: there is no config\.json in it"):
+        loading.check_is_mllama("org/name")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-memory", "0"], "--max-memory must look like 0=20GiB"),
+        (["--max-memory", "0=20"], "--max-memory 0 needs a unit: 20GiB"),
+        (["--max-memory", "cpu=much"], "--max-memory cpu must look like 24GiB"),
+        (["--adapter", "nowhere"], "no adapter in nowhere"),
+        (["nowhere"], "cannot load nowhere"),
+    ],
+)
+def test_a_slip_costs_no_loading(options, message):
+    """In a process of its own, for what a user slips on most: neither torch nor transformers is loaded."""
+    told = without_loading("generate", "--prompt", "x", *options)
+    assert message in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "the following arguments are required: --prompt"),
+        (["generate", "--prompt", "x", "--image", "nope.png"], "no such picture: nope.png"),
+        (["generate", "--prompt", "x", "--pictures", "nope"], "no such file of encoded pictures: nope"),
+        (["generate", "/nowhere", "--prompt", "x"], "cannot load /nowhere"),
+        (["generate", "--prompt", "x", "--top-k-ratio", "2"], "--top-k-ratio must be a number"),
+        (["encode", "/nowhere", "--image", "x.png", "--out", "x"], "no such picture: x.png"),
+        (["demo", "/nowhere"], "cannot load /nowhere"),
+        (["demo", "--image", "nope.png"], "no such picture: nope.png"),
+        (["eval", "--data", "nope"], "--data: no such folder: nope"),
+        (["batch", "--questions", "nope.jsonl", "--out", "x.jsonl"], "no such file: nope.jsonl"),
+        (["serve", "/nowhere"], "cannot load /nowhere"),
+        (["serve", "--max-tokens", "0"], "--max-tokens must be at least 1"),
+    ],
+)
+def test_a_slip_of_every_command_costs_no_loading(words, message):
+    assert message in without_loading(*words)
+
+
+def without_loading(*words):
+    """What a call says that ends with 2, in a process of its own that loads neither torch nor transformers."""
+    program = (
+        "import sys; from trim_plugin.cli import main\n"
+        f"status = main({list(words)!r})\n"
+        "sys.exit(f'{status} ' + ' '.join(name for name in ('torch', 'transformers') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    *told, last = done.stderr.splitlines()
+    assert last == "2 ", done.stderr
+    assert "loading" not in done.stderr
+    return "\n".join(told)
+
+
+@pytest.mark.parametrize("words", [["generate", "--prompt", "x"], ["serve"], ["demo"]])
+def test_what_loads_says_so_first(words):
+    """Before torch is imported, which takes seconds: nothing of it is there when the line is."""
+    program = (
+        "import sys; from trim_plugin.cli import main\n"
+        "class Line:\n"
+        "    def write(self, text):\n"
+        "        sys.stdout.write(text)\n"
+        "        if 'loading small' in text:\n"
+        "            sys.stdout.flush()\n"
+        "            print('torch' in sys.modules, 'transformers' in sys.modules, flush=True)\n"
+        "            import os; os._exit(0)\n"
+        "    def flush(self): pass\n"
+        f"sys.stderr = Line(); main({words!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert f"trim-plugin {words[0]}: loading small" in done.stdout
+    assert done.stdout.rstrip().endswith("False False"), done.stdout

@@ -39,35 +39,66 @@ def test_an_option_means_the_same_everywhere(options):
     for option in shared:
         actions = {name: own[option] for name, own in options.items() if option in own}
         assert len({tuple(action.choices or ()) for action in actions.values()}) == 1, option
-        if option not in ("--model", "--top-k-ratio", "--kept-share", "--weights", "--prompt", "--image"):
+        if option not in ("--top-k-ratio", "--kept-share", "--weights", "--prompt"):
             assert len({repr(action.default) for action in actions.values()}) == 1, option
         among_models = [actions[name] for name in WITH_MODEL if name in actions]
-        if option not in ("--image", "--prompt"):  # demo has pictures of its own
+        if option != "--prompt":  # demo has questions of its own
             assert len({(repr(action.default), action.dest, action.metavar) for action in among_models}) <= 1, option
 
 
-def options_of(add):
-    parser = argparse.ArgumentParser(add_help=False)
-    add(parser)
+def options_of(parser):
     return {option for action in parser._actions for option in action.option_strings}
 
 
 def test_every_rule_is_an_option_of_every_command_that_generates(options):
-    shared = options_of(common.add_generation_options)
+    shared = options_of(common.generation_options())
     assert {"--top-k-ratio", "--kept-share", "--radius", "--no-merge", "--kv-quantization", "--tower-share"} <= shared
     assert {"--model", "--weights", "--adapter", "--device", "--max-new-tokens"} <= shared
     for name in WITH_MODEL:
         assert shared <= set(options[name]), name
     assert shared - {"--max-new-tokens"} <= set(options["serve"])
-    of_pictures = options_of(lambda parser: common.add_picture_options(parser, share_help=""))
-    assert {"--kept-share", "--radius"} <= of_pictures <= set(options["encode"])
+    of_models = options_of(common.model_options())
+    assert of_models | {"--kept-share", "--radius", "--tower-share", "--image"} <= set(options["encode"])
     assert {"--weights", "--kv-quantization", "--max-new-tokens", "--top-k-ratio"} <= set(options["plan"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_model_is_the_first_word_everywhere(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[MODEL]" in shown.partition("positional arguments")[0]
+    required = {
+        "eval": ["--data", "."],
+        "batch": ["--questions", "x", "--out", "y"],
+        "encode": ["--image", "x", "--out", "y"],
+    }
+    more = required.get(name, ["--prompt", "x"] if name == "generate" else [])
+    for words in (["a", *more, "--model", "b"], ["--model", "a", *more, "--model", "b"]):
+        assert cli.main([name, *words]) == 2
+        assert "the model is given twice: a and b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo", "generate", "encode"])
+def test_pictures_are_given_in_a_row_or_one_by_one(name, options):
+    parsed = {}
+    for words in (["--image", "a", "b"], ["--image", "a", "--image", "b"]):
+        parser = argparse.ArgumentParser()
+        parser._add_action(options[name]["--image"])
+        parsed[tuple(words)] = parser.parse_args(words).image
+    assert list(parsed.values()) == [["a", "b"], ["a", "b"]]
+
+
+def test_no_option_may_be_cut_short(capsys):
+    """`--pictures` of batch would be taken for --pictures-cache."""
+    assert cli.main(["batch", "--questions", "x", "--out", "y", "--pictures", "z"]) == 2
+    assert "unrecognized arguments: --pictures" in capsys.readouterr().err
 
 
 def test_every_default_is_in_the_help(options):
     for name, own in options.items():
         for option, action in own.items():
-            if option not in ("-h", "--help") and not action.required:
+            if option not in ("-h", "--help") and not action.required and action.help != argparse.SUPPRESS:
                 assert "default: " in action.help, (name, option)
                 if action.default not in (None, False, []):
                     assert "%(default)s" in action.help, (name, option)
@@ -161,7 +192,10 @@ def test_ctrl_c_while_answering(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130
-    assert error.splitlines() == ["trim-plugin eval: interrupted; the same command goes on where it stopped"]
+    assert error.splitlines() == [
+        "trim-plugin eval: loading small ...",
+        "trim-plugin eval: interrupted; the same command goes on where it stopped",
+    ]
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):

@@ -1,9 +1,12 @@
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks.common.models import transformers_config
 from trim_plugin.cli import main
-from trim_plugin.commands.plan import parse_bytes
 
 from ..random_models import random_config
 
@@ -15,13 +18,11 @@ def printed_json(capsys, *options):
 
 def test_the_command_prints_json(capsys, tmp_path):
     random_config().save_pretrained(tmp_path)
-    printed = printed_json(
-        capsys, "--model", str(tmp_path), "--memory", "20MiB", "--reserve", "0", "--kept-share", "0.5"
-    )
+    printed = printed_json(capsys, str(tmp_path), "--memory", "20MiB", "--reserve", "0", "--expect-kept", "0.5")
     assert [way["name"] for way in printed["ways"]] == ["stock", "exact", "trimmed"]
     assert printed["ways"][2]["kept_tokens"] == 10
     assert printed["ways"][0]["largest_batch"] > 0
-    assert all(way["fits"] and way["change"] is None for way in printed["ways"])
+    assert all(way["fits"] for way in printed["ways"])
     assert printed["ways"][0]["peak"] == max(printed["ways"][0][f"{phase}_peak"] for phase in ("prefill", "decode"))
 
 
@@ -34,12 +35,18 @@ def test_options_reach_the_plan(capsys):
         return printed_json(capsys, *options)["ways"][2][phase + "peak"]
 
     plain = peak("--batch", "64")
-    for options in (["--copies", "2"], ["--images", "2"], ["--max-new-tokens", "999"], ["--prompt-tokens", "999"]):
+    for options in (
+        ["--copies", "2"],
+        ["--expand-size", "2"],
+        ["--images", "2"],
+        ["--max-new-tokens", "999"],
+        ["--prompt-tokens", "999"],
+    ):
         assert peak("--batch", "64", *options) > plain
     for options in (
         ["--kv-quantization", "nf4"],
         ["--weights", "nf4"],
-        ["--kept-share", "0.1"],
+        ["--expect-kept", "0.1"],
         ["--top-k-ratio", "0.1"],
         ["--tiles", "1"],
         ["--images", "1", "--interleaved", "--tiles", "3"],
@@ -49,7 +56,7 @@ def test_options_reach_the_plan(capsys):
     whole, pieces = (peak("--prefill-pictures", n, "--batch", "8", phase="prefill_") for n in ("8", "1"))
     assert pieces < whole
     untouched, merged = (
-        peak("--batch", "8", "--tiles", "1", "--kept-share", "0.1", *share, phase="prefill_")
+        peak("--batch", "8", "--tiles", "1", "--expect-kept", "0.1", *share, phase="prefill_")
         for share in ((), ("--tower-share", "0.5"))
     )
     assert merged < untouched
@@ -58,34 +65,34 @@ def test_options_reach_the_plan(capsys):
 def test_the_command_prints_a_table(capsys):
     assert main(["plan", "--tiles", "1", "--weights", "nf4"]) == 0
     printed = capsys.readouterr().out
-    assert "200.1 MiB" in printed
-    assert "50.0 MiB" in printed
-    assert "largest batch" not in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("stock", "exact"))}
+    assert rows["stock"][:2] == ["6404", "0.20"]  # 200.1 MiB, and a quarter of it
+    assert rows["exact"][:2] == ["1601", "0.05"]
+    assert "largest" not in printed
 
 
-def test_several_ratios_stand_in_one_table_and_what_would_fit_is_said(capsys):
-    options = ["--top-k-ratio", "0.25", "0.1", "--memory", "24GiB", "--batch", "250", "--weights", "nf4"]
+def test_several_ratios_stand_in_one_table_and_what_fits_is_said(capsys):
+    options = ["--top-k-ratio", "0.25", "0.1", "--memory", "24GiB", "--batch", "150", "--weights", "nf4"]
     assert main(["plan", *options]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "trimmed 0.25" in printed
-    assert "trimmed 0.1" in printed
-    assert "ratio 0.25 keeps 61 %, 0.1 keeps 25 %" in printed
-    assert "batch 250 fits with --kv-quantization" in printed
+    assert "ratio 0.25 keeps 61%, 0.1 keeps 25%" in printed
+    assert "Batch 150 fits into 24.00 GiB with trimmed 0.1. It does not with stock, exact, trimmed 0.25." in printed
+    assert "limited by prefill (stock); cross KV (exact, trimmed 0.25, trimmed 0.1)" in printed
     again = ["plan", "--top-k-ratio", "0.25", "--top-k-ratio", "0.1", "--memory", "24GiB", "--weights", "nf4"]
     assert main(again) == 0
     assert "trimmed 0.1" in capsys.readouterr().out
 
 
-def test_a_zero_comes_with_its_reason(capsys):
+def test_weights_that_do_not_fit_are_said_and_what_would(capsys):
     assert main(["plan", "--memory", "12GiB"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "stock, exact, trimmed: not even one sample fits: the weights take 19.87 GiB" in printed
-    assert "exact, trimmed: batch 1 fits with --weights nf4" in printed
-
-
-def test_what_nothing_can_make_fit_is_said(capsys):
-    assert main(["plan", "--memory", "24GiB", "--batch", "100000"]) == 0
-    assert "no change makes batch 100000 fit" in " ".join(capsys.readouterr().out.split())
+    assert "Not even one sample fits (stock, exact, trimmed): the weights alone take 19.87 GiB in bf16" in printed
+    assert "They fit in nf4 (6.73 GiB), or spread over devices of this size: at least 2 in bf16." in printed
+    found = printed_json(capsys, "--model", "90b", "--memory", "24GiB")["ways"]
+    assert {one["largest_batch"] for one in found} == {0}
+    assert {one["limit"] for one in found} == {"weights"}
+    assert all("the weights alone take 165.02 GiB in bf16" in one["reason"] for one in found)
+    assert all("at least 8 in bf16 or 2 in nf4" in one["reason"] for one in found)
 
 
 @pytest.mark.parametrize(
@@ -94,22 +101,111 @@ def test_what_nothing_can_make_fit_is_said(capsys):
         (["--memory", "24 apples"], "--memory must look like 24GiB"),
         (["--memory", "24"], "--memory needs a unit: 24GiB, 24GB or 24MiB, got 24"),
         (["--memory", "0GiB"], "--memory must be more than nothing"),
+        (["--memory", "0.1B"], "--memory must be more than nothing"),
+        (["--memory", "9" * 400 + "GiB"], "--memory must look like 24GiB"),
         (["--reserve", "1"], "--reserve needs a unit"),
         (["--model", "/nowhere/at/all"], "cannot load"),
+        (["/nowhere/at/all"], "cannot load"),
+        (["11b", "--model", "90b"], "the model is given twice: 11b and 90b"),
         (["--tiles", "9"], "tiles must be at most 4"),
+        (["--tiles", "1", "9"], "tiles must be at most 4"),
         (["--top-k-ratio", "7"], "--top-k-ratio must be a number"),
+        (["--expect-kept", "0"], "--expect-kept must be a number"),
         (["--kept-share", "0"], "--kept-share must be a number"),
         (["--batch", "0"], "batch must be a positive integer"),
         (["--tower-share", "0"], "--tower-share must be a number"),
         (["--prefill-pictures", "0"], "--prefill-pictures must be at least 1"),
+        (["--exp", "3"], "unrecognized arguments: --exp"),
     ],
 )
 def test_wrong_options_end_with_2_and_one_line(options, message, capsys):
     assert main(["plan", *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
+    assert printed.err.count("\n") == 1
     assert printed.out == ""
 
 
-def test_bytes_are_read_with_units():
-    assert [parse_bytes(text) for text in ("1GiB", "2 GB", "3mib", "4b")] == [2**30, 2 * 10**9, 3 * 2**20, 4]
+@pytest.mark.parametrize(
+    "content", ["{", '{"model_type": "llama"}', "[]", '{"model_type": "mllama", "text_config": 3}']
+)
+def test_a_folder_that_is_no_mllama_model(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["plan", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_folder_is_planned_as_its_shape_is(tmp_path, capsys):
+    """A folder's JSON says what the built-in shape does: the same plan."""
+    transformers_config("11b").save_pretrained(tmp_path)
+    built_in, folder = (
+        printed_json(capsys, model, "--memory", "24GiB", "--weights", "nf4") for model in ("11b", str(tmp_path))
+    )
+    assert built_in["ways"] == folder["ways"]
+
+
+def test_a_plan_loads_neither_torch_nor_transformers(tmp_path):
+    """In a process of its own, with a built-in shape and with a folder; nor does a slip load them."""
+    random_config().save_pretrained(tmp_path)
+    for options in (["--memory", "24GiB"], [str(tmp_path), "--json"], ["small"], ["--memory", "24"], ["/nowhere"]):
+        program = (
+            "import sys; from trim_plugin.cli import main\n"
+            f"main(['plan', *{options!r}])\n"
+            "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_what_a_size_was_taken_for_is_said(capsys):
+    assert main(["plan", "--memory", "24GB"]) == 0
+    printed = capsys.readouterr()
+    assert "--memory 24GB is 24,000,000,000 bytes, which is 22.35 GiB" in printed.err
+    assert "has 24GiB" in printed.err
+    assert "fits into 22.35 GiB" in " ".join(printed.out.split())
+    assert main(["plan", "--memory", "24GiB", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert json.loads(printed.out)["memory"] == 24 * 2**30
+    assert main(["plan", "--memory", "24gb", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] == 24 * 10**9
+
+
+def test_a_forecast_is_not_called_as_the_rule_is(capsys):
+    assert main(["plan", "--expect-kept", "0.1", "--json"]) == 0
+    forecast = capsys.readouterr()
+    assert forecast.err == ""
+    assert main(["plan", "--kept-share", "0.1", "--json"]) == 0
+    old = capsys.readouterr()
+    assert old.out == forecast.out
+    assert "a forecast, and called --expect-kept" in old.err
+
+
+def test_samples_of_different_tiles_make_the_batch(capsys):
+    mixed = printed_json(capsys, "--tiles", "1", "1", "1", "4", "--memory", "24GiB", "--weights", "nf4")
+    assert mixed["job"]["batch"] == 4
+    assert mixed["job"]["tiles"] == [1, 1, 1, 4]
+    assert "needed" in mixed["ways"][1]["upper_bounds"]
+    assert printed_json(capsys, "--tiles", "1", "1", "1", "4", "--batch", "8")["job"]["batch"] == 8
+    assert main(["plan", "--tiles", "1", "1", "1", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^exact .*≤", printed, re.MULTILINE)
+    assert not re.search(r"^stock .*≤", printed, re.MULTILINE)
+    assert "≤: at most" in printed
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--memory", "80GiB"], ["--memory", "24GiB", "--weights", "nf4", "--batch", "1000"]]
+)
+@pytest.mark.parametrize("model", ["11b", "90b", "small"])
+def test_three_ratios_are_read_at_80_columns(model, options, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", model, "--top-k-ratio", "0.25", "0.15", "0.1", "--tiles", "4", "4", "4", "1", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    rows = {
+        line[:14].strip(): line[14:].split() for line in lines if re.match(r"(stock|exact|trimmed \S+) +\d+ ", line)
+    }
+    assert list(rows) == ["stock", "exact", "trimmed 0.25", "trimmed 0.15", "trimmed 0.1"]
+    assert {len(cells) for cells in rows.values()} == {7 if "--memory" in options else 6}

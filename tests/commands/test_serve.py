@@ -89,4 +89,5 @@ def test_server_without_a_chat_format(capsys, monkeypatch):
 def test_server_not_installed(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "small"]) == 2
-    assert "pip install starlette uvicorn openai prometheus_client" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "serve needs uvicorn, which is not installed. Install it: pip install starlette uvicorn openai" in said

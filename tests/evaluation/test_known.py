@@ -6,7 +6,7 @@ import pytest
 
 from trim_plugin import open_picture
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.evaluation import Answer, AnswerLog, Question, evaluate, ways_for
+from trim_plugin.evaluation import Answer, AnswerLog, Question, evaluate, variants_for
 from trim_plugin.evaluation.known import KnownPictures
 
 TEXTS = ("Read all digits.", "How many digits are there?", "Which digit is red?")
@@ -37,7 +37,7 @@ def test_answers_and_figures_are_the_same_and_the_tower_runs_once(loaded, calls,
     questions = [Question(f"{n}", (first,), text) for n, text in enumerate(TEXTS)]
     questions += [Question(f"two {n}", (second, first), text) for n, text in enumerate(TEXTS[:2])]
     questions.append(Question("once", (third,), TEXTS[0]))
-    ways, found, towers = ways_for([1.0, 0.1], shares=[0.25], stock=False), {}, {}
+    ways, found, towers = variants_for([1.0, 0.1], shares=[0.25], stock=False), {}, {}
     for most_bytes in (0, 2**30):
         calls.clear()
         log = AnswerLog(tmp_path / str(most_bytes), {})

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trim_plugin.evaluation import Answer, Question, Shown, report_html, summarize, ways_for
+from trim_plugin.evaluation import Answer, Question, Shown, report_html, summarize, variants_for
 from trim_plugin.evaluation.log import pack_kept, unpack_kept
 from trim_plugin.pictures.visualize import TileMap
 
-WAYS = ways_for([0.25])
+WAYS = variants_for([0.25])
 TILE = TileMap(rows=1, columns=1, side=2, first=0)
 
 

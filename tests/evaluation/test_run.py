@@ -3,12 +3,12 @@ import json
 import pytest
 
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, ways_for
+from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, variants_for
 
 
 def test_exact_agrees_with_stock(data, tmp_path):
     model, processor = load_small_model()
-    questions, ways = read_questions(data), ways_for([1.0])
+    questions, ways = read_questions(data), variants_for([1.0])
     log = AnswerLog(tmp_path / "log", {})
     evaluate(model, processor, questions, ways, log, max_new_tokens=3)
     stock, exact = summarize(questions, ways, log.answers())
@@ -18,7 +18,7 @@ def test_exact_agrees_with_stock(data, tmp_path):
 
 def test_goes_on_after_an_interruption(data, tmp_path):
     model, processor = load_small_model()
-    questions, ways = read_questions(data), ways_for([0.5])
+    questions, ways = read_questions(data), variants_for([0.5])
 
     def stop(answer):
         raise KeyboardInterrupt
@@ -51,11 +51,11 @@ def test_a_byte_order_mark_and_odd_line_breaks_are_read(data):
 
 
 def test_accuracy_is_over_the_questions_with_answers(data):
-    from trim_plugin.evaluation import Answer, Question, summarize, ways_for
+    from trim_plugin.evaluation import Answer, Question, summarize, variants_for
 
     questions = [Question("1", (), "?", ("seven",)), Question("2", (), "?"), Question("3", (), "?", ("two",))]
     given = [Answer(q.name, "stock", text, 0.1, 1) for q, text in zip(questions, ("seven", "x", "three"), strict=True)]
-    (row,) = summarize(questions, ways_for([]), given)
+    (row,) = summarize(questions, variants_for([]), given)
     assert (row.questions, row.known, row.accuracy) == (3, 2, 0.5)
-    (row,) = summarize(questions[1:2], ways_for([]), given)
+    (row,) = summarize(questions[1:2], variants_for([]), given)
     assert (row.known, row.accuracy) == (0, None)

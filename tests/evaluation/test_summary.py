@@ -1,9 +1,9 @@
 import pytest
 
-from trim_plugin.evaluation import Answer, Question, summarize, ways_for
+from trim_plugin.evaluation import Answer, Question, summarize, variants_for
 from trim_plugin.evaluation.summary import is_right, normalized, word_overlap
 
-WAYS = ways_for([0.25])
+WAYS = variants_for([0.25])
 QUESTIONS = [Question("1", (), "?", ("seven",)), Question("2", (), "?", ("red two", "2")), Question("3", (), "?")]
 
 
@@ -37,7 +37,9 @@ def test_only_questions_that_every_way_has_answered_count():
 
 
 def test_without_any_known_answer_there_is_no_accuracy():
-    assert summarize(QUESTIONS[2:], ways_for([], stock=True), [Answer("3", "stock", "x", 1.0, 1)])[0].accuracy is None
+    assert (
+        summarize(QUESTIONS[2:], variants_for([], stock=True), [Answer("3", "stock", "x", 1.0, 1)])[0].accuracy is None
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures, open_picture
 from trim_plugin.embedded import ask, examples, load_small_model
-from trim_plugin.evaluation import AnswerLog, Question, evaluate, ways_for
+from trim_plugin.evaluation import AnswerLog, Question, evaluate, variants_for
 from trim_plugin.forward import tower_merging
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.selection.thinning import merge_alike
@@ -76,8 +76,10 @@ def test_the_evaluation_encodes_with_each_ways_own_share(small, tmp_path):
     with mock.patch.object(
         tower_merging, "merge_alike", side_effect=lambda *given: seen.append(1) or merge_alike(*given)
     ):
-        evaluate(model, processor, questions, ways_for([1.0], stock=False), log, max_new_tokens=2)
+        evaluate(model, processor, questions, variants_for([1.0], stock=False), log, max_new_tokens=2)
         assert seen == []
-        evaluate(model, processor, questions, ways_for([1.0], tower_share=SHARE, stock=False), log, max_new_tokens=2)
+        evaluate(
+            model, processor, questions, variants_for([1.0], tower_share=SHARE, stock=False), log, max_new_tokens=2
+        )
     assert seen
     assert {answer.way for answer in log.answers()} == {"exact", "nothing dropped, tower 0.5"}

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trim_plugin.selection.processors import checked_share
-from trim_plugin.selection.thinning import CLASS, PADDING, PATCH, kinds_of_tokens, merge_alike, tokens_left
+from trim_plugin.arithmetic import checked_share, tokens_left
+from trim_plugin.selection.thinning import CLASS, PADDING, PATCH, kinds_of_tokens, merge_alike
 
 PATCHES, TOKENS = 17, 24
 

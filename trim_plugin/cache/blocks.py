@@ -8,33 +8,12 @@ moving tokens and samples moves codes and scales, and nothing is ever quantized 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import logging
 from collections.abc import Sequence
 
 import torch
 
 from trim_plugin.cache.stores import Store
 from trim_plugin.kv_formats import BLOCK, KV_FORMATS, Quantized
-
-
-def require_bitsandbytes(what: str) -> None:
-    """Raise `ImportError` saying what to install, unless bitsandbytes can be imported. Does not import it.
-
-    Where some CPU kernels cannot be fetched, bitsandbytes warns of it as soon as it is imported and uses its own: not shown.
-
-    Example:
-        >>> require_bitsandbytes("kv_quantization='int8'")
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"{what} needs bitsandbytes, which is not installed. Install it: pip install 'trim-plugin[quantization]'."
-        )
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "kernels-community" not in record.getMessage()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 
 import torch
 
+from trim_plugin.arithmetic import classify
 from trim_plugin.selection.select import Columns
 from trim_plugin.selection.visibility import add_log_sizes, open_mask, pack
-
-#: Share of a class's width that may be padding, and most classes; beyond it the classes that lie closest are put together.
-PADDING = 1 / 8
-MOST_CLASSES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,39 +204,6 @@ class KeptTokens:
         return cls(
             tuple(classes), order, visible, tiles, columns.tile_tokens, token_bytes, dtype, sized, bucket
         ), picked
-
-
-def classify(counts: Sequence[int], copies: Sequence[int], bucket: int) -> list[tuple[tuple[int, ...], int]]:
-    """Which sources share a tensor, and how wide it is.
-
-    Example:
-        >>> classify([100, 95, 10, 90, 11], [1] * 5, bucket=0)
-        [((0, 1, 3), 100), ((2, 4), 11)]
-        >>> classify([100, 95, 10], [1] * 3, bucket=64)
-        [((0, 1, 2), 128)]
-    """
-    if bucket:
-        return [(tuple(range(len(counts))), -(-max(counts) // bucket) * bucket)]
-    found: list[list[int]] = []
-    # Widest first; a class takes what leaves little of its width empty.
-    for source in sorted(range(len(counts)), key=lambda source: (copies[source], -counts[source])):
-        last = found[-1] if found else None
-        if last and copies[last[0]] == copies[source] and counts[source] >= counts[last[0]] * (1 - PADDING):
-            last.append(source)
-        else:
-            found.append([source])
-    while len(found) > MOST_CLASSES:
-        costs = [
-            (len(narrow) * (counts[wide[0]] - counts[narrow[0]]), place)
-            for place, (wide, narrow) in enumerate(itertools.pairwise(found))
-            if copies[wide[0]] == copies[narrow[0]] and counts[narrow[0]] > 0
-        ]
-        if not costs:
-            break
-        _, place = min(costs)
-        found[place] += found.pop(place + 1)
-    widths = [max(counts[source] for source in own) for own in found]
-    return sorted((tuple(sorted(own)), width) for own, width in zip(found, widths, strict=True))
 
 
 def width_class(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from trim_plugin.cache.blocks import Blocks, require_bitsandbytes
+from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.kept import KeptTokens, Picked
 from trim_plugin.cache.regrouping import Parts, side_by_side
 from trim_plugin.cache.stores import Plain, Store
+from trim_plugin.kv_formats import require_bitsandbytes
 
 
 class _InThisThread(threading.local):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from trim_plugin.cache.kept import KeptTokens, classify, take, valid_places, width_class
+from trim_plugin.arithmetic import classify
+from trim_plugin.cache.kept import KeptTokens, take, valid_places, width_class
 from trim_plugin.cache.stores import padded_join
 from trim_plugin.selection.select import Columns
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import format_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class TrimReport:
@@ -111,19 +113,3 @@ def _plain_tensors(part: Any) -> list[torch.Tensor]:
     if hasattr(part, "__tensor_flatten__"):  # quanto's tensors hold their codes, scales and shifts in other tensors
         return [tensor for name in part.__tensor_flatten__()[0] for tensor in _plain_tensors(getattr(part, name))]
     return [part]
-
-
-def format_bytes(count: int) -> str:
-    """Bytes in a unit that reads well.
-
-    Example:
-        >>> format_bytes(512), format_bytes(3 * 2**20), format_bytes(5 * 2**30)
-        ('512 B', '3.0 MiB', '5.00 GiB')
-    """
-    if count < 2**10:
-        return f"{count} B"
-    if count < 2**20:
-        return f"{count / 2**10:.1f} KiB"
-    if count < 2**30:
-        return f"{count / 2**20:.1f} MiB"
-    return f"{count / 2**30:.2f} GiB"

@@ -3,6 +3,11 @@
 A subcommand is one line here and its module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 #: Module of every subcommand, and what `trim-plugin --help` says of it.
 COMMANDS = {
     "demo": "answer questions about pictures, stock beside trimmed",
@@ -33,3 +38,18 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)
         self.status = status
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Show errors of these kinds as the user's, by their first line."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(first_line(error)) from None

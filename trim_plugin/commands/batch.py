@@ -14,21 +14,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
+from trim_plugin.arithmetic import parse_bytes
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
-from trim_plugin.batching.worker import Worker
-from trim_plugin.commands import FAILED_ROWS, UserError
+from trim_plugin.commands import FAILED_ROWS, UserError, user_errors
 from trim_plugin.commands.common import (
     add_command,
-    add_generation_options,
     check_counts,
     check_folder_of,
     check_is_not,
-    one_way,
+    generation_options,
+    needs,
+    one_rule,
     progress,
-    user_errors,
 )
 from trim_plugin.commands.loading import (
+    begin_loading,
     check_device,
     device_of,
     load_model,
@@ -37,8 +38,7 @@ from trim_plugin.commands.loading import (
     settings_of,
     weights_of,
 )
-from trim_plugin.commands.plan import parse_bytes
-from trim_plugin.evaluation import Way
+from trim_plugin.variants import Variant
 
 Answers = list[dict[str, Any]]
 #: As `engine.engine.MAX_RUNNING`, without loading what that needs.
@@ -50,7 +50,7 @@ SHOWN_ERRORS = 3
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "batch", run, model_word=True)
+    parser = add_command(subparsers, "batch", run, [generation_options()])
     parser.add_argument(
         "--questions",
         type=Path,
@@ -97,7 +97,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
     )
-    add_generation_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -107,9 +106,10 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
     """
     console = Console(stderr=True)
-    way = one_way(arguments)
+    rule = one_rule(arguments)
     check_counts(arguments, "max_new_tokens", "max_running", "actors")
-    memory = None if arguments.memory is None else parse_bytes(arguments.memory)
+    with user_errors(ValueError):
+        memory = None if arguments.memory is None else parse_bytes(arguments.memory)
     process, processes = process_of(os.environ)
     with user_errors(OSError, ValueError):
         check_folder_of(arguments.out)
@@ -117,11 +117,14 @@ def run(arguments: argparse.Namespace) -> None:
         rows = read_rows(arguments.questions)
     if arguments.engine == "ray" and arguments.pictures_cache is not None:
         raise UserError("--pictures-cache goes with --engine local")
-    if arguments.engine == "local":  # a cluster's devices are not this machine's
+    if arguments.engine == "ray":
+        needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
+    else:  # a cluster's folders and devices are not this machine's
+        begin_loading(arguments)
         check_device(device_of(arguments.device, os.environ))
     share = rows[process::processes]
     with user_errors(OSError, ValueError):
-        results = Results(arguments.out, settings_of(arguments) | {"rule": way.name}, rows)
+        results = Results(arguments.out, settings_of(arguments) | {"rule": rule.name}, rows)
         if arguments.retry_errors:
             results.forget_errors({row.id for row in share})
         missing = [row for row in share if not results.has(row.id)]
@@ -135,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
             task = bar.add_task("rows", total=len(share), completed=len(share) - len(missing), speed="")
             pictures = {row.id: len(row.images) for row in missing}
             seen = 0
-            for batch in answered(arguments, way, missing, memory):
+            for batch in answered(arguments, rule, missing, memory):
                 with user_errors(OSError, ValueError):
                     results.add(batch)
                 seen += sum(pictures[result["id"]] for result in batch)
@@ -145,13 +148,17 @@ def run(arguments: argparse.Namespace) -> None:
     _sum_up(console, arguments.out, rows, share, results, before)
 
 
-def _answered_here(arguments: argparse.Namespace, way: Way, rows: list[Row], memory: int | None) -> Iterator[Answers]:
+def _answered_here(
+    arguments: argparse.Namespace, rule: Variant, rows: list[Row], memory: int | None
+) -> Iterator[Answers]:
+    from trim_plugin.batching.worker import Worker
+
     model, processor = load_model(arguments)
     with user_errors(OSError, ValueError):
         worker = Worker(
             model,
             processor,
-            way.config,
+            rule.config,
             max_running=arguments.max_running,
             memory=memory,
             max_new_tokens=arguments.max_new_tokens,
@@ -164,7 +171,9 @@ def _answered_here(arguments: argparse.Namespace, way: Way, rows: list[Row], mem
             yield [result for _, result in batch]
 
 
-def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row], memory: int | None) -> Iterator[Answers]:
+def _answered_by_ray(
+    arguments: argparse.Namespace, rule: Variant, rows: list[Row], memory: int | None
+) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
     found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
     with user_errors(ImportError):
@@ -176,7 +185,7 @@ def _answered_by_ray(arguments: argparse.Namespace, way: Way, rows: list[Row], m
             weights=weights_of(arguments),
             adapter=arguments.adapter,
             device=arguments.device,
-            config=way.config,
+            config=rule.config,
             max_running=arguments.max_running,
             memory=memory,
             max_new_tokens=arguments.max_new_tokens,

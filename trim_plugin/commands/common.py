@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-
-from trim_plugin.cache.blocks import require_bitsandbytes
-from trim_plugin.commands import COMMANDS, UserError
+from trim_plugin.arithmetic import parse_bytes, share
+from trim_plugin.commands import COMMANDS, UserError, user_errors
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
-from trim_plugin.evaluation import Way, ways_for
-from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.pictures.prompting import open_picture
-from trim_plugin.selection.processors import share
+from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
+from trim_plugin.variants import Variant, variants_for
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
 #: The name of the model that ships with the package.
 SMALL = "small"
@@ -29,8 +30,26 @@ SPREAD = ("auto", "balanced", "sequential")
 MAX_NEW_TOKENS = 128
 
 
+class _Model(argparse.Action):
+    """The model, as the first word or as `--model`: once."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _: Any = None
+    ) -> None:
+        """Take it, unless there is none or one already."""
+        if value is None:
+            return
+        before = getattr(namespace, self.dest, None)
+        if before is not None:
+            parser.error(f"the model is given twice: {before} and {value}")
+        setattr(namespace, self.dest, value)
+
+
 def add_command(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], None], *, model_word: bool = False
+    subparsers: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.ArgumentParser:
     """Add a subcommand.
 
@@ -38,79 +57,68 @@ def add_command(
         subparsers: those of the program.
         name: one of `COMMANDS`, which says what it does.
         run: its work; raises `UserError` for what the user can mend.
-        model_word: whether the first word may be the model, as `--model` is.
-
-    Returns:
-        Its parser, for options.
+        parents: options that it shares with others.
     """
-    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name])
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=COMMANDS[name], description=COMMANDS[name], parents=list(parents), allow_abbrev=False
+    )
     parser.set_defaults(run=run)
-    if model_word:
-        parser.add_argument("first", metavar="MODEL", nargs="?", help="the same as --model")
-        parser.set_defaults(run=lambda arguments: run(_with_model_word(arguments)))
     return parser
 
 
-def _with_model_word(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Put the model that is given as a word where `--model` is, or raise `UserError` if both are given."""
-    if arguments.first is not None:
-        if arguments.model is not None:
-            raise UserError(f"the model is given twice: {arguments.first} and --model {arguments.model}")
-        arguments.model = arguments.first
-    return arguments
-
-
-def add_generation_options(
-    parser: argparse.ArgumentParser,
-    default: str = str(DEFAULT_TOP_K_RATIO),
-    *,
-    several: bool = False,
-    length: bool = True,
-) -> None:
-    """Add what every subcommand that generates takes: the model, the rules and the length of answers.
-
-    Args:
-        parser: the subcommand's.
-        default: what `--top-k-ratio` is if no rule is given.
-        several: whether the subcommand compares rules, so that each may be given more than once.
-        length: whether it says how long answers may be; a server's requests do.
-    """
-    add_model_options(parser)
-    _add_rule_options(parser, default, "may be given again; " if several else "")
-    if length:
-        add_length_option(parser)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what loads a model, to be read by `loading.load_model`."""
-    parser.add_argument(
-        "--model", help="model folder or hub id; 'small' is the model that ships with the package (default: small)"
-    )
-    parser.add_argument(
+def model_options() -> argparse.ArgumentParser:
+    """The parent of every subcommand that loads a model; `loading` reads it."""
+    parent = argparse.ArgumentParser(add_help=False)
+    add_model(parent, f"a folder or hub id; '{SMALL}' is the model that ships with the package (default: {SMALL})")
+    parent.add_argument(
         "--weights",
         choices=WEIGHTS,
         help="dtype, or quantization by bitsandbytes (default: fp32 for the small model, bf16 for others)",
     )
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in safetensors (default: none)")
-    parser.add_argument(
+    parent.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in safetensors (default: none)")
+    parent.add_argument(
         "--device",
         default="auto",
         help="cpu, cuda, cuda:1, …, or auto, balanced, sequential to spread the model over what there is; under a "
         "launcher every process takes a GPU of its own (default: %(default)s)",
     )
-    parser.add_argument(
+    parent.add_argument(
         "--max-memory",
         action="append",
         metavar="DEVICE=SIZE",
         help="what a device may hold, for instance 0=20GiB or cpu=60GiB; may be given again (default: all of it)",
     )
-    parser.add_argument(
+    parent.add_argument(
         "--offload-folder", type=Path, metavar="FOLDER", help="where weights go that fit nowhere else (default: none)"
     )
+    return parent
+
+
+def add_model(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the model, which is the first word of every subcommand, or `--model`."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", action=_Model, help=what)
+    parser.add_argument("--model", action=_Model, help="the same as MODEL (default: as there)")
+
+
+def generation_options(
+    default: str = str(DEFAULT_TOP_K_RATIO), *, several: bool = False, length: bool = True
+) -> argparse.ArgumentParser:
+    """The parent of every subcommand that generates: the model, the rules and the length of answers.
+
+    Args:
+        default: what `--top-k-ratio` is if no rule is given.
+        several: whether the subcommand compares rules, so that each may be given more than once.
+        length: whether it says how long answers may be; a server's requests do.
+    """
+    parent = argparse.ArgumentParser(add_help=False, parents=[model_options()])
+    _add_rule_options(parent, default, "may be given again; " if several else "")
+    if length:
+        add_length_option(parent)
+    return parent
 
 
 def _add_rule_options(parser: argparse.ArgumentParser, default: str, again: str) -> None:
-    """Add the rules and what goes with every rule, to be read by `ways` and `one_way`."""
+    """Add the rules and what goes with every rule, to be read by `checked_rules` and `one_rule`."""
     parser.add_argument(
         "--top-k-ratio",
         action="append",
@@ -134,6 +142,11 @@ def _add_rule_options(parser: argparse.ArgumentParser, default: str, again: str)
         choices=tuple(KV_FORMATS),
         help="hold the kept tokens in 8 or 4 bits (default: in the model's dtype)",
     )
+
+
+def add_image_option(parser: Any, what: str, *, required: bool = False) -> None:
+    """Add `--image`: one or several pictures, and again."""
+    parser.add_argument("--image", action="extend", nargs="+", default=[], required=required, metavar="FILE", help=what)
 
 
 def add_picture_options(
@@ -177,25 +190,20 @@ def add_length_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_kv_quantization(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` if `--kv-quantization` needs a package that is not installed."""
-    if arguments.kv_quantization is not None:
-        with user_errors(ImportError):
-            require_bitsandbytes(f"--kv-quantization {arguments.kv_quantization}")
-
-
-def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock: bool) -> list[Way]:
-    """The ways to generate that the rule options ask for.
+def checked_rules(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock: bool) -> list[Variant]:
+    """The variants that the rule options ask for. They are checked here; what they need is loaded once their `config` is read.
 
     Args:
-        arguments: parsed, of a parser that has the options of `add_generation_options`.
+        arguments: parsed, of a parser with `generation_options`.
         default_ratios: what `--top-k-ratio` is if no rule is given.
         stock: whether transformers' own cache comes first.
 
     Raises:
         UserError: a value is not allowed or given twice, or a package is missing.
     """
-    _check_kv_quantization(arguments)
+    if arguments.kv_quantization is not None:
+        with user_errors(ImportError):
+            require_bitsandbytes(f"--kv-quantization {arguments.kv_quantization}")
     given = {name: getattr(arguments, name) or [] for name in ("top_k_ratio", "kept_share", "radius")}
     if not any(given.values()):
         given["top_k_ratio"] = list(default_ratios)
@@ -203,7 +211,7 @@ def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock:
     for name, numbers in values.items():
         if len(set(numbers)) < len(numbers):
             raise UserError(f"{option_of(name)}: the same value is given twice")
-    return ways_for(
+    return variants_for(
         values["top_k_ratio"],
         arguments.kv_quantization,
         shares=values["kept_share"],
@@ -214,24 +222,86 @@ def ways(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock:
     )
 
 
-def one_way(arguments: argparse.Namespace, default_ratio: float = DEFAULT_TOP_K_RATIO) -> Way:
+def one_rule(arguments: argparse.Namespace, default_ratio: float = DEFAULT_TOP_K_RATIO) -> Variant:
     """The one trimmed cache that the rule options ask for, a `top_k_ratio` if they don't say.
 
     Raises:
         UserError: several rules are given, a value is not allowed, or a package is missing.
     """
-    chosen = ways(arguments, [str(default_ratio)], stock=False)
+    chosen = checked_rules(arguments, [str(default_ratio)], stock=False)
     if len(chosen) > 1:
         raise UserError(
-            f"several rules are given: {', '.join(way.name for way in chosen)}. Choose one; eval and demo compare them"
+            f"several rules are given: {', '.join(variant.name for variant in chosen)}. Choose one; eval and demo compare them"
         )
     return chosen[0]
 
 
-def picture_or_error(path: Path) -> Image.Image:
-    """Open a picture as RGB, or raise `UserError`."""
-    with user_errors(FileNotFoundError, ValueError):
-        return open_picture(path)
+def pictures_of(names: Sequence[str]) -> list[Image.Image]:
+    """Open the pictures of `--image` as RGB, or raise `UserError`."""
+    from trim_plugin.pictures.prompting import open_picture
+
+    found = []
+    for path in _files(names, "--image"):
+        if not path.is_file() and (str(path) == SMALL or (path / "config.json").is_file()):
+            raise UserError(
+                f"--image {path}: this is a model. It goes first: trim-plugin COMMAND {path} --image FILE …"
+            )
+        if _begins_as_safetensors(path):
+            raise UserError(
+                f"--image {path}: this is no picture. A file that `trim-plugin encode` wrote goes to --pictures"
+            )
+        with user_errors(FileNotFoundError, ValueError):
+            found.append(open_picture(path))
+    return found
+
+
+def encoded_files(names: Sequence[str]) -> list[Path]:
+    """The files of `--pictures`, which exist and are no plain pictures, or `UserError`."""
+    from trim_plugin.pictures.prompting import BROKEN, opened
+
+    found = _files(names, "--pictures")
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"no such file of encoded pictures: {path}")
+        if _begins_as_safetensors(path):
+            continue
+        with contextlib.suppress(*BROKEN), opened(path):
+            raise UserError(
+                f"--pictures {path}: this is a picture, not a file that `trim-plugin encode` wrote. Give it as --image"
+            )
+    return found
+
+
+def _files(names: Sequence[str], option: str) -> list[Path]:
+    """Names as paths; addresses are refused."""
+    for name in names:
+        # A drive has one letter, and a file may have any name.
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:", name) and not Path(name).exists():
+            raise UserError(f"{option} {name}: addresses are not fetched. Download the picture, then give the file")
+    return [Path(name) for name in names]
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, and the header's JSON."""
+    if not path.is_file():
+        return False
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+    return False
+
+
+def needs(what: str, module: str, *packages: str) -> None:
+    """Raise `UserError` that says what to install, unless a module can be imported. Does not import it."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{what} needs {module}, which is not installed. Install it: pip install {' '.join(packages)}")
+
+
+def bytes_of(text: str, option: str, *, zero: bool = False) -> int:
+    """`parse_bytes` of an option, or `UserError`."""
+    try:
+        return parse_bytes(text, zero=zero)
+    except ValueError as error:
+        raise UserError(f"{option} {error}") from None
 
 
 def check_ratio(text: str, option: str = "--top-k-ratio") -> float:
@@ -264,31 +334,13 @@ def check_is_not(out: Path, read: Path, option: str) -> None:
 
 
 def option_of(name: str) -> str:
-    """An argument's name as the user writes it.
-
-    Example:
-        >>> option_of("max_new_tokens")
-        '--max-new-tokens'
-    """
+    """An argument's name as the user writes it: `--max-new-tokens`."""
     return "--" + name.replace("_", "-")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show errors of these kinds as the user's, by their first line."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(first_line(error)) from None
 
 
 def progress(console: Console, process: int, *columns: ProgressColumn) -> Progress:
     """A bar over many answers, with columns of one's own before the time that is left; the first process alone shows it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     before = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*before, *columns, TimeRemainingColumn(), console=console, disable=process > 0)

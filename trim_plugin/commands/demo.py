@@ -1,4 +1,4 @@
-"""`trim-plugin demo`: questions about real pictures, stock beside trimmed."""
+"""`trim-plugin demo`: questions about real pictures, stock beside trimmed, in one table."""
 
 from __future__ import annotations
 
@@ -6,67 +6,70 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trim_plugin.cache.report import TrimReport, format_bytes
+from trim_plugin.arithmetic import format_bytes
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
     add_command,
-    add_generation_options,
+    add_image_option,
     check_counts,
     check_folder_of,
-    picture_or_error,
-    ways,
+    checked_rules,
+    generation_options,
+    pictures_of,
 )
-from trim_plugin.commands.loading import load_model
+from trim_plugin.commands.loading import begin_loading, load_model
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.embedded import examples
-from trim_plugin.evaluation import Way, ways_for
-from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.pictures.encoding import encode_pictures
-from trim_plugin.pictures.prompting import build_inputs
-from trim_plugin.pictures.visualize import visualize
+from trim_plugin.variants import Variant, variants_for
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from trim_plugin.cache.report import TrimReport
 
 #: The package's default first: its kept tokens are drawn.
 DEFAULT_RATIOS = (f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
+#: Generations of which the time is the median.
+REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A picture, what is asked about it, and the true answer if it is known."""
+    """Pictures, what is asked about them, and the true answer if it is known."""
 
-    name: str
-    picture: Image.Image
+    pictures: Sequence[Image.Image]
     text: str
     truth: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One generation: the text, its new tokens per second, and the report (None for stock)."""
+    """One generation: the text, its seconds, and the report (None for stock)."""
 
-    way: str
     text: str
-    speed: float
+    seconds: float
     report: TrimReport | None
+
+
+#: The answers of every variant, by its heading in the table; one for each question.
+Answers = dict[str, list[Answer]]
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "demo", run)
-    parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="a picture (default: the held-out ones of the package)"
-    )
-    parser.add_argument("--prompt", help="a question about the picture (default: those of the held-out pictures)")
-    add_generation_options(parser, " and ".join(DEFAULT_RATIOS), several=True)
+    parser = add_command(subparsers, "demo", run, [generation_options(" and ".join(DEFAULT_RATIOS), several=True)])
+    add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
+    parser.add_argument("--prompt", help="a question about the pictures (default: those of the held-out pictures)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -77,125 +80,144 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer, print the table, write the picture.
+    """Answer, print the table and three sentences, write the picture.
 
     Raises:
         UserError: an option is wrong.
     """
     console = Console()
-    chosen = _with_exact(ways(arguments, DEFAULT_RATIOS, stock=True))
+    chosen = _with_exact(checked_rules(arguments, DEFAULT_RATIOS, stock=True))
     check_counts(arguments, "max_new_tokens")
     _check_out(arguments.out)
     questions = _questions(arguments)
+    begin_loading(arguments)
+    from trim_plugin.pictures.prompting import build_inputs
+
     model, processor = load_model(arguments)
+    answers: Answers = {_heading(variant): [] for variant in chosen}
     for question in questions:
-        inputs = build_inputs(processor, question.text, [question.picture], model.device)
+        inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
         with console.status(f"answering {question.text}"):
-            answers = [_answer(model, processor, inputs, way, arguments.max_new_tokens) for way in chosen]
-        if question is questions[0]:
-            first = inputs, answers
-        console.print(_table(question, answers))
-    console.print(
-        "exact drops only what decoding cannot read, so its answer is stock's. Speed: median of 3 runs of generate, prefill and "
-        "vision tower included; benchmarks/ measures it properly.",
-        style="dim",
-        highlight=False,
-    )
-    console.print(_asked_again(model, processor, questions[0]), style="dim", highlight=False, markup=False)
-    if _save_picture(arguments.out, model, questions[0], *first, chosen):
-        console.print(f"kept visual tokens of the first picture: {arguments.out}", highlight=False)
-    else:
-        console.print("no picture of kept tokens: these ways choose nothing", highlight=False)
+            for variant in chosen:
+                answer = _answer(model, processor, inputs, variant, arguments.max_new_tokens)
+                answers[_heading(variant)].append(answer)
+    again = _asked_again(model, processor, questions[0])
+    drawn = _save_picture(arguments.out, model, processor, questions[0], answers, chosen)
+    console.print(_table(questions, answers))
+    for sentence in (_of_answers(questions, answers), _of_time(answers, again), drawn):
+        console.print(sentence, highlight=False, markup=False)
 
 
-def _asked_again(model: Any, processor: Any, question: Question) -> str:
-    """What a second question about a picture costs, with the vision tower and on what it yielded for the first."""
-    inputs = build_inputs(processor, question.text, [question.picture], model.device)
+def _heading(variant: Variant) -> str:
+    return f"ratio {variant.name}" if variant.name[0].isdigit() else variant.name
+
+
+def _with_exact(chosen: list[Variant]) -> list[Variant]:
+    """Stock, exact mode, then the rules: the second shows what costs nothing."""
+    exact = variants_for([1.0], stock=False)
+    return chosen if exact[0].name in [variant.name for variant in chosen] else [chosen[0], *exact, *chosen[1:]]
+
+
+def _questions(arguments: argparse.Namespace) -> list[Question]:
+    known = [Question(pictures_of([str(example.picture)]), example.question, example.answer) for example in examples()]
+    if not arguments.image and arguments.prompt is None:
+        return known
+    if not arguments.image:
+        return [Question(known[0].pictures, arguments.prompt)]
+    return [Question(pictures_of(arguments.image), arguments.prompt or known[0].text)]
+
+
+def _answer(model: Any, processor: Any, inputs: dict[str, Any], variant: Variant, new_tokens: int) -> Answer:
+    settings = {} if variant.stock else {"cache_implementation": "trimmed", "cache_config": variant.config}
+    prompt, times = inputs["input_ids"].shape[1], []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **settings
+        )
+        times.append(time.perf_counter() - start)
+    text = processor.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
+    return Answer(text, statistics.median(times), None if variant.stock else cache_of(output).report())
+
+
+def _asked_again(model: Any, processor: Any, question: Question) -> tuple[float, float]:
+    """Seconds to the first token of a second question: with the vision tower, and on what it yielded for the first."""
+    from trim_plugin.forward.hooks import TrimmedCache
+    from trim_plugin.pictures.encoding import encode_pictures
+    from trim_plugin.pictures.prompting import build_inputs
+
+    inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
     exact = {"top_k_ratio": 1.0}
-    start = time.perf_counter()
-    encoded = encode_pictures(model, processor, [question.picture])
-    once = time.perf_counter() - start
+    encoded = encode_pictures(model, processor, list(question.pictures))
 
     def first_token(**own: Any) -> float:
         start = time.perf_counter()
         model.generate(**own, max_new_tokens=1, do_sample=False)
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(3):
-        times["with"].append(first_token(**inputs, cache_implementation="trimmed", cache_config=exact))
-        known = TrimmedCache(model, exact, pictures=encoded)
-        times["without"].append(first_token(**text, **{CACHE: known}))
-    with_tower, without = (1000 * statistics.median(own) for own in times.values())
-    return (
-        f"A second question about {question.name}: {with_tower:.0f} ms to the first token with the vision tower, "
-        f"{without:.0f} ms without it, on the picture encoded once in {1000 * once:.0f} ms (trim-plugin encode). Medians of 3."
-    )
+    tower, known = [], []
+    for _ in range(REPEATS):
+        tower.append(first_token(**inputs, cache_implementation="trimmed", cache_config=exact))
+        known.append(first_token(**text, **{CACHE: TrimmedCache(model, exact, pictures=encoded)}))
+    return statistics.median(tower), statistics.median(known)
 
 
-def _with_exact(chosen: list[Way]) -> list[Way]:
-    """Stock, exact mode, then the rules: the second shows what costs nothing."""
-    if any(way.config is not None and way.config.exact for way in chosen):
-        return chosen
-    return [chosen[0], *ways_for([1.0], stock=False), *chosen[1:]]
-
-
-def _questions(arguments: argparse.Namespace) -> list[Question]:
-    known = [
-        Question(example.picture.name, picture_or_error(example.picture), example.question, example.answer)
-        for example in examples()
-    ]
-    if arguments.image is None and arguments.prompt is None:
-        return known
-    if arguments.image is None:
-        return [Question(known[0].name, known[0].picture, arguments.prompt)]
-    return [Question(arguments.image.name, picture_or_error(arguments.image), arguments.prompt or known[0].text)]
-
-
-def _answer(model: Any, processor: Any, inputs: dict[str, torch.Tensor], way: Way, new_tokens: int) -> Answer:
-    settings = {} if way.config is None else {"cache_implementation": "trimmed", "cache_config": way.config}
-    prompt, times = inputs["input_ids"].shape[1], []
-    for _ in range(3):
-        start = time.perf_counter()
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **settings
-        )
-        times.append(time.perf_counter() - start)
-    new = output.sequences[0, prompt:]
-    text = processor.decode(new, skip_special_tokens=True).strip()
-    report = cache_of(output).report() if way.config is not None else None
-    name = f"ratio {way.name}" if way.name[0].isdigit() else way.name
-    return Answer(name, text, len(new) / sorted(times)[1], report)
-
-
-def _table(question: Question, answers: list[Answer]) -> Table:
-    truth = f"   [dim](true: {escape(question.truth)})[/dim]" if question.truth is not None else ""
-    table = Table(
-        title=f"[bold]{escape(question.text)}[/bold] {escape(question.name)}{truth}",
-        title_justify="left",
-        title_style="",
-    )
-    table.add_column("cache", no_wrap=True)
-    table.add_column("answer", ratio=1)
-    for name in ("visible", "kept", "cross KV", "of stock", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    trimmed = next(answer.report for answer in answers if answer.report is not None)
-    visible, total = str(trimmed.visible_tokens[0]), str(trimmed.total_tokens[0])
-    stock = [visible, total, format_bytes(trimmed.stock_cross_kv_bytes), "100.0 %"]
-    for answer in answers:
-        figures = stock if answer.report is None else _figures(answer.report)
-        table.add_row(answer.way, escape(answer.text), *figures, f"{answer.speed:.0f}")
+def _table(questions: list[Question], answers: Answers) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    truths = any(question.truth is not None for question in questions)
+    for heading in ["question", *(["true"] if truths else []), *answers]:
+        table.add_column(heading)
+    for number, question in enumerate(questions):
+        stock, *others = (own[number].text or "–" for own in answers.values())
+        row = [question.text, *([question.truth or "?"] if truths else []), stock]
+        row += ["same" if text == stock else text for text in others]
+        table.add_row(*map(escape, row), end_section=number == len(questions) - 1)
+    space = [""] if truths else []
+    tokens, held = _held(answers)
+    table.add_row("visual tokens held, mean", *space, *(f"{own / len(questions):.0f}" for own in tokens))
+    table.add_row("their KV, of all", *space, *map(format_bytes, held))
+    table.add_row("of stock's", *space, *(_percent(own, held[0]) for own in held))
     return table
 
 
-def _figures(report: TrimReport) -> list[str]:
-    return [
-        str(report.visible_tokens[0]),
-        str(report.kept_tokens[0]),
-        format_bytes(report.cross_kv_bytes),
-        f"{100 * report.cross_kv_ratio:.1f} %",
-    ]
+def _held(answers: Answers) -> tuple[list[int], list[int]]:
+    """Visual tokens that each variant holds, and their bytes, over all questions; stock's are known from the others' reports."""
+    reports = [[one.report for one in own if one.report is not None] for own in answers.values()]
+    known = next(own for own in reports if own)
+    tokens = [sum(sum(one.kept_tokens) for one in own) for own in reports]
+    held = [sum(one.cross_kv_bytes for one in own) for own in reports]
+    tokens[0] = sum(sum(one.total_tokens) for one in known)
+    held[0] = sum(one.stock_cross_kv_bytes for one in known)
+    return tokens, held
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "–"
+
+
+def _of_answers(questions: list[Question], answers: Answers) -> str:
+    """Whose answers are stock's, and how many bytes that takes."""
+    _, held = _held(answers)
+    stock, *others = answers.values()
+    parts = []
+    for name, own, size in zip(list(answers)[1:], others, held[1:], strict=True):
+        same = sum(one.text == other.text for one, other in zip(own, stock, strict=True))
+        parts.append(f"{name} gives {same} with {_percent(size, held[0])}")
+    count = "answer" if len(questions) == 1 else f"{len(questions)} answers"
+    return f"Of stock's {count}, {', '.join(parts)} of the memory that stock holds of the pictures."
+
+
+def _of_time(answers: Answers, again: tuple[float, float]) -> str:
+    """What is gained in time, and where: a small model on a CPU gains none by trimming."""
+    seconds = {name: 1000 * statistics.mean(one.seconds for one in own) for name, own in answers.items()}
+    _, ours = list(seconds.items())[-1]
+    tower, known = (1000 * own for own in again)
+    return (
+        f"An answer takes {seconds['stock']:.0f} ms with stock and {ours:.0f} ms with {list(seconds)[-1]}, vision tower "
+        "included, which on a small model says little; a second question about a picture takes "
+        f"{known:.0f} ms instead of {tower:.0f} ms to its first token if the picture was encoded once (trim-plugin encode)."
+    )
 
 
 def _check_out(path: Path) -> None:
@@ -205,25 +227,23 @@ def _check_out(path: Path) -> None:
 
 
 def _save_picture(
-    path: Path,
-    model: Any,
-    question: Question,
-    inputs: dict[str, torch.Tensor],
-    answers: list[Answer],
-    chosen: list[Way],
-) -> bool:
-    """Draw what the first rule that chooses keeps; False if there is none."""
-    shown = next(((way, answer) for way, answer in zip(chosen, answers, strict=True) if _chooses(way)), None)
+    path: Path, model: Any, processor: Any, question: Question, answers: Answers, chosen: list[Variant]
+) -> str:
+    """Draw what the first rule that chooses keeps of the first question's last picture; says what was drawn."""
+    shown = next((variant for variant in chosen if _chooses(variant)), None)
     if shown is None:
-        return False
-    way, answer = shown
-    title = f"{question.text} {answer.text}\nkept by {answer.way}"
+        return "No picture of kept tokens was drawn: these variants choose nothing."
+    from trim_plugin.pictures.prompting import build_inputs
+    from trim_plugin.pictures.visualize import visualize
+
+    inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
+    title = f"{question.text} {answers[_heading(shown)][0].text}\nkept by {_heading(shown)}"
     try:
-        visualize(model, inputs, way.config, title=title).savefig(path, dpi=120)
+        visualize(model, inputs, shown.config, title=title).savefig(path, dpi=120)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    return True
+    return f"What {_heading(shown)} keeps of the picture of the first question is drawn in {path}."
 
 
-def _chooses(way: Way) -> bool:
-    return way.config is not None and not way.config.keeps_reachable
+def _chooses(variant: Variant) -> bool:
+    return variant.config is not None and not variant.config.keeps_reachable

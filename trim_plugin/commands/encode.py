@@ -7,40 +7,36 @@ import functools
 import operator
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trim_plugin.cache.report import format_bytes
-from trim_plugin.commands import UserError
+from trim_plugin.arithmetic import format_bytes
+from trim_plugin.commands import UserError, first_line
 from trim_plugin.commands.common import (
     add_command,
-    add_model_options,
+    add_image_option,
     add_picture_options,
     check_folder_of,
     check_ratio,
-    first_line,
-    picture_or_error,
+    model_options,
+    pictures_of,
     tower_share,
 )
-from trim_plugin.commands.loading import load_model
-from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.encoding import encode_pictures
-from trim_plugin.selection.k_center import KCenter
+from trim_plugin.commands.loading import begin_loading, load_model
+
+if TYPE_CHECKING:
+    from trim_plugin.pictures.encoded import Pictures
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "encode", run, model_word=True)
-    parser.add_argument(
-        "--image",
-        action="extend",
-        nargs="+",
-        type=Path,
+    parser = add_command(subparsers, "encode", run, [model_options()])
+    add_image_option(
+        parser,
+        "pictures, for instance a document's pages, in the order in which prompts are to read them",
         required=True,
-        metavar="FILE",
-        help="pictures, for instance a document's pages, in the order in which prompts are to read them",
     )
     add_picture_options(
         parser,
@@ -50,7 +46,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where the encoded pictures go (.safetensors)"
     )
-    add_model_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,18 +54,23 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, the model cannot be loaded, or the file cannot be written.
     """
-    rule, share = _rule(arguments), tower_share(arguments)
+    covering, share = _covering(arguments), tower_share(arguments)
     check_folder_of(arguments.out)
-    images = [picture_or_error(path) for path in arguments.image]
+    images = pictures_of(arguments.image)
+    begin_loading(arguments)
+    from trim_plugin.pictures.encoding import encode_pictures
+    from trim_plugin.selection.k_center import KCenter
+
+    rule = None if covering is None else KCenter(**covering)
     model, processor = load_model(arguments)
     console, pages, start = Console(), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("encoding", total=len(images))
-        for path, image in zip(arguments.image, images, strict=True):
+        for name, image in zip(arguments.image, images, strict=True):
             began = time.perf_counter()
             page = encode_pictures(model, processor, [image], rule, tower_share=share)
-            console.print(_line(path.name, page, time.perf_counter() - began), highlight=False, markup=False)
+            console.print(_line(Path(name).name, page, time.perf_counter() - began), highlight=False, markup=False)
             pages.append(page)
             progress.advance(task)
     pictures = functools.reduce(operator.add, pages)
@@ -85,12 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _rule(arguments: argparse.Namespace) -> KCenter | None:
+def _covering(arguments: argparse.Namespace) -> dict[str, float] | None:
+    """Arguments of the `KCenter` that is asked for; None if everything is kept."""
     if arguments.kept_share is not None and arguments.radius is not None:
         raise UserError("--kept-share and --radius are both given. Choose one")
     if arguments.kept_share is not None:
-        return KCenter(check_ratio(arguments.kept_share, "--kept-share"))
-    return None if arguments.radius is None else KCenter(radius=check_ratio(arguments.radius, "--radius"))
+        return {"kept_share": check_ratio(arguments.kept_share, "--kept-share")}
+    return None if arguments.radius is None else {"radius": check_ratio(arguments.radius, "--radius")}
 
 
 def _line(name: str, pictures: Pictures, seconds: float) -> str:

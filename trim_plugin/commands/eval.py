@@ -10,50 +10,30 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trim_plugin.commands import UserError
-from trim_plugin.commands.common import (
-    add_command,
-    add_generation_options,
-    check_counts,
-    progress,
-    user_errors,
-    ways,
-)
+from trim_plugin.commands import UserError, user_errors
+from trim_plugin.commands.common import add_command, check_counts, checked_rules, generation_options, progress
 from trim_plugin.commands.loading import (
+    begin_loading,
     check_device,
-    check_is_mllama,
     device_of,
     load_model,
-    model_of,
     process_of,
     settings_of,
 )
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.durable import write_whole
-from trim_plugin.evaluation import (
-    MATCHES,
-    Answer,
-    AnswerLog,
-    Question,
-    Shown,
-    Summary,
-    evaluate,
-    read_questions,
-    report_html,
-    summarize,
-    whole_ways,
-)
-from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
-from trim_plugin.pictures.prompting import build_inputs, open_picture
-from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
+from trim_plugin.evaluation.log import Answer, AnswerLog
+from trim_plugin.evaluation.questions import Question, read_questions
+from trim_plugin.evaluation.summary import MATCHES, Summary, summarize, whole_variants
+
+if TYPE_CHECKING:
+    from trim_plugin.evaluation.page import Shown
 
 #: Exact mode, and the package's default between a larger and a smaller one.
 DEFAULT_RATIOS = ("1.0", "0.25", f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
@@ -61,14 +41,13 @@ DEFAULT_RATIOS = ("1.0", "0.25", f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "eval", run)
+    parser = add_command(subparsers, "eval", run, [generation_options(", ".join(DEFAULT_RATIOS), several=True)])
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER", help="folder with pictures and questions.jsonl"
     )
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="another questions file (default: questions.jsonl in --data)"
     )
-    add_generation_options(parser, ", ".join(DEFAULT_RATIOS), several=True)
     parser.add_argument(
         "--no-stock",
         action="store_true",
@@ -98,17 +77,19 @@ def run(arguments: argparse.Namespace) -> None:
     """
     console = Console()
     process, processes = process_of(os.environ)
-    chosen = ways(arguments, DEFAULT_RATIOS, stock=not arguments.no_stock)
+    chosen = checked_rules(arguments, DEFAULT_RATIOS, stock=not arguments.no_stock)
     check_counts(arguments, "limit", "max_new_tokens")
     questions = _questions(arguments)
+    begin_loading(arguments)
+    from trim_plugin.evaluation.run import evaluate
+
     check_device(device_of(arguments.device, os.environ))
-    check_is_mllama(model_of(arguments.model))
     log = _log(arguments, questions, process)
     model, processor = load_model(arguments)
     share = questions[process::processes]
     with progress(console, process) as bar:
         task = bar.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
-        mine, names = {question.name for question in share}, {way.name for way in chosen}
+        mine, names = {question.name for question in share}, {variant.name for variant in chosen}
         bar.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
         evaluate(
             model,
@@ -122,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
             on_answer=lambda answer: bar.advance(task),
         )
     answers = log.answers()
-    complete = whole_ways(questions, chosen, answers)
-    if len({way.name for way in complete} & names) < len(names):
+    complete = whole_variants(questions, chosen, answers)
+    if len({variant.name for variant in complete} & names) < len(names):
         console.print(f"process {process} of {processes} is done; the last one writes the summary", highlight=False)
         return
     rows = summarize(questions, complete, answers, arguments.match)
@@ -153,10 +134,17 @@ def _log(arguments: argparse.Namespace, questions: list[Question], process: int)
 
 def _shown(model: Any, processor: Any, question: Question) -> list[Shown]:
     """A question's pictures as the model sees them."""
+    import numpy as np
+    from PIL import Image
+
+    from trim_plugin.arithmetic import picture_tokens
+    from trim_plugin.evaluation.page import Shown
+    from trim_plugin.pictures.prompting import build_inputs, open_picture
+    from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
+
     inputs = build_inputs(processor, question.text, [open_picture(picture) for picture in question.pictures])
     maps = [tile_map_of(model, inputs, 0, number) for number in range(len(question.pictures))]
-    vision = model.config.vision_config
-    total = len(maps) * vision.max_num_tiles * (maps[0].side ** 2 + 1)
+    total = len(maps) * picture_tokens(model.config.vision_config)
     return [
         Shown(Image.fromarray(np.rint(255 * picture_as_seen(inputs, number, place)).astype(np.uint8)), place, total)
         for number, place in enumerate(maps)
@@ -170,6 +158,8 @@ def _write(
     answers: Sequence[Answer],
     pictures: Callable[[Question], list[Shown]],
 ) -> None:
+    from trim_plugin.evaluation.page import HEADINGS, cells, report_html
+
     folder = arguments.out
     write_whole(
         folder / "summary.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
@@ -181,6 +171,8 @@ def _write(
 
 
 def _table(rows: list[Summary], match: str) -> Table:
+    from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
+
     table = Table(
         title=f"agree and overlap with {rows[0].way}; right: {match} match; KV: of stock's bytes",
         title_justify="left",

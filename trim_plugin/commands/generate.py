@@ -6,47 +6,39 @@ import argparse
 import functools
 import operator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trim_plugin.commands import UserError
+from trim_plugin.commands import UserError, user_errors
 from trim_plugin.commands.common import (
     add_command,
-    add_generation_options,
+    add_image_option,
     check_counts,
-    one_way,
-    picture_or_error,
-    user_errors,
+    encoded_files,
+    generation_options,
+    one_rule,
+    pictures_of,
 )
-from trim_plugin.commands.loading import load_model
+from trim_plugin.commands.loading import begin_loading, load_model
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
-from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.prompting import build_inputs
+
+if TYPE_CHECKING:
+    from trim_plugin.pictures.encoded import Pictures
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "generate", run, model_word=True)
-    parser.add_argument(
-        "--image",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="a picture; may be given again (default: text only)",
-    )
+    parser = add_command(subparsers, "generate", run, [generation_options(f"{DEFAULT_TOP_K_RATIO}, with --pictures 1")])
+    add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
     parser.add_argument(
         "--pictures",
         action="extend",
         nargs="+",
-        type=Path,
         default=[],
         metavar="FILE",
         help="instead of --image: files that `trim-plugin encode` wrote, in a row; no vision tower runs (default: none)",
     )
     parser.add_argument("--prompt", required=True, help="the question")
-    add_generation_options(parser, f"{DEFAULT_TOP_K_RATIO}, with --pictures 1")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
     """
-    config = one_way(arguments, 1.0 if arguments.pictures else DEFAULT_TOP_K_RATIO).config
+    rule = one_rule(arguments, 1.0 if arguments.pictures else DEFAULT_TOP_K_RATIO)
     check_counts(arguments, "max_new_tokens")
     if arguments.image and arguments.pictures:
         raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")
@@ -63,8 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--tower-share and --pictures are both given, but encoded pictures need no tower. Give it to encode"
         )
-    pictures = [picture_or_error(path) for path in arguments.image]
-    encoded = _encoded(arguments.pictures)
+    pictures, files = pictures_of(arguments.image), encoded_files(arguments.pictures)
+    begin_loading(arguments)
+    config, encoded = rule.config, _encoded(files)
     model, processor = load_model(arguments)
     if encoded is None:
         inputs = _inputs(processor, arguments.prompt, pictures, model)
@@ -75,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _encoded(files: list[Path]) -> Pictures | None:
     """The pictures of these files in a row; None without any."""
+    from trim_plugin.pictures.encoded import Pictures
+
     if not files:
         return None
     with user_errors(OSError, ValueError):
@@ -83,6 +78,8 @@ def _encoded(files: list[Path]) -> Pictures | None:
 
 def _known(model: Any, processor: Any, pictures: Pictures, config: TrimConfig | None, prompt: str) -> dict[str, Any]:
     """What `generate` is given to answer a prompt about encoded pictures."""
+    from trim_plugin.forward.hooks import TrimmedCache
+
     with user_errors(ValueError):
         inputs: dict[str, Any] = dict(pictures.inputs(processor, prompt, model.device))
         return inputs | {CACHE: TrimmedCache(model, config, pictures=pictures)}
@@ -104,7 +101,9 @@ def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argpa
 
 def _inputs(processor: Any, prompt: str, pictures: list[Any], model: Any) -> dict[str, Any]:
     """Inputs on the model's device, pictures in its dtype."""
-    inputs = (
+    from trim_plugin.pictures.prompting import build_inputs
+
+    inputs: dict[str, Any] = (
         build_inputs(processor, prompt, pictures, model.device) if pictures else _text_inputs(processor, prompt, model)
     )
     if "pixel_values" in inputs:

@@ -6,42 +6,76 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-
-from trim_plugin.commands import UserError
-from trim_plugin.commands.common import SMALL, SPREAD, first_line
+from trim_plugin.arithmetic import taken_for
+from trim_plugin.commands import UserError, first_line, user_errors
+from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs
 from trim_plugin.embedded import SMALL_MODEL
+from trim_plugin.kv_formats import require_bitsandbytes
+from trim_plugin.planning.configuration import ModelNumbers, read_config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    pass
+
+#: Names of torch's dtypes.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: The hub is asked at most this long whether it knows a model; its own client tries for half a minute.
 HUB_SECONDS = 10.0
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, in eval mode, and its processor, as the options of `common.add_model_options` say.
+def begin_loading(arguments: argparse.Namespace) -> None:
+    """Check what can be checked of a model before anything is loaded, then say that it is being loaded.
+
+    To be called before torch is imported, which alone takes seconds.
 
     Raises:
-        UserError: no such model or adapter, another architecture, a device that isn't there, a missing package.
+        UserError: no such model or adapter, another architecture, a missing package, a wrong `--max-memory`.
+    """
+    _max_memory(arguments.max_memory)
+    if arguments.adapter is not None:
+        if not arguments.adapter.is_dir():
+            raise UserError(f"no adapter in {arguments.adapter}: there is no such folder")
+        needs("--adapter", "peft", "peft", "accelerate")
+    check_is_mllama(model_of(arguments.model))
+    if weights_of(arguments) not in DTYPES:
+        with user_errors(ImportError):
+            require_bitsandbytes(f"--weights {arguments.weights}")
+    if process_of(os.environ)[0] == 0:
+        for remark in _remarks(arguments):
+            print(f"trim-plugin {arguments.command}: {remark}", file=sys.stderr)
+        print(f"trim-plugin {arguments.command}: loading {name_of(arguments)} ...", file=sys.stderr, flush=True)
+
+
+def _remarks(arguments: argparse.Namespace) -> list[str]:
+    """What sizes were taken for, where a person may have meant something else."""
+    entries = [entry.partition("=") for entry in arguments.max_memory or []]
+    sizes = [(f"--max-memory {device}:", size) for device, _, size in entries]
+    sizes += [("--memory", size) for size in [getattr(arguments, "memory", None)] if size is not None]
+    return [remark for option, size in sizes if (remark := taken_for(size, option)) is not None]
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, in eval mode, and its processor, as the options of `common.model_options` say; after `begin_loading`.
+
+    Raises:
+        UserError: a device that isn't there, or whatever else is wrong with the model.
     """
     model, limits = model_of(arguments.model), _max_memory(arguments.max_memory)
     device = check_device(device_of(arguments.device, os.environ))
-    if arguments.adapter is not None and not arguments.adapter.is_dir():
-        raise UserError(f"no adapter in {arguments.adapter}: there is no such folder")
-    check_is_mllama(model)
     weights = weights_of(arguments)
     # bitsandbytes logs a line for every 8-bit product in bfloat16, and which of its CPU kernels it could not get.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     plain = weights in DTYPES and arguments.adapter is None and limits is None and arguments.offload_folder is None
     try:
-        with _progress(model):
+        with _without_a_bar(model):
             if plain and device not in SPREAD:
                 return _load_plain(model, DTYPES[weights], device)
             return pretrained_loader()(
@@ -55,6 +89,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError(first_line(error)) from None
     except (OSError, ValueError, RuntimeError) as error:
+        if _is_gated(error):
+            raise _gated(model) from None
         # Whatever is wrong with an adapter names its folder.
         blamed = arguments.adapter is not None and str(arguments.adapter) in str(error)
         what = f"--adapter {arguments.adapter}" if blamed else f"cannot load {name_of(arguments)}"
@@ -62,7 +98,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def model_of(name: str | None) -> str:
-    """The folder or hub id behind `--model`.
+    """The folder or hub id behind a model's name.
 
     Example:
         >>> Path(model_of(None)).name, model_of("org/name")
@@ -110,6 +146,8 @@ def device_of(device: str, environment: Mapping[str, str]) -> str:
         >>> device_of("cuda", {"LOCAL_RANK": "2", "WORLD_SIZE": "4"}), device_of("cpu", {"LOCAL_RANK": "2"})
         ('cuda:2', 'cpu')
     """
+    import torch
+
     if device in SPREAD and not torch.accelerator.is_available():
         return "cpu"
     several = int(environment.get("WORLD_SIZE", 1)) > 1
@@ -121,6 +159,8 @@ def device_of(device: str, environment: Mapping[str, str]) -> str:
 
 def check_device(text: str) -> str:
     """A `--device` that exists here, or `UserError`."""
+    import torch
+
     if text in SPREAD:
         return text
     try:
@@ -133,20 +173,27 @@ def check_device(text: str) -> str:
 
 def check_is_mllama(path_or_id: str) -> None:
     """Read the configuration alone and raise `UserError` unless it is an Mllama model's."""
-    from transformers import AutoConfig
+    model_numbers(path_or_id)
 
-    if not Path(path_or_id).is_dir():
-        _check_hub_knows(path_or_id)
-    elif not (Path(path_or_id) / "config.json").is_file():
+
+def model_numbers(path_or_id: str) -> ModelNumbers:
+    """The numbers in a model's configuration; neither torch nor transformers is loaded, and of a hub's model only that file.
+
+    Raises:
+        UserError: there is no such model, it may not be read, or it is another architecture's.
+    """
+    folder = Path(path_or_id)
+    file = folder / "config.json" if folder.is_dir() else _from_hub(path_or_id)
+    if not file.is_file():
         raise UserError(f"cannot load {path_or_id}: there is no config.json in it")
     try:
-        config = AutoConfig.from_pretrained(path_or_id)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {path_or_id}: {first_line(error)}") from None
-    if config.model_type != "mllama":
-        raise UserError(
-            f"{path_or_id} is a {config.model_type} model; trim-plugin needs an Mllama (Llama-3.2-Vision) model"
-        )
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot load {path_or_id}: its config.json is not JSON ({first_line(error)})") from None
+    try:
+        return read_config(settings)
+    except ValueError as error:
+        raise UserError(f"{path_or_id} is {error}") from None
 
 
 def pretrained_loader() -> Callable[..., tuple[Any, Any]]:
@@ -161,30 +208,39 @@ def pretrained_loader() -> Callable[..., tuple[Any, Any]]:
     return next(iter(loaders)).load()
 
 
-def _load_plain(path_or_id: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def _load_plain(path_or_id: str, dtype: str, device: str) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoProcessor, MllamaForConditionalGeneration
 
-    model = MllamaForConditionalGeneration.from_pretrained(path_or_id, dtype=dtype)
+    model = MllamaForConditionalGeneration.from_pretrained(path_or_id, dtype=getattr(torch, dtype))
     return model.to(device).eval(), AutoProcessor.from_pretrained(path_or_id)
 
 
-def _check_hub_knows(name: str) -> None:
-    """Raise `UserError` at once if `name` can be neither a folder nor a model that is cached here or known to the hub."""
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+def _from_hub(name: str) -> Path:
+    """The config.json of a hub's model: the one that is cached here, or downloaded now.
 
+    Raises:
+        UserError: `name` can be neither a folder nor a hub id, or the hub does not know it or does not give it away.
+    """
     path = Path(name)
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.parent.is_dir()
     if not is_id:
         raise UserError(f"cannot load {name}: there is no such folder, and a hub id looks like owner/name")
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS)
+        return Path(huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS))
     except GatedRepoError:
-        return  # its own message says where to ask for access
+        raise _gated(name) from None
     except RepositoryNotFoundError:
         raise UserError(f"cannot load {name}: it is neither a folder here nor known to the hub") from None
+    except EntryNotFoundError:
+        raise UserError(f"cannot load {name}: there is no config.json in it") from None
     except Exception as error:
         # Without a network the hub's client raises what its HTTP library does, and that has changed twice.
         of_http = type(error).__module__.startswith(("http", "requests", "urllib3"))
@@ -194,35 +250,54 @@ def _check_hub_knows(name: str) -> None:
         raise UserError(f"cannot load {name}: there is no such folder, and the hub cannot be asked ({why})") from None
 
 
+def _gated(name: str) -> UserError:
+    from huggingface_hub.constants import ENDPOINT
+
+    return UserError(
+        f"cannot load {name}: it is a gated model, and the hub does not give it to you. Ask for access at {ENDPOINT}/{name}, "
+        "then log in with your token: hf auth login (or set HF_TOKEN)"
+    )
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub's refusal is behind an error: transformers raises one of its own in its place."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
-def _progress(model: str) -> Iterator[None]:
-    """A spinner; transformers' own bar says nothing about a model that loads at once."""
+def _without_a_bar(model: str) -> Iterator[None]:
+    """transformers' own bar says nothing about a model that loads at once."""
     from transformers.utils import logging as transformers_logging
 
     quiet = model == str(SMALL_MODEL) and transformers_logging.is_progress_bar_enabled()
     if quiet:
         transformers_logging.disable_progress_bar()
     try:
-        with Console(stderr=True).status(f"loading {SMALL if model == str(SMALL_MODEL) else model}"):
-            yield
+        yield
     finally:
         if quiet:
             transformers_logging.enable_progress_bar()
 
 
-def _max_memory(entries: list[str] | None) -> dict[int | str, str] | None:
+def _max_memory(entries: list[str] | None) -> dict[int | str, int] | None:
     """Read DEVICE=SIZE entries.
 
     Example:
-        >>> _max_memory(["0=20GiB", "cpu=60GiB"])
-        {0: '20GiB', 'cpu': '60GiB'}
+        >>> _max_memory(["0=20GiB", "cpu=60GB"])
+        {0: 21474836480, 'cpu': 60000000000}
     """
     if not entries:
         return None
-    limits: dict[int | str, str] = {}
+    limits: dict[int | str, int] = {}
     for entry in entries:
         device, equals, size = entry.partition("=")
         if not (device and equals and size):
             raise UserError(f"--max-memory must look like 0=20GiB or cpu=60GiB, got {entry}")
-        limits[int(device) if device.isdigit() else device] = size
+        limits[int(device) if device.isdigit() else device] = bytes_of(size, f"--max-memory {device}")
     return limits

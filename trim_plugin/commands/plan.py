@@ -1,31 +1,34 @@
-"""`trim-plugin plan`: what a generation will take, from a configuration alone."""
+"""`trim-plugin plan`: what a generation will take, from a configuration alone. It loads neither torch nor transformers."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import sys
 from typing import Any
 
 from rich.console import Console
 
+from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
     WEIGHTS,
     add_command,
     add_length_option,
+    add_model,
     add_tower_option,
+    bytes_of,
     check_counts,
     check_ratio,
     tower_share,
 )
-from trim_plugin.commands.loading import check_is_mllama, model_of
+from trim_plugin.commands.loading import model_numbers, model_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.planning import fitting, model_sizes, planner, table
+from trim_plugin.planning import configuration, fitting, planner, table
 from trim_plugin.planning.job import Job
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DEFAULT_MODEL = "11b"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,16 +43,18 @@ def add_parser(subparsers: Any) -> None:
         "--top-k-ratio",
         **several,
         metavar="RATIO",
-        help="the paper's rule: share of the visual tokens that each head keeps; several are several columns "
+        help=f"the paper's rule: share of the visual tokens that each head keeps; several are several rows "
         f"(default: {DEFAULT_TOP_K_RATIO})",
     )
     parser.add_argument(
-        "--kept-share",
+        "--expect-kept",
         **several,
         metavar="SHARE",
-        help="share of the visible tokens that is kept, if you know it; several are several columns "
+        help="a forecast: the share of the visible tokens that a rule will keep, if you know it; several are several rows "
         "(default: as measured at the ratio)",
     )
+    # As it was called before it was told apart from the rule of the other subcommands.
+    parser.add_argument("--kept-share", **several, help=argparse.SUPPRESS)
     parser.add_argument(
         "--kv-quantization",
         choices=tuple(KV_FORMATS),
@@ -74,13 +79,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="11b",
-        help="11b, 90b, small, a model folder or a hub id; only its configuration is read (default: %(default)s)",
+    add_model(
+        parser, f"11b, 90b, small, a folder or a hub id; only its configuration is read (default: {DEFAULT_MODEL})"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default: %(default)s)")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples (default: as many as --tiles names)")
     parser.add_argument(
+        "--expand-size",
         "--copies",
         type=int,
         default=1,
@@ -89,7 +93,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, default=1, metavar="N", help="images a sample (default: %(default)s)")
     parser.add_argument(
-        "--tiles", type=int, default=4, metavar="N", help="real tiles of an image (default: %(default)s)"
+        "--tiles",
+        action="extend",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="real tiles of an image; several are those of the samples one by one, repeated to the batch (default: 4)",
     )
     parser.add_argument(
         "--interleaved",
@@ -114,92 +123,74 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong.
     """
-    shares = [check_ratio(text, "--kept-share") for text in arguments.kept_share or []]
+    shares = [check_ratio(text, "--expect-kept") for text in arguments.expect_kept or []]
+    shares += [check_ratio(text, "--kept-share") for text in arguments.kept_share or []]
     ratios = [check_ratio(text) for text in arguments.top_k_ratio or ([] if shares else [DEFAULT_TOP_K_RATIO])]
-    memory = None if arguments.memory is None else parse_bytes(arguments.memory)
-    settings: dict[str, Any] = {
-        "weights": arguments.weights,
-        "reserve": parse_bytes(arguments.reserve, "--reserve", zero=True),
-    }
+    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
+    reserve = bytes_of(arguments.reserve, "--reserve", zero=True)
     check_counts(arguments, "prefill_pictures")
-    config = _config(arguments.model)
+    model = arguments.model or DEFAULT_MODEL
+    config = _config(model)
     try:
-        job = Job(
-            batch=arguments.batch,
-            images=arguments.images,
-            tiles=arguments.tiles,
-            readable_images=1 if arguments.interleaved else None,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.max_new_tokens,
-            copies=arguments.copies,
-            pixels_on_device=arguments.pixels_on_device,
-        )
+        job = _job(arguments)
         share = tower_share(arguments)
-        ways = planner.ways(ratios, shares, arguments.kv_quantization, arguments.prefill_pictures, share)
-        plans = [planner.plan(config, job, way, **settings) for way in ways]
+        variants = planner.variants(ratios, shares, arguments.kv_quantization, arguments.prefill_pictures, share)
+        settings: dict[str, Any] = {"weights": arguments.weights, "reserve": reserve}
+        plans = [planner.plan(config, job, variant, **settings) for variant in variants]
     except ValueError as error:
         raise UserError(str(error)) from None
-    fits, changes = {}, {}
+    fits = {}
     if memory is not None:
-        for way, one in zip(ways, plans, strict=True):
-            fits[way.name] = fitting.largest_fit(config, job, way, memory, **settings)
-            if one.needed > memory:
-                changes[way.name] = fitting.cheapest_change(config, job, way, memory, **settings)
+        fits = {one.name: fitting.largest_fit(config, job, one, memory, **settings) for one in variants}
+    for remark in _remarks(arguments):
+        print(remark, file=sys.stderr)
     if arguments.json:
-        print(json.dumps(_result(arguments.model, job, plans, memory, fits, changes), indent=2))
-        return
-    table.show(Console(), arguments.model, job, plans, memory, fits, changes)
+        print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
+    else:
+        table.show(Console(), model, job, arguments.weights, plans, memory, fits)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    tiles = arguments.tiles or [4]
+    return Job(
+        batch=len(tiles) if arguments.batch is None else arguments.batch,
+        images=arguments.images,
+        tiles=tiles[0] if len(tiles) == 1 else tuple(tiles),
+        readable_images=1 if arguments.interleaved else None,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.max_new_tokens,
+        expand_size=arguments.expand_size,
+        pixels_on_device=arguments.pixels_on_device,
+    )
+
+
+def _remarks(arguments: argparse.Namespace) -> list[str]:
+    """What words were taken for, where a person may have meant something else."""
+    sizes = [("--memory", arguments.memory), ("--reserve", arguments.reserve)]
+    found = [taken_for(text, option) for option, text in sizes if text is not None]
+    if arguments.kept_share:
+        found.append(
+            "--kept-share is a rule in the other subcommands. Here it is a forecast, and called --expect-kept."
+        )
+    return [remark for remark in found if remark is not None]
 
 
 def _result(
-    model: str,
-    job: Job,
-    plans: list[planner.Plan],
-    memory: int | None,
-    fits: dict[str, fitting.Fit],
-    changes: dict[str, fitting.Change | None],
+    model: str, job: Job, plans: list[planner.Plan], memory: int | None, fits: dict[str, fitting.Fit]
 ) -> dict[str, Any]:
     """What `--json` prints."""
-    ways = []
+    variants = []
     for one in plans:
-        name, entry = one.way.name, one.as_dict()
+        entry = one.as_dict()
         if memory is not None:
-            fit, change = fits[name], changes.get(name)
+            fit = fits[one.variant.name]
             entry |= {"largest_batch": fit.largest_batch, "limit": fit.limit, "reason": fit.reason}
-            entry |= {"fits": one.needed <= memory, "change": None if change is None else list(change.words)}
-        ways.append(entry)
-    return {"model": model, "job": vars(job), "memory": memory, "reserve": plans[0].reserve, "ways": ways}
+            entry |= {"fits": one.needed <= memory}
+        variants.append(entry)
+    return {"model": model, "job": vars(job), "memory": memory, "reserve": plans[0].reserve, "ways": variants}
 
 
-def parse_bytes(text: str, option: str = "--memory", *, zero: bool = False) -> int:
-    """A number of bytes with its unit, such as 24GiB, 80GB or 500MiB, or `UserError`.
-
-    Args:
-        text: what the user gave.
-        option: its name, for the error.
-        zero: whether nothing is allowed, with or without a unit.
-
-    Example:
-        >>> parse_bytes("1.5GiB"), parse_bytes("2MB"), parse_bytes("0", zero=True)
-        (1610612736, 2000000, 0)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or (match[2] and match[2].upper() not in _UNITS):
-        raise UserError(f"{option} must look like 24GiB, 80GB or 500MiB, got {text}")
-    number, unit = float(match[1]), match[2].upper()
-    if number == 0 and zero:
-        return 0
-    if not unit:
-        raise UserError(f"{option} needs a unit: {match[1]}GiB, {match[1]}GB or {match[1]}MiB, got {text}")
-    if number == 0:
-        raise UserError(f"{option} must be more than nothing, got {text}")
-    return int(number * _UNITS[unit])
-
-
-def _config(model: str) -> Any:
-    if model.lower() in model_sizes.SHAPES:
-        return model_sizes.built_in_config(model.lower())
-    from transformers import AutoConfig
-
-    check_is_mllama(model_of(model))
-    return AutoConfig.from_pretrained(model_of(model))
+def _config(model: str) -> configuration.ModelNumbers:
+    if model.lower() in configuration.SHAPES:
+        return configuration.built_in_config(model.lower())
+    return model_numbers(model_of(model))

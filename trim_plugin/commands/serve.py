@@ -9,21 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.commands import UserError
-from trim_plugin.commands.common import (
-    add_command,
-    add_generation_options,
-    check_counts,
-    first_line,
-    one_way,
-    user_errors,
-)
-from trim_plugin.commands.loading import load_model, name_of
-from trim_plugin.commands.plan import parse_bytes
+from trim_plugin.commands import UserError, user_errors
+from trim_plugin.commands.common import add_command, bytes_of, check_counts, generation_options, needs, one_rule
+from trim_plugin.commands.loading import begin_loading, load_model, name_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.serving.limits import Limits
 
 LIMITS = Limits()
+#: What a server needs.
+PACKAGES = ("starlette", "uvicorn", "openai", "prometheus_client")
 #: Where the API key may stand instead of the command line, which other users of the machine can read.
 API_KEY = "TRIM_PLUGIN_API_KEY"
 #: As `engine.engine.MAX_RUNNING`, without loading what that needs.
@@ -35,7 +29,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "serve", run, model_word=True)
+    parser = add_command(subparsers, "serve", run, [generation_options(length=False)])
     parser.add_argument(
         "--host",
         default="localhost",
@@ -65,7 +59,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="warning", help="what the server says (default: %(default)s)"
     )
-    add_generation_options(parser, length=False)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -99,25 +92,24 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, the model cannot be loaded, or a package is missing.
     """
-    config = one_way(arguments).config or TrimConfig()
+    rule = one_rule(arguments)
     check_counts(
         arguments, "port", "max_running", "max_pictures", "max_pixels", "max_tokens", "max_bytes", "max_waiting"
     )
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
         raise UserError(f"--allow-folder: no such folder: {arguments.allow_folder}")
-    memory = None if arguments.memory is None else parse_bytes(arguments.memory)
+    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
     if arguments.port > 65535:
         raise UserError(f"--port: {arguments.port} is no port; they end at 65535")
-    try:
-        import uvicorn
+    for module in PACKAGES:
+        needs("serve", module, *PACKAGES)
+    begin_loading(arguments)
+    import uvicorn
 
-        from trim_plugin.serving.app import LOCAL_NAMES, build_app
-    except ImportError as error:
-        raise UserError(
-            f"{first_line(error)}. Install what a server needs: pip install starlette uvicorn openai prometheus_client"
-        ) from None
     from trim_plugin.engine.engine import Engine
+    from trim_plugin.serving.app import LOCAL_NAMES, build_app
 
+    config = rule.config or TrimConfig()
     model, processor = load_model(arguments)
     name = name_of(arguments)
     with user_errors(ImportError, ValueError):

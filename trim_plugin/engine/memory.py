@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.config import TrimConfig
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning.planner import expected_kept_share
-from trim_plugin.selection.visibility import tile_tokens
 
 #: Share of a device's free memory that running requests may take; the rest is for the forwards' own work.
 OF_FREE_MEMORY = 0.7

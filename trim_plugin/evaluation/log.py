@@ -20,7 +20,7 @@ class Answer:
 
     Args:
         question: name of the question.
-        way: name of the way.
+        way: name of the variant.
         text: the answer.
         seconds: wall-clock time of `generate`, vision tower and prefill included; of pictures that were encoded once for several
             questions, this question's part.
@@ -116,7 +116,7 @@ class AnswerLog:
         append_lines(self._file, [json.dumps(dataclasses.asdict(answer)).encode()])
 
     def answers(self) -> list[Answer]:
-        """The answers of all processes, one for each question and way; an answer counts more than an error."""
+        """The answers of all processes, one for each question and variant; an answer counts more than an error."""
         found: dict[tuple[str, str], Answer] = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
             for fields in _entries(file):

@@ -1,4 +1,4 @@
-"""A report that a person looks at: one HTML file with pictures, questions, and the answers of all ways side by side."""
+"""A report that a person looks at: one HTML file with pictures, questions, and the answers of all variants side by side."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HEADINGS = {
     "cache": "stock is transformers' own; a number is a top_k_ratio",
     "n": "questions answered by all",
     "right": "of the questions whose right answer is given",
-    "agree": "answers that are the first way's",
-    "overlap": "words shared with the first way's answers",
+    "agree": "answers that are the first variant's",
+    "overlap": "words shared with the first variant's answers",
     "kept": "of the visible visual tokens",
     "KV": "bytes of the visual cache, of stock's",
     "s": "seconds a question",
@@ -59,11 +59,11 @@ def report_html(
 ) -> str:
     """The whole file: needs nothing beside it, no network and no script.
 
-    Questions on which the ways differ come first, those whose pictures could not be read last.
+    Questions on which the variants differ come first, those whose pictures could not be read last.
 
     Args:
         questions: as read.
-        rows: of `summarize`; the first way is what the others are compared with.
+        rows: of `summarize`; the first variant is what the others are compared with.
         answers: of the log.
         pictures: gives the pictures of a question that was answered; asked once for each, so that few are held at a time.
         match: as in `summarize`.

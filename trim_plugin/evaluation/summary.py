@@ -1,4 +1,4 @@
-"""Accuracy, agreement with the first way, kept share and time, over all questions."""
+"""Accuracy, agreement with the first variant, kept share and time, over all questions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 
 from trim_plugin.evaluation.log import Answer
 from trim_plugin.evaluation.questions import Question
-from trim_plugin.evaluation.run import Way
+from trim_plugin.variants import Variant
 
 MATCHES = ("exact", "contains")
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One way over all questions; means, and None for what cannot be known.
+    """One variant over all questions; means, and None for what cannot be known.
 
     Args:
         way: its name.
         questions: answered questions.
         known: those of them whose right answer is given.
         accuracy: share of right answers among these.
-        agreement: share of answers that are the same as the first way's, case, spaces and final punctuation aside.
-        overlap: mean F1 of the words shared with the first way's answer, which suits long answers.
+        agreement: share of answers that are the same as the first variant's, case, spaces and final punctuation aside.
+        overlap: mean F1 of the words shared with the first variant's answer, which suits long answers.
         kept_share: kept visual tokens over visible ones.
         cross_kv_ratio: bytes of cached visual keys and values over stock's.
         seconds: per question.
@@ -44,15 +44,15 @@ class Summary:
 
 
 def summarize(
-    questions: Sequence[Question], ways: Sequence[Way], answers: Sequence[Answer], match: str = "exact"
+    questions: Sequence[Question], variants: Sequence[Variant], answers: Sequence[Answer], match: str = "exact"
 ) -> list[Summary]:
-    """Sum up every way over the questions that all ways have answered; agreement is with the first way.
+    """Sum up every variant over the questions that all variants have answered; agreement is with the first variant.
 
     Questions whose picture could not be read count for none.
 
     Args:
         questions: as read.
-        ways: as run.
+        variants: as run.
         answers: from the log.
         match: "exact": an answer is right if it equals a given one; "contains": if a given one occurs in it as whole words.
             Both leave case, spaces and final punctuation aside.
@@ -61,10 +61,10 @@ def summarize(
         ValueError: another `match`.
 
     Example:
-        >>> from trim_plugin.evaluation import ways_for
+        >>> from trim_plugin.evaluation import variants_for
         >>> question = Question("1", (), "Which digit is red?", ("seven",))
         >>> given = [Answer("1", "stock", "Seven.", 0.1, 2), Answer("1", "0.25", "nine", 0.1, 2, 65, 13, 20, 80)]
-        >>> for row in summarize([question], ways_for([0.25]), given):
+        >>> for row in summarize([question], variants_for([0.25]), given):
         ...     print(row.way, row.accuracy, row.agreement, row.kept_share)
         stock 1.0 1.0 None
         0.25 0.0 0.0 0.2
@@ -72,39 +72,46 @@ def summarize(
     if match not in MATCHES:
         raise ValueError(f"match must be one of {', '.join(map(repr, MATCHES))}, got {match!r}.")
     found = {(answer.question, answer.way): answer for answer in answers if not answer.error}
-    whole = [question for question in questions if all((question.name, way.name) in found for way in ways)]
+    whole = [question for question in questions if all((question.name, variant.name) in found for variant in variants)]
     if not whole:
         return []
-    first = [found[question.name, ways[0].name] for question in whole]
-    return [_summary(way, whole, [found[question.name, way.name] for question in whole], first, match) for way in ways]
+    first = [found[question.name, variants[0].name] for question in whole]
+    return [
+        _summary(variant, whole, [found[question.name, variant.name] for question in whole], first, match)
+        for variant in variants
+    ]
 
 
-def whole_ways(questions: Sequence[Question], ways: Sequence[Way], answers: Sequence[Answer]) -> list[Way]:
-    """The ways that have dealt with every question: those of this run, and of earlier ones in the same folder.
+def whole_variants(
+    questions: Sequence[Question], variants: Sequence[Variant], answers: Sequence[Answer]
+) -> list[Variant]:
+    """The variants that have dealt with every question: those of this run, and of earlier ones in the same folder.
 
-    Stock is the first if it is there; a way of an earlier run that was left unfinished is not among them.
+    Stock is the first if it is there; a variant of an earlier run that was left unfinished is not among them.
 
     Example:
-        >>> given = [Answer("1", way, "seven", 0.1, 2) for way in ("0.5", "stock")]
-        >>> [way.name for way in whole_ways([Question("1", (), "?")], [Way("0.25", None)], given)]
+        >>> given = [Answer("1", variant, "seven", 0.1, 2) for variant in ("0.5", "stock")]
+        >>> [variant.name for variant in whole_variants([Question("1", (), "?")], [Variant("0.25", None)], given)]
         ['stock', '0.5']
     """
     by_name: dict[str, set[str]] = {}
     for answer in answers:
         by_name.setdefault(answer.way, set()).add(answer.question)
     asked = {question.name for question in questions}
-    known = {way.name: way for way in ways}
+    known = {variant.name: variant for variant in variants}
     names = [name for name in by_name if name not in known] + list(known)
     names.sort(key=lambda name: name != "stock")
-    return [known.get(name, Way(name, None)) for name in names if asked <= by_name.get(name, set())]
+    return [known.get(name, Variant(name, None)) for name in names if asked <= by_name.get(name, set())]
 
 
-def _summary(way: Way, questions: list[Question], answers: list[Answer], first: list[Answer], match: str) -> Summary:
+def _summary(
+    variant: Variant, questions: list[Question], answers: list[Answer], first: list[Answer], match: str
+) -> Summary:
     known = [(q, a) for q, a in zip(questions, answers, strict=True) if q.answers]
     pairs = [(a.text, b.text) for a, b in zip(answers, first, strict=True)]
     visible, stock = sum(a.visible_tokens for a in answers), sum(a.stock_cross_kv_bytes for a in answers)
     return Summary(
-        way=way.name,
+        way=variant.name,
         questions=len(answers),
         known=len(known),
         accuracy=_mean([is_right(a.text, q.answers, match) for q, a in known]) if known else None,

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
 
+from trim_plugin.arithmetic import pictures_at_a_time
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.layers import in_this_thread
 from trim_plugin.cache.reading import NamingOurs, install
@@ -19,7 +20,7 @@ from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsu
 from trim_plugin.config import TrimConfig
 from trim_plugin.contract import check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
-from trim_plugin.forward.tower import pictures_at_a_time, visual_states
+from trim_plugin.forward.tower import visual_states
 from trim_plugin.forward.turn import Turn
 from trim_plugin.selection.visibility import padding_of
 
@@ -167,7 +168,7 @@ def _states_in_micro_batches(model: Any, cache: HeldCache, kwargs: dict[str, Any
     share, pictures = cache.config.tower_share, pixel_values.shape[0] * pixel_values.shape[1]
     if share is None and pictures == 1:
         return None
-    at_a_time = pictures_at_a_time(cache.config, model.config.vision_config)
+    at_a_time = pictures_at_a_time(cache.config.prefill_pictures, model.config.vision_config)
     if share is None and pictures <= at_a_time:
         return None
     return visual_states(model, pixel_values, ids, kwargs.get("aspect_ratio_mask"), at_a_time, share)

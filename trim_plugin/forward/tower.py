@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from transformers.models.mllama.modeling_mllama import MllamaModel
 
-from trim_plugin.config import TrimConfig
 from trim_plugin.forward.tower_merging import merging_in_tower
-from trim_plugin.selection.visibility import tile_tokens
-
-#: Visual tokens that go through the tower at a time unless the configuration says otherwise: those of one 11B picture.
-TOKENS_AT_A_TIME = 6404
 
 
 def find_model(model: torch.nn.Module) -> Any:
@@ -31,24 +26,6 @@ def find_model(model: torch.nn.Module) -> Any:
     raise ValueError(
         f"Encoded pictures need an Mllama model with a vision tower (Llama-3.2-Vision), but {type(model).__name__} has none."
     )
-
-
-def pictures_at_a_time(config: TrimConfig, vision_config: Any) -> int:
-    """Most pictures that go through the tower at a time.
-
-    Example:
-        >>> from transformers import MllamaVisionConfig
-        >>> pictures_at_a_time(TrimConfig(), MllamaVisionConfig(image_size=560))
-        1
-        >>> pictures_at_a_time(TrimConfig(prefill_pictures=3), MllamaVisionConfig(image_size=560))
-        3
-    """
-    return config.prefill_pictures or max(1, TOKENS_AT_A_TIME // picture_tokens(vision_config))
-
-
-def picture_tokens(vision_config: Any) -> int:
-    """Visual tokens of a picture, padding tiles included."""
-    return vision_config.max_num_tiles * tile_tokens(vision_config)
 
 
 def visual_states(

@@ -18,25 +18,13 @@ from typing import Any
 import torch
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
+from trim_plugin.arithmetic import layers_before
 from trim_plugin.contract import check_contract
 from trim_plugin.selection.merging import Merging
 from trim_plugin.selection.thinning import kinds_of_tokens, merge_alike
 from trim_plugin.selection.visibility import add_log_sizes, close, take_square
 
-#: Local layers that run on all tokens, as a share of the tower's local layers; at least one does.
-DEPTH = 0.25
-
 _call: contextvars.ContextVar[TowerCall | None] = contextvars.ContextVar("trim_plugin_tower_call", default=None)
-
-
-def layers_before(local_layers: int) -> int:
-    """Local layers of a tower that run on all tokens.
-
-    Example:
-        >>> layers_before(32), layers_before(2)
-        (8, 1)
-    """
-    return max(1, round(DEPTH * local_layers))
 
 
 class TowerCall:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.kept import KeptTokens, Picked
 from trim_plugin.cache.layers import CrossAttentionLayer
@@ -35,7 +36,6 @@ from trim_plugin.selection.visibility import (
     open_mask,
     padding_of,
     take_columns,
-    tile_tokens,
 )
 
 _warned_without_mask = False

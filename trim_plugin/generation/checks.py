@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward.hooks import (
     ENCODED_AND_PIXELS,
@@ -19,7 +20,7 @@ from trim_plugin.forward.hooks import (
     find_text_model,
     has_hooks,
 )
-from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of, tile_tokens
+from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
 def check_mode(model: torch.nn.Module) -> None:
@@ -179,10 +180,10 @@ def _check_mask_columns(
     pixel_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> None:
-    tiles, of_tile = vision_config.max_num_tiles, tile_tokens(vision_config)
-    earlier = 0 if cache.kept is None else cache.kept.total // (tiles * of_tile)
+    tiles = vision_config.max_num_tiles
+    earlier = 0 if cache.kept is None else cache.kept.total // picture_tokens(vision_config)
     if cache.pictures is not None:
-        new = max(sample.total for sample in cache.pictures) // (tiles * of_tile)
+        new = max(sample.total for sample in cache.pictures) // picture_tokens(vision_config)
     else:
         new = 0 if pixel_values is None else pixel_values.shape[1]
     if mask.shape[3] != tiles or mask.shape[2] != earlier + new:

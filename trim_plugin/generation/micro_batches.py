@@ -14,17 +14,11 @@ import torch
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from trim_plugin.arithmetic import picture_tokens, pictures_read_together
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
-from trim_plugin.forward.tower import picture_tokens, pictures_at_a_time
 from trim_plugin.forward.turn import Turn
-
-#: Unless the configuration says otherwise, the text model reads the pictures of this many tower calls at a time. Few cost
-#: time: each reads the text model's weights once, and unpacks 4-bit ones. Many cost memory: for a picture, the first
-#: cross-attention layer needs a fifth of what the tower needs (11B: 0.18 of 0.94 GB). With 4 the tower still sets the peak,
-#: with 8 it does not.
-TOWER_CALLS = 4
 
 #: What reads one micro-batch: its inputs and its cache, which it fills → the model's output.
 Read = Callable[[dict[str, Any], HeldCache], Any]
@@ -173,9 +167,7 @@ def cut(cache: HeldCache, inputs: Mapping[str, Any], batch: int, vision_config: 
         most = max(1, pixel_values.shape[1])
     else:
         return Cut(sources, sources, copies)
-    at_a_time = pictures_at_a_time(cache.config, vision_config)
-    if cache.config.prefill_pictures is None:
-        at_a_time *= TOWER_CALLS
+    at_a_time = pictures_read_together(cache.config.prefill_pictures, vision_config)
     return Cut(sources, max(1, at_a_time // most), copies)
 
 

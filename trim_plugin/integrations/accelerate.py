@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache.blocks import require_bitsandbytes
 from trim_plugin.integrations import bitsandbytes as quantization
+from trim_plugin.kv_formats import require_bitsandbytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (*DTYPES, *quantization.PRESETS)

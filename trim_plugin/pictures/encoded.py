@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.forward.encoded import EncodedSample
-from trim_plugin.forward.tower import find_model, picture_tokens
+from trim_plugin.forward.tower import find_model
 from trim_plugin.pictures import stored
 from trim_plugin.pictures.fingerprint import OTHER_FORMAT, SAME_FORMAT, difference, fingerprint
 from trim_plugin.pictures.layout import prompt_inputs
@@ -136,7 +137,7 @@ class Pictures(EncodedSample):
         vision = own.config.vision_config
         layout = (
             vision.max_num_tiles,
-            picture_tokens(vision) // vision.max_num_tiles,
+            tile_tokens(vision),
             own.config.text_config.hidden_size,
         )
         if layout != (self.most_tiles, self.tile_tokens, self.states.shape[-1]):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trim_plugin.arithmetic import checked_share, picture_tokens, tile_tokens
 from trim_plugin.forward.hooks import find_text_model
-from trim_plugin.forward.tower import find_model, picture_tokens, visual_states
+from trim_plugin.forward.tower import find_model, visual_states
 from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.fingerprint import fingerprint
@@ -25,7 +26,6 @@ from trim_plugin.selection.processors import (
     TopKPerHead,
     TopPPerHead,
     VisualTokenProcessorList,
-    checked_share,
     processor_name,
 )
 from trim_plugin.selection.visibility import pack
@@ -96,7 +96,6 @@ def _encoded(
 ) -> Pictures:
     """One picture, as the image processor returned it."""
     vision = model.config.vision_config
-    tile_tokens = picture_tokens(vision) // vision.max_num_tiles
     tiles = int(seen["num_tiles"][0][0])
     device = next(model.vision_model.parameters()).device
     inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
@@ -105,7 +104,7 @@ def _encoded(
         index = torch.arange(len(states), device=states.device)
         sizes = torch.ones_like(index)
         if rule is not None:
-            states, index, sizes = _merged(model, states[: tiles * tile_tokens], rule)
+            states, index, sizes = _merged(model, states[: tiles * tile_tokens(vision)], rule)
     return Pictures(
         states=states,
         index=index,
@@ -113,7 +112,7 @@ def _encoded(
         total=picture_tokens(vision),
         tiles=[tiles],
         most_tiles=vision.max_num_tiles,
-        tile_tokens=tile_tokens,
+        tile_tokens=tile_tokens(vision),
         mark=mark,
         rule="whole" if rule is None else processor_name(rule),
         tower_share=tower_share,

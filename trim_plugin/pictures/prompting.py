@@ -9,9 +9,8 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from trim_plugin.durable import open_regular
@@ -55,6 +54,9 @@ BROKEN = (
     MemoryError,
     Image.DecompressionBombError,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 def open_picture(source: Path | str | bytes) -> Image.Image:

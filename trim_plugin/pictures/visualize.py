@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from trim_plugin.arithmetic import picture_tokens, tile_side
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.holders import GroupRecorder, holders
@@ -160,9 +161,7 @@ def tile_map_of(model: Any, inputs: Mapping[str, torch.Tensor], sample: int, ima
         )
     vision = model.config.vision_config
     rows, columns = vision.supported_aspect_ratios[ratio - 1]
-    side = vision.image_size // vision.patch_size
-    tokens = vision.max_num_tiles * (side**2 + 1)
-    return TileMap(rows, columns, side, (image % ratios.shape[1]) * tokens)
+    return TileMap(rows, columns, tile_side(vision), (image % ratios.shape[1]) * picture_tokens(vision))
 
 
 def picture_as_seen(inputs: Mapping[str, torch.Tensor], image: int, tile_map: TileMap) -> np.ndarray:

@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
+from collections.abc import Iterator
 
-import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration
-
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.kv_formats import KV_FORMATS
+from trim_plugin.planning.configuration import Configuration
 
 #: As `trim-plugin generate --weights` names them: dtypes, and bitsandbytes' formats.
 WEIGHT_FORMATS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 QUANTIZED_WEIGHTS = ("int8", "nf4", "fp4")
-SHAPES = ("11b", "90b")
 #: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
 UNQUANTIZED = ("multi_modal_projector", "lm_head")
+#: The other linear layers, by their names in `parameters`: what quantization makes smaller.
+QUANTIZED = frozenset(
+    ("attention_proj", "fc1", "fc2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
 #: Values that share a scale in 4-bit weights.
 BLOCK = 64
 #: 4-bit weights quantize their scales in blocks of this many.
 SCALE_BLOCK = 256
 
 
-def built_in_config(shape: str) -> MllamaConfig:
-    """The configuration of Llama-3.2-Vision: "11b" or "90b".
-
-    Raises:
-        ValueError: another name.
-
-    Example:
-        >>> built_in_config("11b").text_config.num_hidden_layers
-        40
-        >>> built_in_config("7b")
-        Traceback (most recent call last):
-        ...
-        ValueError: shape must be one of '11b', '90b', got '7b'.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))}, got {shape!r}.")
-    layers, width, inner, heads = (40, 4096, 14336, 32) if shape == "11b" else (100, 8192, 28672, 64)
-    return MllamaConfig(
-        vision_config={"image_size": 560, "max_num_tiles": 4},
-        text_config={
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "cross_attention_layers": list(range(3, layers, 5)),
-            "pad_token_id": 128004,
-        },
-    )
-
-
-def image_tokens(config: MllamaConfig) -> int:
-    """Visual tokens that one image becomes, padding tiles included.
-
-    Example:
-        >>> image_tokens(built_in_config("11b"))
-        6404
-    """
-    return int(config.vision_config.max_num_tiles) * tile_tokens(config)
-
-
-def tile_tokens(config: MllamaConfig) -> int:
-    """Visual tokens of one tile."""
-    vision = config.vision_config
-    return int((vision.image_size // vision.patch_size) ** 2 + 1)
-
-
-def weight_bytes(config: MllamaConfig, weights: str = "bf16") -> dict[str, int]:
+def weight_bytes(config: Configuration, weights: str = "bf16") -> dict[str, int]:
     """Bytes of the weights by part of the model.
 
     Args:
@@ -82,33 +36,22 @@ def weight_bytes(config: MllamaConfig, weights: str = "bf16") -> dict[str, int]:
         ValueError: an unknown format.
 
     Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> sum(weight_bytes(built_in_config("11b")).values())
         21340441670
     """
     if weights not in WEIGHT_FORMATS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHT_FORMATS))}, got {weights!r}.")
     element = element_size(weights)
-    crossing = set(config.text_config.cross_attention_layers)
-    parts = dict.fromkeys(
-        (
-            "vision tower",
-            "projector",
-            "embeddings",
-            "self-attention layers",
-            "cross-attention layers",
-            "lm_head",
-            "other",
-        ),
-        0,
-    )
-    for name, shape, linear in _parameters(config):
-        quantized = linear and weights in QUANTIZED_WEIGHTS and not _left_out(name)
-        size = _quantized_weight(shape, weights) if quantized else shape.numel() * element
-        parts[part_of(name, crossing)] += size
-    return {name: size for name, size in parts.items() if size}
+    parts: dict[str, int] = {}
+    for part, times, name, shape in parameters(config):
+        small = weights in QUANTIZED_WEIGHTS and name in QUANTIZED
+        size = _quantized_weight(shape, weights) if small else math.prod(shape) * element
+        parts[part] = parts.get(part, 0) + times * size
+    return parts
 
 
-def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None = None, element: int = 2) -> int:
+def cross_kv_bytes(config: Configuration, batch: int, tokens: int, kv: str | None = None, element: int = 2) -> int:
     """Bytes of the cross-attention layers' keys and values.
 
     Args:
@@ -122,6 +65,7 @@ def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None
         ValueError: an unknown format.
 
     Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> cross_kv_bytes(built_in_config("11b"), batch=1, tokens=6404)
         209846272
     """
@@ -135,10 +79,11 @@ def cross_kv_bytes(config: MllamaConfig, batch: int, tokens: int, kv: str | None
     return 2 * batch * tokens * token * len(config.text_config.cross_attention_layers)
 
 
-def self_kv_bytes(config: MllamaConfig, batch: int, tokens: int, element: int = 2) -> int:
+def self_kv_bytes(config: Configuration, batch: int, tokens: int, element: int = 2) -> int:
     """Bytes of the self-attention layers' keys and values for `tokens` text tokens a sample.
 
     Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> self_kv_bytes(built_in_config("11b"), batch=1, tokens=128)
         16777216
     """
@@ -147,19 +92,19 @@ def self_kv_bytes(config: MllamaConfig, batch: int, tokens: int, element: int = 
     return 2 * batch * tokens * kv_values(config) * element * layers
 
 
-def dequantized_scratch(config: MllamaConfig, weights: str) -> int:
+def dequantized_scratch(config: Configuration, weights: str) -> int:
     """Bytes of the largest 4-bit weight in 16 bits, which bitsandbytes makes while several rows are multiplied with it; else 0.
 
     On a CPU its kernels take several times that, which `docs/tables/memory.md` shows.
 
     Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> dequantized_scratch(built_in_config("11b"), "nf4") == 4096 * 14336 * 2
         True
     """
     if weights not in ("nf4", "fp4"):
         return 0
-    sizes = [shape.numel() for name, shape, linear in _parameters(config) if linear and not _left_out(name)]
-    return 2 * max(sizes)
+    return 2 * max(math.prod(shape) for _, _, name, shape in parameters(config) if name in QUANTIZED)
 
 
 def element_size(weights: str) -> int:
@@ -172,33 +117,86 @@ def element_size(weights: str) -> int:
     return 4 if weights == "fp32" else 2
 
 
-def kv_values(config: MllamaConfig) -> int:
+def kv_values(config: Configuration) -> int:
     """Values of one token's keys in a layer; as many again are its values."""
     text = config.text_config
     return int(text.num_key_value_heads * (text.hidden_size // text.num_attention_heads))
 
 
-def _parameters(config: MllamaConfig) -> tuple[tuple[str, torch.Size, bool], ...]:
-    """Name, shape and whether it is a linear layer's weight, of every parameter, shared ones once."""
-    return _parameters_of(config.to_json_string(use_diff=False))
+def parameters(config: Configuration) -> Iterator[tuple[str, int, str, tuple[int, ...]]]:
+    """Every parameter of the model: its part, how often it is there, its name in its module and its shape.
+
+    Upstream: `MllamaForConditionalGeneration` and the modules below it.
+
+    Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
+        >>> sum(times * math.prod(shape) for _, times, _, shape in parameters(built_in_config("11b")))
+        10670220835
+    """
+    vision, text = config.vision_config, config.text_config
+    crossing = len(text.cross_attention_layers)
+    for times, name, shape in _of_tower(config):
+        yield "vision tower", times, name, shape
+    yield "projector", 1, "multi_modal_projector", (text.hidden_size, vision.vision_output_dim)
+    yield "projector", 1, "bias", (text.hidden_size,)
+    # 8 more than the vocabulary: the image token, and seven to come.
+    yield "embeddings", 1, "embed_tokens", (text.vocab_size + 8, text.hidden_size)
+    for part, times, extra in (
+        ("self-attention layers", text.num_hidden_layers - crossing, ()),
+        ("cross-attention layers", crossing, _of_crossing(config)),
+    ):
+        for name, shape in (*_of_text_layer(config), *extra):
+            yield part, times, name, shape
+    yield "lm_head", 1, "lm_head", (text.vocab_size, text.hidden_size)
+    yield "other", 1, "norm", (text.hidden_size,)
 
 
-@functools.lru_cache(maxsize=8)
-def _parameters_of(config: str) -> tuple[tuple[str, torch.Size, bool], ...]:
-    with torch.device("meta"):
-        model = MllamaForConditionalGeneration(MllamaConfig.from_dict(json.loads(config)))
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return tuple((name, parameter.shape, name in linear) for name, parameter in model.named_parameters())
+def _of_tower(config: Configuration) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    vision = config.vision_config
+    width, inner = vision.hidden_size, vision.intermediate_size
+    # Shapes of pictures have numbers from 1 on; 0 is a picture that pads a batch.
+    shapes, of_picture = len(vision.supported_aspect_ratios) + 1, vision.max_num_tiles * width
+    yield 1, "patch_embedding", (width, vision.num_channels, vision.patch_size, vision.patch_size)
+    yield 1, "class_embedding", (width,)
+    yield 1, "position_embedding", (tile_tokens(vision), width)
+    yield 1, "tile_embedding", (shapes, tile_tokens(vision) * of_picture)
+    yield 2, "aspect_ratio_embedding", (shapes, of_picture)  # before and after the local layers
+    yield 3, "gate", (1,)
+    yield 2, "layernorm", (2, width)  # weight and bias
+    layers = vision.num_hidden_layers + vision.num_global_layers
+    yield 4 * layers, "attention_proj", (width, width)
+    yield layers, "fc1", (inner, width)
+    yield layers, "bias", (inner,)
+    yield layers, "fc2", (width, inner)
+    yield layers, "bias", (width,)
+    yield 2 * layers, "layernorm", (2, width)
+    yield 2 * vision.num_global_layers, "gate", (1,)
 
 
-def _left_out(name: str) -> bool:
-    """Whether quantization leaves this parameter in 16 bits."""
-    return any(part in name.split(".") for part in UNQUANTIZED)
+def _of_text_layer(config: Configuration) -> Iterator[tuple[str, tuple[int, ...]]]:
+    text = config.text_config
+    width, inner, narrow = text.hidden_size, text.intermediate_size, kv_values(config)
+    wide = text.num_attention_heads * (width // text.num_attention_heads)
+    yield "q_proj", (wide, width)
+    yield "k_proj", (narrow, width)
+    yield "v_proj", (narrow, width)
+    yield "o_proj", (width, wide)
+    yield "gate_proj", (inner, width)
+    yield "up_proj", (inner, width)
+    yield "down_proj", (width, inner)
+    yield "norms", (2, width)
 
 
-def _quantized_weight(shape: torch.Size, weights: str) -> int:
+def _of_crossing(config: Configuration) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What a cross-attention layer has more than the others: norms of its queries and keys, and two gates."""
+    text = config.text_config
+    yield "head_norms", (2, text.hidden_size // text.num_attention_heads)
+    yield "gates", (2,)
+
+
+def _quantized_weight(shape: tuple[int, ...], weights: str) -> int:
     """Bytes of a linear layer's weight in bitsandbytes' formats, scales and code books included."""
-    numbers = shape.numel()
+    numbers = math.prod(shape)
     if weights == "int8":
         return numbers + 4 * shape[0]
     blocks = math.ceil(numbers / BLOCK)

@@ -1,7 +1,7 @@
 """How much memory a generation will take, from a model's configuration alone: no weights are loaded.
 
-Weights and key-value caches are counted exactly. Working sets are estimates from the tensors that live at the same time;
-`benchmarks/memory` compares the peaks with measured ones.
+Weights and key-value caches are counted exactly, for as many kept tokens as are given or expected. Working sets are estimates
+from the tensors that live at the same time; `benchmarks/memory` compares the peaks with measured ones.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import MllamaConfig
-
-from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
-from trim_plugin.forward.tower import pictures_at_a_time
-from trim_plugin.generation.micro_batches import TOWER_CALLS
+from trim_plugin.arithmetic import (
+    CLASS_PADDING,
+    checked_share,
+    classify,
+    picture_tokens,
+    pictures_at_a_time,
+    pictures_read_together,
+    tile_tokens,
+)
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 from trim_plugin.planning import working_set
+from trim_plugin.planning.configuration import Configuration
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import (
     cross_kv_bytes,
     dequantized_scratch,
     element_size,
-    image_tokens,
     self_kv_bytes,
-    tile_tokens,
     weight_bytes,
 )
-from trim_plugin.selection.processors import checked_share
 
 #: Left free by default: a CUDA context takes about half of it, the rest is for blocks that the allocator cannot use again.
 RESERVE = 2**30
@@ -45,16 +48,20 @@ MEASURED_KEPT = (
     (0.5, 0.965),
     (1.0, 1.0),
 )
+#: Numbers of a plan that are upper bounds where micro-batches are counted as if each held the fullest samples,
+FULLEST = ("prefill_kv", "prefill_set", "prefill_peak", "needed")
+#: and where samples keep different numbers of tokens that only their mean is known of.
+UPPER_BOUNDS = ("cross_kv", "held_tokens", "decode_set", "decode_peak", *FULLEST)
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A way to generate.
+class PlannedVariant:
+    """A setting that is planned for.
 
     Args:
         name: what it is called in tables: "stock", "exact", "trimmed", or with what tells it from others.
         kept_share: share of the readable visual tokens that is held; None is stock, which holds everything and reads the whole
-            batch at once, copies included.
+            batch at once, as often as it is expanded.
         top_k_ratio: where the share comes from, if from a ratio.
         kv_quantization: "int8" or "nf4" for the cross-attention cache; None for the model's dtype.
         prefill_pictures: as in `TrimConfig`; None is its default.
@@ -81,13 +88,18 @@ class Way:
         """Whether this is transformers alone."""
         return self.kept_share is None
 
+    @property
+    def forecast(self) -> bool:
+        """Whether the share is that of a ratio, so that samples keep more or less than it."""
+        return self.top_k_ratio is not None and self.kept_share is not None and self.kept_share < 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of one way to generate.
+    """Bytes of one variant.
 
     Args:
-        way: the way.
+        variant: the variant.
         weights: bytes by part of the model.
         cross_kv: bytes of cross-attention keys and values while decoding.
         prompt_kv: bytes of self-attention keys and values when the prompt has been read.
@@ -96,11 +108,15 @@ class Plan:
         prefill_set: estimated bytes that reading the prompts needs at that moment beyond weights and caches.
         decode_set: estimated bytes that a decoding step needs beyond weights and caches.
         reserve: bytes left free.
-        kept_tokens: visual tokens that a sample's cache holds.
+        kept_tokens: visual tokens that the fullest sample keeps.
+        held_tokens: visual tokens that the cache holds for the whole batch, padding within width classes included.
         at_a_time: images that the tower reads at a time, and samples that the text model reads at a time.
+        upper_bounds: which of these numbers are the most that it can be. A micro-batch is counted as if it held the fullest
+            samples, which not every one does. What a ratio keeps varies from sample to sample: the mean is forecast, and as much
+            padding between samples is counted as a width class may have.
     """
 
-    way: Way
+    variant: PlannedVariant
     weights: dict[str, int]
     cross_kv: int
     prompt_kv: int
@@ -110,7 +126,9 @@ class Plan:
     decode_set: int
     reserve: int
     kept_tokens: int
+    held_tokens: int
     at_a_time: tuple[int, int]
+    upper_bounds: tuple[str, ...] = ()
 
     @property
     def weights_total(self) -> int:
@@ -143,7 +161,7 @@ class Plan:
         sums = {
             name: getattr(self, name) for name in ("weights_total", "prefill_peak", "decode_peak", "peak", "needed")
         }
-        return own.pop("way") | own | sums
+        return own.pop("variant") | own | sums
 
 
 def expected_kept_share(top_k_ratio: float) -> float:
@@ -159,37 +177,39 @@ def expected_kept_share(top_k_ratio: float) -> float:
     raise ValueError(f"top_k_ratio must be a number in (0, 1], got {top_k_ratio!r}.")
 
 
-def ways(
+def variants(
     top_k_ratios: Sequence[float] = (DEFAULT_TOP_K_RATIO,),
     kept_shares: Sequence[float] = (),
     kv_quantization: str | None = None,
     prefill_pictures: int | None = None,
     tower_share: float | None = None,
-) -> list[Way]:
+) -> list[PlannedVariant]:
     """Stock, exact, and trimmed for every ratio and share; a `tower_share` is for trimmed alone.
 
     Example:
-        >>> [way.name for way in ways((0.25,))], [way.name for way in ways((0.25, 0.1))][2:]
+        >>> [variant.name for variant in variants((0.25,))], [variant.name for variant in variants((0.25, 0.1))][2:]
         (['stock', 'exact', 'trimmed'], ['trimmed 0.25', 'trimmed 0.1'])
     """
     shares: list[tuple[float, float | None, str]] = [
         (expected_kept_share(ratio), ratio, f"{ratio:g}") for ratio in top_k_ratios
     ]
     shares += [(share, None, f"{100 * share:g} %") for share in kept_shares]
-    found = [Way("stock"), Way("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
+    found = [PlannedVariant("stock"), PlannedVariant("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
     for share, ratio, word in shares:
         name = "trimmed" if len(shares) == 1 else f"trimmed {word}"
-        found.append(Way(name, share, ratio, kv_quantization, prefill_pictures, tower_share))
+        found.append(PlannedVariant(name, share, ratio, kv_quantization, prefill_pictures, tower_share))
     return found
 
 
-def plan(config: MllamaConfig, job: Job, way: Way, *, weights: str = "bf16", reserve: int = RESERVE) -> Plan:
-    """Memory of one way to generate.
+def plan(
+    config: Configuration, job: Job, variant: PlannedVariant, *, weights: str = "bf16", reserve: int = RESERVE
+) -> Plan:
+    """Memory of one variant.
 
     Args:
         config: the model's configuration.
         job: what is generated.
-        way: how.
+        variant: how.
         weights: format of the weights, see `weight_bytes`.
         reserve: bytes to be left free.
 
@@ -197,81 +217,128 @@ def plan(config: MllamaConfig, job: Job, way: Way, *, weights: str = "bf16", res
         ValueError: a value that is not allowed.
 
     Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
-        >>> stock, exact, trimmed = (plan(built_in_config("11b"), Job(tiles=1), way) for way in ways())
+        >>> from trim_plugin.planning.configuration import built_in_config
+        >>> stock, exact, trimmed = (plan(built_in_config("11b"), Job(tiles=1), variant) for variant in variants())
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
         (4, 578)
     """
     most = int(config.vision_config.max_num_tiles)
-    if job.tiles > most:
-        raise ValueError(f"tiles must be at most {most}, the model's most, got {job.tiles}.")
+    if job.most_tiles > most:
+        raise ValueError(f"tiles must be at most {most}, the model's most, got {job.most_tiles}.")
     element = element_size(weights)
-    readable = (job.readable_images or job.images) * job.tiles * tile_tokens(config)
-    share = way.kept_share
-    kept = job.images * image_tokens(config) if share is None else math.ceil(share * readable)
-    held = job.sequences if way.stock else job.batch
-    cross = cross_kv_bytes(config, held, kept, way.kv_quantization, element)
+    kept = samples_by_kept(config, job, variant)
+    classes = [(width, samples * (job.expand_size if variant.stock else 1)) for width, samples in width_classes(kept)]
+    varies = variant.forecast and job.batch > 1
+    if varies:  # more in one sample and less in another, of which at most so much is padding
+        classes = [(math.ceil(width / (1 - CLASS_PADDING)), samples) for width, samples in classes]
+    held = sum(width * samples for width, samples in classes)
+    cross = cross_kv_bytes(config, 1, held, variant.kv_quantization, element)
     prompt = self_kv_bytes(config, job.sequences, job.prompt_tokens, element)
-    at_a_time = pieces(config, job, way)
+    at_a_time = micro_batch(config, job, variant)
     beside = dequantized_scratch(config, weights)
     if job.tower and job.pixels_on_device:
-        beside += working_set.pixels(config, held * job.images)
-    prefill_kv, prefill_set = _prefill(config, job, way, kept, cross, at_a_time, element)
+        beside += working_set.pixels(config, (job.sequences if variant.stock else job.batch) * job.images)
+    prefill_kv, prefill_set = _prefill(config, job, variant, max(kept), cross, at_a_time, element)
+    bounds = UPPER_BOUNDS if varies else ()
+    if not variant.stock and len(job.samples_by_tiles) > 1:
+        bounds = tuple(dict.fromkeys((*bounds, *FULLEST)))
     return Plan(
-        way=way,
+        variant=variant,
         weights=weight_bytes(config, weights),
         cross_kv=cross,
         prompt_kv=prompt,
         self_kv=self_kv_bytes(config, job.sequences, job.text_tokens, element),
         prefill_kv=prefill_kv,
         prefill_set=prefill_set + beside,
-        decode_set=_decode_set(config, job, way, kept, element) + beside,
+        decode_set=_decode_set(config, job, variant, classes, element) + beside,
         reserve=reserve,
-        kept_tokens=kept,
+        kept_tokens=max(kept),
+        held_tokens=held,
         at_a_time=at_a_time,
+        upper_bounds=bounds,
     )
 
 
-def pieces(config: MllamaConfig, job: Job, way: Way) -> tuple[int, int]:
+def samples_by_kept(config: Configuration, job: Job, variant: PlannedVariant) -> dict[int, int]:
+    """How many samples of the batch keep so many visual tokens.
+
+    Example:
+        >>> from trim_plugin.planning.configuration import built_in_config
+        >>> samples_by_kept(built_in_config("11b"), Job(batch=4, tiles=(1, 1, 1, 4)), PlannedVariant("exact", 1.0))
+        {1601: 3, 6404: 1}
+    """
+    if variant.kept_share is None:
+        return {job.images * picture_tokens(config.vision_config): job.batch}
+    of_a_tile = (job.readable_images or job.images) * tile_tokens(config.vision_config)
+    return {
+        math.ceil(variant.kept_share * tiles * of_a_tile): samples for tiles, samples in job.samples_by_tiles.items()
+    }
+
+
+def width_classes(kept: Mapping[int, int]) -> list[tuple[int, int]]:
+    """How a cache lays out samples that keep so many visual tokens: the width of every class, and its samples.
+
+    Args:
+        kept: how many samples keep so many, see `samples_by_kept`.
+
+    Example:
+        >>> width_classes({1601: 3, 6404: 1}), width_classes({1601: 3, 1700: 1})
+        ([(6404, 1), (1601, 3)], [(1700, 4)])
+    """
+    counts = list(kept)
+    found = classify(counts, [1] * len(counts), bucket=0)
+    return sorted(((width, sum(kept[counts[own]] for own in members)) for members, width in found), reverse=True)
+
+
+def micro_batch(config: Configuration, job: Job, variant: PlannedVariant) -> tuple[int, int]:
     """Images that the tower reads at a time, and samples that the text model reads at a time."""
-    if way.stock:
+    if variant.stock:
         return job.sequences * job.images, job.sequences
-    images = pictures_at_a_time(TrimConfig(prefill_pictures=way.prefill_pictures), config.vision_config)
-    for_text = images * TOWER_CALLS if way.prefill_pictures is None else images
-    samples = min(job.batch, max(1, for_text // job.images))
-    return min(images, samples * job.images), samples
+    samples = max(1, pictures_read_together(variant.prefill_pictures, config.vision_config) // job.images)
+    samples = min(job.batch, samples)
+    return min(pictures_at_a_time(variant.prefill_pictures, config.vision_config), samples * job.images), samples
 
 
 def _prefill(
-    config: MllamaConfig, job: Job, way: Way, kept: int, cross: int, at_a_time: tuple[int, int], element: int
+    config: Configuration,
+    job: Job,
+    variant: PlannedVariant,
+    kept: int,
+    cross: int,
+    at_a_time: tuple[int, int],
+    element: int,
 ) -> tuple[int, int]:
-    """Caches, and what is needed beyond them, at the larger moment of three: the tower at work on the last piece, the text model
-    at work on it, all pieces being joined."""
+    """Caches, and what is needed beyond them, at the larger moment of three: the tower at work on the last micro-batch, the text
+    model at work on it, all micro-batches being joined."""
     images, samples = at_a_time
     prompts = self_kv_bytes(config, job.sequences, job.prompt_tokens, element)
-    # Stock reads copies as if they were samples, pieces read a sample once and repeat its text in the end.
-    caches = cross + (prompts if way.stock else prompts // job.copies)
-    last = images if way.stock else samples * job.images
-    chosen = kept if way.kept_share is not None and way.kept_share < 1.0 else None
+    # Stock reads a sample as often as it is expanded; micro-batches read it once and repeat its text in the end.
+    caches = cross + (prompts if variant.stock else prompts // job.expand_size)
+    last = images if variant.stock else samples * job.images
+    chosen = kept if variant.kept_share is not None and variant.kept_share < 1.0 else None
     moments = [(caches, working_set.text(config, job, samples, chosen, element))]
     if job.tower:
-        earlier = 0 if way.stock else caches * (job.batch - samples) // job.batch
-        # While the tower reads some images of a piece, the states of all of them are gathered.
+        earlier = 0 if variant.stock else caches * (job.batch - samples) // job.batch
+        # While the tower reads some images of a micro-batch, the states of all of them are gathered.
         gathered = 0 if images >= last else working_set.visual_states(config, last, element)
-        moments.append((earlier, gathered + working_set.tower(config, images, element, job.tiles, way.tower_share)))
-    if not way.stock and (samples < job.batch or job.copies > 1):
+        tower = working_set.tower(config, images, element, job.most_tiles, variant.tower_share)
+        moments.append((earlier, gathered + tower))
+    if not variant.stock and (samples < job.batch or job.expand_size > 1):
         one_cross = cross // len(config.text_config.cross_attention_layers)
-        one_self = working_set.layer_kv(config, job.sequences, job.prompt_tokens, element)
+        one_self = working_set.layer_kv(config, job.sequences * job.prompt_tokens, element)
         moments.append((cross + prompts, max(one_cross, one_self)))
     return max(moments, key=sum)
 
 
-def _decode_set(config: MllamaConfig, job: Job, way: Way, kept: int, element: int) -> int:
-    """The last step: what one layer needs, or the next token's scores."""
-    growing = working_set.layer_kv(config, job.sequences, job.text_tokens, element)
+def _decode_set(
+    config: Configuration, job: Job, variant: PlannedVariant, classes: Sequence[tuple[int, int]], element: int
+) -> int:
+    """The last step: what one layer needs, or the next token's scores. Of what is quantized a class at a time is unpacked."""
+    growing = working_set.layer_kv(config, job.sequences * job.text_tokens, element)
     reading = 0
-    if way.kv_quantization is not None:
-        reading += working_set.layer_kv(config, job.batch, kept, element)
-    if job.copies > 1 and job.batch > 1 and not way.stock:  # every sequence's own, for one layer at a time
-        reading += working_set.layer_kv(config, job.sequences, kept, element)
+    if variant.kv_quantization is not None:
+        # Where counts vary, all may fall into one class.
+        tokens = [width * samples for width, samples in classes]
+        unpacked = sum(tokens) if variant.forecast else max(tokens)
+        reading = working_set.layer_kv(config, unpacked, element)
     return max(growing, reading, working_set.logits(config, job.sequences, element))

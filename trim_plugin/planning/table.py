@@ -1,24 +1,31 @@
-"""What `trim-plugin plan` shows a person: a column for each way to generate, and what fits in sentences."""
+"""What `trim-plugin plan` shows a person: a row for each variant, and what fits in sentences."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trim_plugin.cache.report import format_bytes
-from trim_plugin.planning.fitting import Change, Fit
+from trim_plugin.arithmetic import format_bytes
+from trim_plugin.planning.fitting import Fit
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.planner import Plan
 
+T = TypeVar("T")
+#: Columns of bytes: their heading and the plan's number.
+COLUMNS = (
+    ("cross KV", "cross_kv"),
+    ("self KV", "self_kv"),
+    ("reading prompts", "prefill_peak"),
+    ("decoding", "decode_peak"),
+    ("needed", "needed"),
+)
+
 
 def show(
-    console: Console,
-    model: str,
-    job: Job,
-    plans: list[Plan],
-    memory: int | None,
-    fits: dict[str, Fit],
-    changes: dict[str, Change | None],
+    console: Console, model: str, job: Job, weights: str, plans: list[Plan], memory: int | None, fits: dict[str, Fit]
 ) -> None:
     """Print everything.
 
@@ -26,82 +33,111 @@ def show(
         console: where to.
         model: its name, for the title.
         job: what is generated.
-        plans: a column each.
+        weights: their format.
+        plans: a row each.
         memory: bytes of the device; None if they don't matter.
-        fits: what fits, by the name of the way; empty without `memory`.
-        changes: for the ways in which the job does not fit, what would make it fit.
+        fits: what fits, by the name of the variant; empty without `memory`.
     """
-    console.print(_table(model, job, plans, memory, fits))
-    for line in _sentences(job, plans, fits, changes):
-        console.print(line, highlight=False)
-    for line in _notes(plans):
-        console.print(line, style="dim", highlight=False)
+    console.print(_table(_title(model, job, weights, plans), plans, fits))
+    for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
+        console.print(line, highlight=False, markup=False)
 
 
-def _table(model: str, job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fit]) -> Table:
-    copies = f" of {job.copies} copies" if job.copies > 1 else ""
-    table = Table(title=f"memory of {model}, batch {job.batch}{copies}", title_justify="left", title_style="bold")
-    table.add_column("")
+def _title(model: str, job: Job, weights: str, plans: list[Plan]) -> str:
+    expanded = f" x {job.expand_size}" if job.expand_size > 1 else ""
+    size = format_bytes(plans[0].weights_total)
+    return f"{model}, batch {job.batch}{expanded}, weights in {weights} ({size}); sizes in {_unit(plans)[1]}"
+
+
+def _unit(plans: list[Plan]) -> tuple[int, str]:
+    """The unit in which the table's sizes read well."""
+    return (2**30, "GiB") if max(one.peak for one in plans) >= 2**30 else (2**20, "MiB")
+
+
+def _table(title: str, plans: list[Plan], fits: dict[str, Fit]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    headings = ["tokens kept", *(heading for heading, _ in COLUMNS)]
+    # A heading of two words stands in two lines: eight columns shall be read in 80 characters.
+    for heading in headings + (["largest batch"] if fits else []):
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for one in plans:
-        table.add_column(one.way.name, justify="right", no_wrap=True)
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
-    def sizes(field: str) -> list[str]:
-        return [format_bytes(getattr(one, field)) for one in plans]
-
-    row("weights", *sizes("weights_total"))
-    row("visual tokens held, a sample", *(str(one.kept_tokens) for one in plans))
-    row("cross-attention KV", *sizes("cross_kv"))
-    row("self-attention KV", *sizes("self_kv"))
-    table.add_section()
-    row("pictures a tower call", *(str(one.at_a_time[0]) for one in plans))
-    row("samples a text call", *(str(one.at_a_time[1]) for one in plans))
-    row("peak, reading prompts", *sizes("prefill_peak"))
-    row("peak, decoding", *sizes("decode_peak"))
-    row("needed, with reserve", *sizes("needed"))
-    if memory is not None:
-        table.add_section()
-        row(f"batch {job.batch} in {format_bytes(memory)}", *("yes" if one.needed <= memory else "no" for one in plans))
-        row("largest batch", *(str(fits[one.way.name].largest_batch) for one in plans))
-        row("what limits it", *(fits[one.way.name].limit for one in plans))
+        sizes = [_size(one, field, _unit(plans)[0]) for _, field in COLUMNS]
+        fit = [str(fits[one.variant.name].largest_batch)] if fits else []
+        table.add_row(one.variant.name, str(one.kept_tokens), *sizes, *fit)
     return table
 
 
-def _sentences(job: Job, plans: list[Plan], fits: dict[str, Fit], changes: dict[str, Change | None]) -> list[str]:
-    """Why nothing fits, and what would make the job fit: ways of the same sentence in one line."""
-    lines: dict[str, list[str]] = {}
-    names = [one.way.name for one in plans]
-    for name in names:
-        if name in fits and fits[name].largest_batch == 0:
-            lines.setdefault(f"not even one sample fits: {fits[name].reason}.", []).append(name)
-    trimmed = [name for name in names[1:] if name in changes]
-    for name in trimmed or [name for name in names[:1] if name in changes]:
-        change = changes[name]
-        if change is None:
-            text = f"no change makes batch {job.batch} fit; generate for fewer samples at a time."
-        else:
-            words = " and ".join(change.words)
-            text = f"batch {job.batch} fits with {words} ({format_bytes(change.needed)} needed then)."
-        lines.setdefault(text, []).append(name)
-    return [f"{', '.join(own)}: {text}" for text, own in lines.items()]
+def _size(one: Plan, field: str, unit: int) -> str:
+    """A number of bytes in the table's unit, marked where it is the most that it can be."""
+    return ("≤" if field in one.upper_bounds else "") + f"{getattr(one, field) / unit:.2f}"
+
+
+def _fitting(job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fit]) -> list[str]:
+    """Which variants fit, what limits the largest batch, and why no sample fits: variants of the same reason in one line."""
+    if memory is None:
+        return []
+    fitting = [one.variant.name for one in plans if one.needed <= memory]
+    others = [one.variant.name for one in plans if one.needed > memory]
+    where = f"Batch {job.batch} fits into {format_bytes(memory)}"
+    lines = [f"{where} with {', '.join(fitting)}." if fitting else f"{where} with none of them."]
+    if fitting and others:
+        lines[0] += f" It does not with {', '.join(others)}."
+    limits = _by_value({name: fit.limit for name, fit in fits.items() if fit.largest_batch})
+    if limits:
+        limited = "; ".join(f"{limit} ({', '.join(names)})" for limit, names in limits.items())
+        lines.append(f"The largest batch is limited by {limited}.")
+    reasons = _by_value({name: fit.reason for name, fit in fits.items() if not fit.largest_batch})
+    lines += [f"Not even one sample fits ({', '.join(names)}): {reason}." for reason, names in reasons.items()]
+    return lines
+
+
+def _by_value(values: dict[str, T]) -> dict[T, list[str]]:
+    """The names of every value.
+
+    Example:
+        >>> _by_value({"stock": 1, "exact": 2, "trimmed": 2})
+        {1: ['stock'], 2: ['exact', 'trimmed']}
+    """
+    found: dict[T, list[str]] = {}
+    for name, value in values.items():
+        found.setdefault(value, []).append(name)
+    return found
 
 
 def _notes(plans: list[Plan]) -> list[str]:
     first = plans[0]
+    calls = _by_value({one.variant.name: one.at_a_time for one in plans})
+    read = "; ".join(
+        f"{', '.join(names)}: {images} a tower call, {samples} {'sample' if samples == 1 else 'samples'} a text call"
+        for (images, samples), names in calls.items()
+    )
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in first.weights.items())
     shares = ", ".join(
-        f"{one.way.top_k_ratio:g} keeps {100 * one.way.kept_share:.0f} %"
+        f"{one.variant.top_k_ratio:g} keeps {100 * one.variant.kept_share:.0f}%"
         for one in plans[2:]
-        if one.way.top_k_ratio is not None and one.way.kept_share is not None
+        if one.variant.top_k_ratio is not None and one.variant.kept_share is not None
     )
     notes = [
         f"Weights: {parts}.",
+        f"Pictures read at a time: {read}.",
         f"Weights and KV are exact, working memory in the peaks is an estimate; reserve {format_bytes(first.reserve)}.",
     ]
+    if any(one.upper_bounds for one in plans):
+        notes.append(
+            "≤: at most. Micro-batches are counted as if each held the fullest samples, and what a ratio keeps varies, so that "
+            "some of what is held is padding. At least the largest batch fits. Tokens kept are the fullest samples'."
+        )
     if shares:
         notes.append(
-            f"Assumed, as measured on the small model: ratio {shares} of the readable visual tokens. --kept-share sets it."
+            f"A forecast, as measured on the small model: ratio {shares} of the readable visual tokens. --expect-kept sets it."
         )
     return notes

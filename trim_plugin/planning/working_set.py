@@ -6,23 +6,20 @@ What kernels take for themselves is not in it; `benchmarks/memory` compares the 
 
 from __future__ import annotations
 
-from transformers import MllamaConfig
-
-from trim_plugin.forward.tower_merging import layers_before
+from trim_plugin.arithmetic import FEATURES, layers_before, picture_tokens, tile_tokens, tokens_left
+from trim_plugin.planning.configuration import Configuration
 from trim_plugin.planning.job import Job
-from trim_plugin.planning.model_sizes import image_tokens, kv_values, tile_tokens
-from trim_plugin.selection.k_center import FEATURES
-from trim_plugin.selection.thinning import tokens_left
+from trim_plugin.planning.model_sizes import kv_values
 
 #: Scoring and merging never take more scratch than this each, see `attention/scoring.py` and `rules/merging.py`.
 SCRATCH = 64 * 2**20
 
 
-def pixels(config: MllamaConfig, images: int) -> int:
+def pixels(config: Configuration, images: int) -> int:
     """Bytes of the processor's `pixel_values`, float32, padding tiles included.
 
     Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> pixels(built_in_config("11b"), 1)
         15052800
     """
@@ -30,7 +27,7 @@ def pixels(config: MllamaConfig, images: int) -> int:
     return int(images * vision.max_num_tiles * vision.num_channels * vision.image_size**2 * 4)
 
 
-def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share: float | None = None) -> int:
+def tower(config: Configuration, images: int, element: int, tiles: int = 4, share: float | None = None) -> int:
     """Bytes that the vision tower needs at its peak for so many images at once, its output included.
 
     Args:
@@ -41,7 +38,7 @@ def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share
         share: `TrimConfig.tower_share`; None for an untouched tower.
 
     Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
+        >>> from trim_plugin.planning.configuration import built_in_config
         >>> untouched, four, one = (tower(built_in_config("11b"), 1, 2, *more) for more in ((), (4, 0.5), (1, 0.5)))
         >>> round(untouched / 10**6), one < four < 0.85 * untouched
         (939, True)
@@ -49,7 +46,7 @@ def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share
     vision = config.vision_config
     local, around = vision.num_hidden_layers, vision.num_global_layers
     # Every tile is padded to a multiple of 8 patches.
-    each = vision.max_num_tiles * (-(-tile_tokens(config) // 8) * 8)
+    each = vision.max_num_tiles * (-(-tile_tokens(vision) // 8) * 8)
     tokens = images * each
     states = tokens * vision.hidden_size * element
     mask = tokens * each * element
@@ -64,7 +61,7 @@ def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share
     if share is None:
         return max(making_mask, mask + (local + around) * states + max(mlp(tokens), joined))
     whole = min(layers_before(local), local)
-    left = images * tokens_left(tiles, vision.max_num_tiles, tile_tokens(config), each, share)
+    left = images * tokens_left(tiles, vision.max_num_tiles, tile_tokens(vision), each, share)
     few = left * vision.hidden_size * element
     # What is read of layers behind the merging is spread to all patches, and so is the last layer's.
     spread = sum(index % local >= whole for index in vision.intermediate_layers_indices) + 1
@@ -78,12 +75,12 @@ def tower(config: MllamaConfig, images: int, element: int, tiles: int = 4, share
     )
 
 
-def visual_states(config: MllamaConfig, images: int, element: int) -> int:
+def visual_states(config: Configuration, images: int, element: int) -> int:
     """Bytes of what the text model reads of images."""
-    return images * image_tokens(config) * config.text_config.hidden_size * element
+    return images * picture_tokens(config.vision_config) * config.text_config.hidden_size * element
 
 
-def text(config: MllamaConfig, job: Job, samples: int, kept: int | None, element: int) -> int:
+def text(config: Configuration, job: Job, samples: int, kept: int | None, element: int) -> int:
     """Bytes that the text model needs at its peak to read the prompts of `samples` samples, their visual states included.
 
     Args:
@@ -93,11 +90,11 @@ def text(config: MllamaConfig, job: Job, samples: int, kept: int | None, element
         kept: visual tokens that later layers get of a sample; None if nothing is chosen (stock, exact).
         element: bytes of a number.
     """
-    own, visual = config.text_config, samples * job.images * image_tokens(config)
+    own, visual = config.text_config, samples * job.images * picture_tokens(config.vision_config)
     rows = samples * job.prompt_tokens
     states = visual * own.hidden_size * element
     keys = visual * kv_values(config) * element
-    mask = rows * job.images * image_tokens(config)
+    mask = rows * job.images * picture_tokens(config.vision_config)
     # int64 as it comes, float32 while it is inverted, then the model's dtype.
     making_mask = states + mask * (8 + 4 + element)
     # Keys are normed in float32. With several rows and a mask, keys and values are repeated for every head.
@@ -111,17 +108,17 @@ def text(config: MllamaConfig, job: Job, samples: int, kept: int | None, element
     return max(making_mask, states + mask * element + 2 * keys + max(attention, choosing))
 
 
-def logits(config: MllamaConfig, sequences: int, element: int) -> int:
+def logits(config: Configuration, sequences: int, element: int) -> int:
     """Bytes of the next token's scores: as the model yields them, in float32, and the copy that `generate` works on."""
     return int(sequences * config.text_config.vocab_size * (element + 4 + 4))
 
 
-def layer_kv(config: MllamaConfig, sequences: int, tokens: int, element: int) -> int:
-    """Bytes of one layer's keys and values.
+def layer_kv(config: Configuration, tokens: int, element: int) -> int:
+    """Bytes of one layer's keys and values, for so many tokens of all sequences together.
 
     Example:
-        >>> from trim_plugin.planning.model_sizes import built_in_config
-        >>> layer_kv(built_in_config("11b"), 1, 6404, 2)
+        >>> from trim_plugin.planning.configuration import built_in_config
+        >>> layer_kv(built_in_config("11b"), 6404, 2)
         26230784
     """
-    return 2 * sequences * tokens * kv_values(config) * element
+    return 2 * tokens * kv_values(config) * element

@@ -7,11 +7,10 @@ import math
 
 import torch
 
-from trim_plugin.selection.processors import VisualTokenProcessor, share
+from trim_plugin.arithmetic import FEATURES, share
+from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack
 
-#: Wider states are projected to this many values before distances are taken: 0.09 standard error of a squared distance.
-FEATURES = 256
 #: float32 values of states that are copied at a time.
 BLOCK_VALUES = 2**20
 #: Steps between two looks at the distances, where a radius and not a share says when to stop.

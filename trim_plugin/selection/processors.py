@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from trim_plugin.arithmetic import share
+
 ProcessorLike = Callable[..., torch.Tensor]
 
 
@@ -197,35 +199,6 @@ def _rounded_up(ratio: float, most: int, device: torch.device) -> torch.Tensor:
     product is float64 everywhere.
     """
     return torch.tensor([max(1, math.ceil(ratio * count)) for count in range(most + 1)], device=device)
-
-
-def share(name: str, value: float) -> float:
-    """Return `value` as a float if it lies in (0, 1], else raise a `ValueError` that names it.
-
-    Example:
-        >>> share("mass", 0)
-        Traceback (most recent call last):
-        ...
-        ValueError: mass must be a number in (0, 1], got 0.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
-    return float(value)
-
-
-def checked_share(value: float | None) -> float | None:
-    """`tower_share` as it is used: None if the tower stays untouched, which 1.0 asks for as well.
-
-    Raises:
-        ValueError: something else than None or a number in (0, 1].
-
-    Example:
-        >>> checked_share(0.5), checked_share(1.0)
-        (0.5, None)
-    """
-    checked = None if value is None else share("tower_share", value)
-    return None if checked == 1.0 else checked
 
 
 def processor_name(processor: object) -> str:

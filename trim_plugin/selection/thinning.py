@@ -7,17 +7,13 @@ tokens of real tiles, which stay alone.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from trim_plugin.arithmetic import PADDING_SHARE
 from trim_plugin.selection.k_center import KCenter
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.visibility import pack
 
-#: Share of the padding that goes on, rounded up: little is read of it, but not nothing. With half of it, 3 more answers of 1,000
-#: about pictures of one tile are other than stock's; twice as much gained 1 or 2 (docs/tables/tower.md).
-PADDING_SHARE = 1 / 8
 #: The kinds of tokens in `kinds_of_tokens`.
 PATCH, PADDING, CLASS = 0, 1, 2
 
@@ -77,23 +73,3 @@ def merge_alike(
     kept |= farthest_first(states, kinds == PADDING, PADDING_SHARE)
     positions, valid = pack(kept)
     return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid
-
-
-def tokens_left(tiles: int, most_tiles: int, patches: int, tokens: int, kept_share: float) -> int:
-    """How many of a picture's tokens go on after merging.
-
-    Args:
-        tiles: real tiles.
-        most_tiles: tiles of a picture, padding tiles counted.
-        patches, tokens: as in `kinds_of_tokens`.
-        kept_share: as in `merge_alike`.
-
-    Example:
-        >>> tokens_left(4, 4, 1601, 6432, 0.5), tokens_left(1, 4, 1601, 6432, 0.5)
-        (3208, 1405)
-    """
-    real = tiles * (patches - 1)
-    padding = tokens - real - tiles
-    # As k-center rounds: a share of 0.1 shall be a tenth whatever floating point makes of it.
-    chosen = (math.ceil(count * part - 1e-9) for count, part in ((real, kept_share), (padding, PADDING_SHARE)))
-    return tiles + sum(chosen)

@@ -8,7 +8,6 @@ rows, 1), which is 0 for fully masked rows. Such a row's mask is all zeros, like
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -86,11 +85,6 @@ class Visibility:
     def of_samples(self, samples: slice) -> Visibility:
         """The same for some samples."""
         return Visibility(self.open[samples], self.padding[samples], self.tile_tokens)
-
-
-def tile_tokens(vision_config: Any) -> int:
-    """Visual tokens of a tile: its patches and a class token."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2 + 1
 
 
 def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int) -> Visibility:
