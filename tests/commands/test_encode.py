@@ -100,7 +100,7 @@ def test_wrong_pictures_of_generate_are_one_line(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     cases = [
         (("--pictures", tmp_path / "none"), "no such file of encoded pictures"),
-        (("--pictures", tmp_path), "it is a folder, not a file"),
+        (("--pictures", tmp_path), "no such file of encoded pictures"),
         (("--pictures", tmp_path / "a.png"), "this is a picture, not a file that `trim-plugin encode` wrote"),
         (("--pictures", tmp_path / "cut"), "cut off or damaged"),
         (("--pictures", other), "encoded by another model"),
@@ -114,6 +114,6 @@ def test_wrong_pictures_of_generate_are_one_line(tmp_path, capsys):
 
 def is_one_line(capsys, command, message):
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if "it/s" not in line]
-    (line,) = [line for line in lines if line != f"trim-plugin {command}: loading small ..."]
+    (line,) = [line for line in lines if not line.endswith(": loading small ...")]
     assert line.startswith(f"trim-plugin {command}: ")
     assert message in line
