@@ -87,7 +87,7 @@ def _bounds(
                 least.update(token for token in ranking[:k] if score[token] >= first_out * (1 + tolerance))
                 most.update(token for token in ranking[k:] if score[token] * (1 + tolerance) > last_in)
                 most.update(ranking[:k])
-        last = reads[rows - 1]
+        last = reads[max(row for row in range(rows) if is_text[row])]  # padding after the text decides nothing
         readable = {token for token in range(tokens) if last[token] or not any(last)}
         result.append((least & readable, most & readable))
     return result
