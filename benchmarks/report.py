@@ -18,7 +18,7 @@ from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
 from benchmarks.memory import combined_report, pieces_report
 from benchmarks.memory import report as memory_report
-from benchmarks.quality import encoded_report
+from benchmarks.quality import encoded_report, positions_report
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import tower_report as tower_quality_report
 from benchmarks.throughput import report as throughput_report
@@ -31,6 +31,9 @@ TABLES: dict[str, Any] = {
     "encoded": encoded_report,
     "encoded-fine": encoded_report,
     "encoded-pages": encoded_report,
+    "positions": positions_report,
+    "positions-fine": positions_report,
+    "positions-pages": positions_report,
     "combined": combined_report,
     "memory": memory_report,
     "pieces": pieces_report,
@@ -51,6 +54,8 @@ Results = dict[str, dict[str, Any]]
 KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
     "answers": [("quality", quality_report.answers), ("quality", quality_report.conditions)],
     "answers-short": [("quality", quality_report.answers_short)],
+    "answers-by-type": [("quality-pages", quality_report.by_type)],
+    "answers-smallest": [("quality", quality_report.smallest)],
     "encoded-answers": [("encoded", encoded_report.answers)],
     "fits": [("combined", combined_report.fits)],
     "peaks": [("pieces", pieces_report.peaks)],

@@ -124,6 +124,10 @@ def _rounded(value: Any) -> float:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
+    if arguments.positions:
+        from benchmarks.quality import positions
+
+        return positions.run(arguments)
     seed_everything()
     count = 24 if arguments.quick else arguments.scenes
     folder = folder_of(arguments.model or SMALL_MODEL)
@@ -220,6 +224,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model", help='another model that benchmarks/small_model has trained: "fine", "pages", or its folder'
+    )
+    parser.add_argument(
+        "--positions", action="store_true", help="quality: long answers token by token instead, chosen once and anew"
     )
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run of the same size ended")
     parser.add_argument("--adapter", type=Path, help="a LoRA adapter of the model, to be measured too")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ PLOTTED = {
     "random, merged": "random tokens, merged",
     "paper, dropped": "the paper's rule (dropped)",
 }
+#: Rules whose types of questions are shown apart, and the types.
+TYPED = ("paper, dropped", "paper, merged", "k-center, merged", "k-center radius, merged", "random, merged")
+TYPED_KINDS = {"page": "whole pages", "absent": "not there"}
+#: Rules whose smallest setting without a loss is looked for.
+LADDERS = {"k-center, merged": "`KCenter(…)`", "paper, merged": "`top_k_ratio=…`"}
 MISSING = "–"
 Row = dict[str, Any]
 Results = dict[str, dict[str, Any]]
@@ -104,6 +110,48 @@ def _share(value: float) -> str:
 def answers_short(results: Results) -> str:
     """The same for the first page."""
     return answers(results, SHORT)
+
+
+def by_type(results: Results) -> str:
+    """Whole pages and questions about what is not there apart from all questions, on the model that reads pages."""
+    result = results.get("quality-pages")
+    rows = _rows(result) if result else {}
+    lines = []
+    for (rule, parameter), row in sorted(rows.items(), key=lambda item: (item[0][0], -item[1]["kept_share"])):
+        if rule in TYPED:
+            parts = [row, *(row["by_type"][kind] for kind in TYPED_KINDS)]
+            cells = [cell for part in parts for cell in (points(part), percent(part["agreement"]))]
+            lines.append([rule, f"{parameter:g}", percent(row["kept_share"], 0), *cells])
+    kinds = ["all", *(TYPED_KINDS[kind] for kind in TYPED_KINDS)]
+    header = ["rule", "parameter", "kept", *(f"{kind}: {what}" for kind in kinds for what in ("points", "same"))]
+    return table(header, lines)
+
+
+def smallest(results: Results) -> str:
+    """For each model and rule the smallest setting without a measurable loss: it and all larger ones reach stock's accuracy."""
+    lines = []
+    for rule, title in LADDERS.items():
+        for result, name in MODELS.items():
+            rows = [row for row in _rows(results[result]).values() if row["rule"] == rule] if result in results else []
+            rows.sort(key=lambda row: -row["kept_share"])
+            fine = [*itertools.takewhile(_loses_nothing, rows)]
+            if fine:
+                last = fine[-1]
+                cells = [
+                    f"{last['parameter']:g}",
+                    percent(last["kept_share"], 0),
+                    points(last),
+                    percent(last["agreement"]),
+                ]
+                lines.append([title, name, *cells])
+            elif rows:
+                lines.append([title, name, "none", MISSING, MISSING, MISSING])
+    return table(["rule", "model", "smallest setting", "kept", "points (95 %)", "same answer"], lines)
+
+
+def _loses_nothing(row: Row) -> bool:
+    """Whether the interval of the change reaches 0, for all questions and for every type where types were kept apart."""
+    return all(part["change_interval"][1] >= 0 for part in (row, *row.get("by_type", {}).values()))
 
 
 def conditions(results: Results) -> str:

@@ -21,6 +21,8 @@ from trim_plugin.selection.merging import Merging, merge_dropped
 #: most comes first: a run that is cut off has it.
 SHARES = (0.25, 0.1, 0.05, 0.15, 0.07, 0.5, 0.025)
 RATIOS = (0.25, 0.1, 0.05, 0.02, 0.15, 0.35, 0.03, 0.01)
+#: Cosine distances within which every token must find a kept one: the kept share follows the picture.
+RADII = (0.1, 0.2, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Rule:
 def all_rules(quick: bool = False) -> list[Rule]:
     """The planned comparison; `quick` leaves most parameters out."""
     found = [Rule("exact", 1.0, {"top_k_ratio": 1.0})]
+    for radius in RADII[:1] if quick else RADII:
+        found.append(Rule("k-center radius, merged", radius, {"processors": [KCenter(radius=radius)]}))
     for share, ratio in itertools.zip_longest(*((SHARES[:2], RATIOS[:2]) if quick else (SHARES, RATIOS))):
         if ratio is not None:
             found += [

@@ -7,6 +7,7 @@ from benchmarks import report
 from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.quality import measure as quality
 from benchmarks.quality import questions
+from benchmarks.quality import report as quality_report
 from benchmarks.quality.conditions import Condition
 from benchmarks.quality.rules import Rule
 from trim_plugin import TrimConfig, TrimmedCache
@@ -16,7 +17,15 @@ PAPER = Rule("paper, dropped", 0.1, {"top_k_ratio": 0.1, "merge": False})
 
 
 def arguments(folder, **more):
-    given = {"scenes": 4, "quick": False, "out": folder, "adapter": None, "model": None, "resume": False}
+    given = {
+        "scenes": 4,
+        "quick": False,
+        "out": folder,
+        "adapter": None,
+        "model": None,
+        "resume": False,
+        "positions": False,
+    }
     return argparse.Namespace(**given | more)
 
 
@@ -88,3 +97,31 @@ def test_a_follow_up_is_answered_as_if_the_whole_conversation_were_read_at_once(
             }
             decoding = Decoding(small, inputs, stock_cache(small))
             assert questions._answers(decoding, decoding.prefill())[0] == answer
+
+
+def row_of(rule, parameter, kept, low, high, types=()):
+    part = {"accuracy": 0.9, "agreement": 0.99, "agreement_interval": [0.98, 1.0]}
+    part |= {"change": (low + high) / 2, "change_interval": [low, high]}
+    kinds = {kind: part | {"change_interval": [own, own]} for kind, own in dict(types).items()}
+    own = {"where": "fresh", "rule": rule, "parameter": parameter, "kept_share": kept, "questions": 5}
+    return own | part | {"follow_up": part, "cross_kv_ratio": kept, "by_type": kinds}
+
+
+def test_the_smallest_setting_has_only_larger_ones_without_a_loss_above_it():
+    rows = [
+        row_of("k-center, merged", 0.5, 0.5, -0.01, 0.0),
+        row_of("k-center, merged", 0.25, 0.25, -0.01, 0.0),
+        row_of("k-center, merged", 0.1, 0.1, -0.02, -0.01),
+        row_of("k-center, merged", 0.05, 0.05, -0.01, 0.0),
+        row_of("paper, merged", 0.15, 0.4, -0.02, -0.01),
+    ]
+    text = quality_report.smallest({"quality": {"rows": rows}})
+    assert "| `KCenter(…)` | small | 0.25 | 25 % |" in text
+    assert "| `top_k_ratio=…` | small | none |" in text
+
+
+def test_a_loss_on_whole_pages_alone_is_a_loss():
+    types = {"page": -0.03, "absent": 0.0}
+    rows = [row_of("k-center, merged", 0.5, 0.5, -0.01, 0.01, types)]
+    assert "| `KCenter(…)` | pages | none |" in quality_report.smallest({"quality-pages": {"rows": rows}})
+    assert "| k-center, merged | 0.5 | 50 % |" in quality_report.by_type({"quality-pages": {"rows": rows}})
