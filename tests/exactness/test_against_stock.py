@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trim_plugin
@@ -15,7 +15,7 @@ from ..random_models import Sample, generate, largest_difference, random_inputs,
 from ..reference_rule import check_kept, first_cross_attention_map
 from .strategies import batches_with_equally_many_pictures, batches_with_pictures, mixed_batches, model_settings
 
-relaxed = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+relaxed = settings(settings.get_profile("ci"))
 
 
 def assert_same(stock, ours):

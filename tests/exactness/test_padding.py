@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MllamaForCausalLM
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
@@ -22,7 +22,8 @@ from .restatement import Restatement
 from .rules import top_k
 from .strategies import batches_with_pictures, mixed_batches, model_settings
 
-few = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+usual = settings.get_profile("ci")
+few = settings(usual, max_examples=usual.max_examples // 2)
 #: What padding's rows of `cross_attention_mask` hold: nothing, what the text before them reads, or everything.
 FILLERS = ("blind", "last", "all")
 TEXT_INPUTS = ("input_ids", "attention_mask", "cross_attention_mask")
@@ -130,7 +131,7 @@ def test_exact_equals_stock_whatever_is_padding(model_kwargs, samples, seed, fil
     assert largest_difference(stock, ours) <= 1e-5
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=few.max_examples // 2)
 @given(batches_with_pictures, st.integers(0, 99), st.booleans(), st.sampled_from(FILLERS), st.data())
 def test_trimmed_text_is_the_restatements_whatever_is_padding(samples, seed, merge, filler, data):
     model = random_model(seed=seed, image_size=16)
@@ -143,7 +144,7 @@ def test_trimmed_text_is_the_restatements_whatever_is_padding(samples, seed, mer
     assert torch.equal(expected.sequences, ours.sequences)
 
 
-@settings(few, max_examples=12)
+@settings(few, max_examples=few.max_examples // 2)
 @given(st.integers(0, 99), st.booleans(), st.sampled_from(FILLERS), st.booleans(), st.data())
 def test_a_conversation_keeps_and_says_the_same_wherever_its_turns_are_padded(seed, merge, filler, side_by_side, data):
     """The second turn brings a picture, the third reads; every turn's text rows have the logits that they have unpadded."""
@@ -159,7 +160,7 @@ def test_a_conversation_keeps_and_says_the_same_wherever_its_turns_are_padded(se
         torch.testing.assert_close(bare, moved, rtol=0, atol=1e-4)
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=few.max_examples // 2)
 @given(st.integers(0, 99), st.sampled_from(["blind", "last"]), st.data())
 def test_an_exact_conversation_is_stocks_wherever_its_turns_are_padded(seed, filler, data):
     model = random_model(seed=seed)
