@@ -112,7 +112,7 @@ def test_command_weights_do_not_fit(capsys):
         ((*ASK, "--weights", "nf4"), "bitsandbytes", "bitsandbytes accelerate"),
         ((*ASK, "--kv-quantization", "int8"), "bitsandbytes", "bitsandbytes accelerate"),
         ((*ASK, "--adapter", "."), "peft", "peft accelerate"),
-        (("serve",), "uvicorn", "fastapi uvicorn openai accelerate"),
+        (("serve",), "uvicorn", "starlette uvicorn openai prometheus_client"),
     ],
 )
 def test_command_package_missing(said, monkeypatch, words, missing, install):

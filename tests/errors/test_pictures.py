@@ -196,6 +196,7 @@ def test_rule_empties_a_picture(loaded):
 
 def test_prompt_about_other_pictures(loaded, page):
     quarter = dataclasses.replace(page, rule=repr(KCenter(0.25)))
-    for text in ("<|image|><|image|>What?", [{"role": "user", "content": "What?"}]):
+    two = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]
+    for text in ("<|image|><|image|>What?", [{"role": "user", "content": two}]):
         with pytest.raises(ValueError, match=r"The prompt of sample 0 has \d pictures .* but 1 are encoded"):
             quarter.inputs(loaded[1], text)

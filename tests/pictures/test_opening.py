@@ -23,7 +23,7 @@ from trim_plugin import open_picture
 from trim_plugin.asking.prompts import decoded, read_prompt
 from trim_plugin.asking.rows import RowError
 from trim_plugin.embedded import load_small_model
-from trim_plugin.pictures.prompting import build_inputs
+from trim_plugin.pictures.prompting import build_inputs, written
 from trim_plugin.pictures.rgb import to_rgb
 
 #: Modes of which Mllama's processor makes what a user sees; the others it clips, or cannot read.
@@ -323,3 +323,10 @@ def test_any_bytes_are_a_picture_or_a_value_error(data, kind):
         except ValueError:
             mode = "RGB"
     assert mode == "RGB"
+
+
+def test_messages_with_a_text_alone_are_a_question():
+    processor = load_small_model()[1]
+    asked = written(processor, "Which digit is red?", 1)
+    for content in ("Which digit is red?", [{"type": "text", "text": "Which digit is red?"}]):
+        assert written(processor, [{"role": "user", "content": content}], 1) == asked

@@ -154,7 +154,7 @@ def written(processor: Any, text: str | Sequence[Mapping[str, Any]], pictures: i
 
     Args:
         processor: an `MllamaProcessor`.
-        text: a question, or messages with lists of parts; if none of them is `{"type": "image"}`, the pictures stand before the
+        text: a question, or messages with a text or parts; if no part is `{"type": "image"}`, the pictures stand before the
             first text of the user.
         pictures: how many there are.
 
@@ -175,7 +175,7 @@ def written(processor: Any, text: str | Sequence[Mapping[str, Any]], pictures: i
         return str(processor.image_token * pictures + text)
     if isinstance(text, str):
         text = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    chat = [dict(message) for message in text]
+    chat = [{**message, "content": _parts(message["content"])} for message in text]
     if not any(part.get("type") == "image" for message in chat for part in message["content"]):
         first = next((message for message in chat if message["role"] == "user"), chat[0])
         first["content"] = [*({"type": "image"} for _ in range(pictures)), *first["content"]]
@@ -204,3 +204,8 @@ def tensors_of(
         return {name: tokenized[name] for name in ("input_ids", "attention_mask")}
     images = [[to_rgb(picture) for picture in own] for own in pictures]
     return dict(processor(images=images, text=list(prompts), **settings))
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A message's content as parts: a text alone is one of them."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
