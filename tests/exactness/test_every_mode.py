@@ -132,7 +132,7 @@ def run(profile, capsys):
 
 
 def test_every_mode(capsys):
-    assert run("ci", capsys) >= 40
+    assert run("ci", capsys) >= settings.get_profile("ci").max_examples
 
 
 @pytest.mark.slow
