@@ -208,12 +208,22 @@ class HeldCache(Cache):
         self._follow([sample for sample in range(batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only these samples of the batch, and the pictures that they read."""
+        """Keep only these samples of the batch, and the pictures that they read.
+
+        Args:
+            indices: int64 (samples,), or bool (batch,), on any device; read on the host, so one on the CPU waits for nothing.
+        """
         self._require_plain_text("batch_select_indices")
+        chosen = torch.as_tensor(indices).cpu()
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        there: dict[torch.device, torch.Tensor] = {}
         for index in self.self_layers:
-            self.layers[index].batch_select_indices(indices)
-        chosen = torch.as_tensor(indices)
-        self._follow((chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen).tolist())
+            layer = self.layers[index]
+            if layer.is_initialized:
+                device = layer.keys.device
+                there.setdefault(device, chosen if device.type == "cpu" else chosen.to(device))
+                layer.batch_select_indices(there[device])
+        self._follow(chosen.tolist())
 
     def _follow(self, samples: Sequence[int]) -> None:
         """The batch consists of these samples from now on. What nobody reads any more goes."""

@@ -130,9 +130,9 @@ class RunningBatch:
         if not stay:
             self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long)
         elif places and self._cache is not None:
-            chosen = torch.tensor(stay, device=self._mask.device)
+            chosen = torch.tensor(stay)
             self._cache.batch_select_indices(chosen)
-            self._mask = self._mask.index_select(0, chosen)
+            self._mask = self._mask.index_select(0, chosen.to(self._mask.device))
             self._cut()
         return gone
 
