@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import subprocess
 import sys
 
@@ -54,7 +55,6 @@ def test_a_radius_waits_once_in_many_steps():
 
 
 def test_merging_waits_for_nothing(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK", 16)
     monkeypatch.setattr(merging, "BLOCK_VALUES", 512)
     states, kept = torch.randn(3, 200, 8), torch.rand(3, 200) < 0.3
     groups = torch.randint(0, 2, (3, 200))
@@ -64,12 +64,12 @@ def test_merging_waits_for_nothing(monkeypatch):
         merged = merge_dropped(states, kept, groups, torch.ones_like(groups), positions)
         merged.mean(torch.randn(3, 2, 200, 4))
         merged.mean(states)
-    assert count.calls["bmm"] > 50
+    assert count.calls["bmm"] > 5, "in several blocks"
     assert count.waits == 0
 
 
 SCRATCH = """
-import resource, sys, torch
+import pathlib, re, sys, torch
 from trim_plugin import KCenter
 from trim_plugin.selection.merging import Merging, merge_dropped
 torch.set_num_threads(1)
@@ -79,7 +79,10 @@ positions = torch.arange(5000)[None]
 kept, groups = torch.arange(tokens)[None] < 5000, torch.zeros(1, tokens, dtype=torch.long)
 small = torch.ones(1, 64, 64)
 small.bmm(small)  # the libraries' own buffers are not scratch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of resident memory, in KiB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # from here on: loading the libraries took more than what follows
+before = peak()
 if what == "alike":
     merged = merge_dropped(states, kept, groups, groups + 1, positions)
     result = merged.slots.nbytes + merged.weights.nbytes
@@ -89,11 +92,11 @@ elif what == "means":
 else:
     KCenter(20 / tokens).choose(states, groups == 0)
     result = tokens * min(width, 256) * 4  # a row of features for every token
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 - result)
+print((peak() - before) * 1024 - result)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are read as Linux tells them")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("what", "tokens", "width"), [("alike", 51_232, 64), ("means", 12_808, 4096), ("k-center", 12_808, 4096)]
@@ -112,4 +115,6 @@ def test_scratch_beside_the_result_at_full_size(what, dtype):
 
 def scratch(what, tokens, width, dtype):
     command = [sys.executable, "-c", SCRATCH, what, str(tokens), str(width), dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # Freed blocks go back to the system at once. By default glibc keeps some, more or fewer from run to run.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)

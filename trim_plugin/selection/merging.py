@@ -58,7 +58,7 @@ class Merging:
         rows = tensor.movedim(-2, 1)  # (batch, tokens, heads or features, ...)
         batch, _, across, *rest = rows.shape
         means = rows.new_empty(batch, self.width, across, *rest)
-        step = max(1, BLOCK_VALUES // max(1, batch * self.width * math.prod(rest)))
+        step = max(1, BLOCK_VALUES // max(1, 2 * batch * self.width * math.prod(rest)))
         for first in range(0, across, step):
             means[:, :, first : first + step] = self._mean_of(rows[:, :, first : first + step])
         return means.movedim(1, -2)
@@ -76,6 +76,7 @@ class Merging:
             # Filled, since a token that is part of nothing need not be finite.
             weighted = (rows[:, part].float() * weight).masked_fill_(weight == 0, 0.0)
             sums.index_add_(0, targets[:, part].reshape(-1), weighted.flatten(0, 1))
+            del weighted  # before the next block takes its place
         sums /= self.sizes.to(rows.device).view(-1, *[1] * len(rest))
         return sums.view(batch, self.width, *rest)
 
@@ -152,6 +153,7 @@ def _most_alike_of(
             # The token's own length scales all of its cosines alike, so it is left out.
             alike = torch.bmm(states[:, part].float(), features)
             value, index = alike.masked_fill_(groups[:, part, None] != their_groups, -torch.inf).max(dim=-1)
+            del alike  # before the next block takes its place
             values.append(value)
             indices.append(index)
         value, index = torch.cat(values, dim=1), torch.cat(indices, dim=1)
