@@ -98,7 +98,7 @@ HERE = __name__
         (Own(0.1), {"rule": f"{HERE}:Own", "kept_share": 0.1}),
         (function, {"rule": f"{HERE}:function"}),
     ],
-    ids=repr,
+    ids=lambda given: given["rule"] if isinstance(given, dict) else "",
 )
 def test_a_rule_comes_back_equal(rule, expected):
     assert written(rule) == expected == shown(rule)
