@@ -9,12 +9,16 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from trim_plugin import KCenter
+from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
 from trim_plugin.selection import k_center, merging
 from trim_plugin.selection.merging import merge_dropped
-from trim_plugin.selection.visibility import pack
+from trim_plugin.selection.scoring import visual_token_scores
+from trim_plugin.selection.select import Columns, select
+from trim_plugin.selection.visibility import Visibility, pack
 
 #: Operations that need a number, or a shape, from the device.
 WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "unique_dim")
@@ -66,6 +70,107 @@ def test_merging_waits_for_nothing(monkeypatch):
         merged.mean(states)
     assert count.calls["bmm"] > 5, "in several blocks"
     assert count.waits == 0
+
+
+class OnMeta(TorchFunctionMode):
+    """Shapes alone, so that the 11B model's widths cost nothing; what is read from the device is told: how many are kept."""
+
+    def __init__(self, kept, tokens):
+        super().__init__()
+        self.numbers = [kept, kept, tokens, 1]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.tolist and args[0].device.type == "meta":
+            assert len(args[0]) >= len(self.numbers)
+            return self.numbers + [0] * (len(args[0]) - len(self.numbers))
+        return function(*args, **(kwargs or {}))
+
+
+#: Operations that start nothing on a device: views, and asking for room.
+NO_LAUNCH = {
+    "view",
+    "_unsafe_view",
+    "expand",
+    "transpose",
+    "t",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "split",
+    "as_strided",
+    "detach",
+    "alias",
+    "unbind",
+    "_reshape_alias",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+}
+
+
+class CountLaunches(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.launches = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        touched = [x for x in tree_flatten((args, kwargs, result))[0] if isinstance(x, torch.Tensor)]
+        if name not in NO_LAUNCH and any(tensor.device.type == "meta" for tensor in touched):
+            self.launches[name] += 1
+        return result
+
+
+def launches_of_one_choice(share, rows=128, groups=1, tiles=4):
+    """Scores, the union over heads, merging, and the means of states, keys and values, at the 11B model's widths."""
+    tokens = tiles * 1601
+    opened = torch.ones(1, rows, tiles, dtype=torch.bool)
+    for group in range(groups):
+        opened[:, : group * rows // groups, group * tiles // groups :] = False
+    seen = Visibility(opened, torch.zeros(1, rows, dtype=torch.bool), 1601)
+    assert int(seen.groups().max()) + 1 == groups
+    with torch.device("meta"):
+        queries, keys, states = (
+            torch.empty(1, *shape, dtype=torch.bfloat16)
+            for shape in ((32, rows, 128), (8, tokens, 128), (tokens, 4096))
+        )
+        index, ones = torch.empty(1, tokens, dtype=torch.long), torch.empty(1, tokens, dtype=torch.bool)
+    rule = VisualTokenProcessorList([TopKPerHead(0.1)])
+    columns = Columns(index, ones, index, index, ones, 0, 1601)
+    with OnMeta(round(share * tokens), tokens), CountLaunches() as count:
+        scores = visual_token_scores(queries, keys, seen, columns.tile_of, 0.1)
+        chosen = select(scores, keys, states, columns, groups, rule, merge=True)
+        for tensor in (states, keys, keys):
+            chosen.merging.mean(tensor)
+    return count.launches.total()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.5])
+def test_choosing_and_merging_a_page_are_at_most_100_launches(share):
+    assert launches_of_one_choice(share) <= 100
+
+
+def test_many_visibility_groups_are_chosen_from_in_as_many_launches_as_two():
+    assert launches_of_one_choice(0.1, groups=8, tiles=8) == launches_of_one_choice(0.1, groups=2, tiles=8)
+
+
+def test_samples_score_together_where_they_fit():
+    """Sixteen short prompts about small pictures in as many launches as two."""
+
+    def launches(batch):
+        opened = torch.ones(batch, 4, 1, dtype=torch.bool)
+        seen = Visibility(opened, torch.zeros(batch, 4, dtype=torch.bool), 100)
+        with torch.device("meta"):
+            queries, keys = torch.empty(batch, 8, 4, 16), torch.empty(batch, 2, 100, 16)
+            tile_of = torch.empty(batch, 100, dtype=torch.long)
+        with CountLaunches() as count:
+            visual_token_scores(queries, keys, seen, tile_of, 0.1)
+        return count.launches.total()
+
+    assert launches(16) == launches(2)
 
 
 SCRATCH = """

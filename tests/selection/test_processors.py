@@ -78,3 +78,18 @@ def test_bad_processors_are_named(processor, error, message):
 def test_shares_are_checked(cls, value):
     with pytest.raises(ValueError, match=r"must be a number in \(0, 1\]"):
         cls(value)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 30), st.integers(0, 2**20), st.floats(0.01, 1.0))
+def test_all_groups_at_once_are_chosen_as_one_by_one(batch, groups, tokens, seed, ratio):
+    """Scores with many ties, tokens of no group, and samples that lack a group."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(4, (batch, 3, tokens), generator=generator).float()
+    group = torch.randint(-1, groups, (batch, tokens), generator=generator)
+    rule = VisualTokenProcessorList([TopKPerHead(ratio), TopKPerHead(0.5)])
+    expected = torch.full_like(scores, -INF)
+    for number in range(groups):
+        members = group == number
+        chosen = rule(scores.masked_fill(~members[:, None], -INF), members)
+        expected = torch.maximum(expected, chosen)
+    assert torch.equal(rule.in_groups(scores, group, groups), expected)

@@ -224,7 +224,8 @@ class Turn:
         columns, config, keys = self.columns, cache.config, held.keys
         scores = None
         if self.queries is not None:
-            log_sizes = columns.sizes.float().log() if self.sized else None
+            # Sizes of earlier turns' columns, as well where all are 1: some columns may only pad a sample.
+            log_sizes = columns.sizes.float().log() if self.sized or columns.first_new else None
             queries, self.queries = self.queries.to(keys.device), None
             scores = visual_token_scores(queries, keys, self.seen, columns.tile_of, layer.cross_attn.scaling, log_sizes)
         chosen = select(scores, keys, self.states, columns, self.groups, config.processor_list, config.merge)

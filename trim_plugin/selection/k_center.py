@@ -8,6 +8,7 @@ import math
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
+from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack
 
@@ -75,8 +76,7 @@ class KCenter(VisualTokenProcessor):
         Returns:
             bool (batch, tokens).
         """
-        # As precise under autocast, and nothing to be remembered for gradients: a choice has none.
-        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        with full_float32(states.device):
             return self._chosen(states, members)
 
     def _chosen(self, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
@@ -85,8 +85,7 @@ class KCenter(VisualTokenProcessor):
         if self.kept_share is None:
             order, wanted = _until_covered(features, valid, 1.0 - float(self.radius or 0.0))
         else:
-            # Rounded in float64: 0.1 of 260 tokens shall be 26 whatever the device's float32 makes of it.
-            counts = (valid.sum(dim=1).double() * self.kept_share).sub_(1e-9).ceil_().clamp_(min=1).long()
+            counts = _rounded_up(self.kept_share, members.shape[1], members.device)[valid.sum(dim=1)]
             order = _farthest_first(features, valid, int(counts.max()))[0]
             wanted = torch.arange(order.shape[1], device=order.device) < counts[:, None]
         chosen = torch.zeros_like(members)
@@ -101,6 +100,13 @@ class KCenter(VisualTokenProcessor):
 
     def __repr__(self) -> str:
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
+
+
+@functools.lru_cache(maxsize=16)
+def _rounded_up(kept_share: float, most: int, device: torch.device) -> torch.Tensor:
+    """int64 (most + 1,): tokens to keep of every number of them. A table, so that 0.1 of 260 tokens are 26 whatever a device's
+    float32 makes of it; some have no float64."""
+    return torch.tensor([max(1, math.ceil(kept_share * count - 1e-9)) for count in range(most + 1)], device=device)
 
 
 def _features(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

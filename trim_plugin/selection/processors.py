@@ -7,6 +7,7 @@ tokens that the same text rows may read), so a processor never has to know about
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ import torch
 from trim_plugin.arithmetic import share
 
 ProcessorLike = Callable[..., torch.Tensor]
+#: All attention of a head in whole numbers.
+_WHOLE = 2**40
 
 
 class VisualTokenProcessor(ABC):
@@ -51,6 +54,19 @@ class VisualTokenProcessor(ABC):
         Returns:
             Scores of the same shape.
         """
+
+    #: Whether there is `in_groups`, which decides for all visibility groups in one call and leaves each group a token.
+    knows_groups = False
+
+    def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+        """The same for all visibility groups at once, where `knows_groups` says so: as many operations for many as for few.
+
+        Args:
+            scores: as in `__call__`.
+            group: int64 (batch, visual tokens), the group of each; −1 for none.
+            groups: more than the highest of these.
+        """
+        raise NotImplementedError(f"{processor_name(self)} decides group by group.")
 
     @property
     def arguments(self) -> Mapping[str, Any] | None:
@@ -89,6 +105,17 @@ class VisualTokenProcessorList(list[ProcessorLike]):
     def needs_states(self) -> bool:
         """Whether any processor of the chain looks at the visual states."""
         return any(getattr(processor, "needs_states", False) for processor in self)
+
+    @property
+    def knows_groups(self) -> bool:
+        """Whether every processor of the chain decides for all visibility groups at once."""
+        return all(getattr(processor, "knows_groups", False) for processor in self)
+
+    def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+        """Apply every processor in turn to all groups; as in `VisualTokenProcessor.in_groups`."""
+        for processor in self:
+            scores = getattr(processor, "in_groups")(scores, group, groups)  # noqa: B009 - any callable may be in the chain
+        return scores
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
         """Apply every processor in turn; shapes as in `VisualTokenProcessor.__call__`.
@@ -133,17 +160,20 @@ class TopKPerHead(VisualTokenProcessor):
         tensor([[[0.4000,   -inf, 0.3000,   -inf]]])
     """
 
+    knows_groups = True
+
     def __init__(self, ratio: float) -> None:
         self.ratio = share("ratio", ratio)
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Keep the k best of each head; shapes as in `VisualTokenProcessor.__call__`."""
-        candidates = scores.masked_fill(~visible[:, None], -math.inf)
-        best = candidates.sort(dim=-1, descending=True, stable=True).indices
-        k = _rounded_up(self.ratio, scores.shape[-1], scores.device)[visible.sum(dim=-1)]
-        wanted = torch.arange(scores.shape[-1], device=scores.device) < k[:, None, None]
-        keep = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, best, wanted.expand_as(best))
-        return candidates.masked_fill_(~keep, -math.inf)
+        return self.in_groups(scores, torch.where(visible, 0, -1), 1)
+
+    def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+        """Keep the k best of each head and group."""
+        ranked = _Ranking.of(scores, group, groups)
+        k = _rounded_up(self.ratio, scores.shape[-1], scores.device)[ranked.counts]
+        return ranked.scattered(ranked.values.masked_fill_((ranked.place >= ranked.at_place(k))[:, None], -math.inf))
 
     @property
     def arguments(self) -> dict[str, float]:
@@ -178,6 +208,8 @@ class TopPPerHead(VisualTokenProcessor):
         candidates = scores.masked_fill(~visible[:, None], -math.inf)
         ranked = candidates.sort(dim=-1, descending=True, stable=True)
         attention = ranked.values.clamp(min=0.0)
+        if torch.are_deterministic_algorithms_enabled():  # a GPU adds up floats in any order, whole numbers exactly
+            attention = (attention * (_WHOLE / attention.sum(dim=-1, keepdim=True).clamp_(min=1e-30))).long()
         before = attention.cumsum(dim=-1) - attention
         wanted = before < self.mass * attention.sum(dim=-1, keepdim=True)
         wanted[..., 0] = True
@@ -191,6 +223,52 @@ class TopPPerHead(VisualTokenProcessor):
 
     def __repr__(self) -> str:
         return f"TopPPerHead({self.mass})"
+
+
+@dataclasses.dataclass
+class _Ranking:
+    """Every head's tokens, group after group, the best of a group first; equal ones in their own order.
+
+    Args:
+        values: (batch, heads, tokens), scores in that order; −inf for tokens of no group, which come first.
+        tokens: int64 (batch, heads, tokens), which token each is.
+        at: int64 (batch, tokens), 1 + the group at each place, the same for all heads.
+        counts: int64 (batch, groups + 1), tokens of no group and of every group.
+        place: int64 (batch, tokens), places within the group; beyond all places for tokens of no group.
+    """
+
+    values: torch.Tensor
+    tokens: torch.Tensor
+    at: torch.Tensor | None
+    counts: torch.Tensor
+    place: torch.Tensor
+
+    @staticmethod
+    def of(scores: torch.Tensor, group: torch.Tensor, groups: int) -> _Ranking:
+        in_none, here = group < 0, torch.arange(group.shape[1], device=group.device)
+        values, tokens = scores.masked_fill(in_none[:, None], -math.inf).sort(dim=-1, descending=True, stable=True)
+        if groups == 1:  # what is of no group is −inf, and so behind the others already
+            return _Ranking(values, tokens, None, (group >= 0).sum(dim=1, keepdim=True), here[None])
+        own = (group + 1)[:, None].expand_as(tokens).gather(-1, tokens)
+        own, order = own.sort(dim=-1, stable=True)
+        counts = group.new_zeros(len(group), groups + 1).scatter_add_(1, group + 1, torch.ones_like(group))
+        at = own[:, 0]
+        place = here - (counts.cumsum(dim=1) - counts).gather(1, at)
+        return _Ranking(
+            values.gather(-1, order),
+            tokens.gather(-1, order),
+            at,
+            counts,
+            place.masked_fill_(at == 0, group.shape[1]),
+        )
+
+    def at_place(self, of_group: torch.Tensor) -> torch.Tensor:
+        """What is said of every group, (batch, groups + 1), for every place; one group is said once."""
+        return of_group if self.at is None else of_group.gather(1, self.at)
+
+    def scattered(self, values: torch.Tensor) -> torch.Tensor:
+        """Scores at the tokens' own places."""
+        return torch.empty_like(values).scatter_(-1, self.tokens, values)
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,7 +10,6 @@ import torch
 
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
-from trim_plugin.selection.visibility import pack
 
 
 @dataclasses.dataclass
@@ -137,24 +136,30 @@ def select(
     """
     valid, group = columns.valid[:, columns.first_new :], columns.group[:, columns.first_new :]
     checks = _Checks(processors)
-    kept = valid
+    kept, read = valid, group >= 0
     if scores is not None:
-        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, processors, checks)
-    readable = (columns.readable & columns.valid)[:, : columns.first_new].sum(dim=1)
-    readable = readable + (columns.readable[:, columns.first_new :] & kept).sum(dim=1)
-    counts = kept.sum(dim=1)
+        scores = scores[..., columns.first_new :]
+        checks.no_scores(scores)
+        kept = _choose(scores, states, valid, group, read, groups, processors, checks)
     # Whether a dropped token joins another one decides whether log sizes are there to be added.
-    joins = ((group >= 0) & valid & ~kept).any()
-    numbers = torch.cat([counts, readable, valid.sum(dim=1), joins[None], *checks.flags])
-    counted, readable_counts, present_counts, (joined, *flags) = _split(numbers.tolist(), len(counts))
+    joins = (read > kept).any()
+    counts = torch.stack([kept, columns.readable[:, columns.first_new :] & kept, valid]).sum(dim=2)
+    if columns.first_new:
+        counts[1] += (columns.readable & columns.valid)[:, : columns.first_new].sum(dim=1)
+    numbers = torch.cat([counts.flatten(), joins[None], *checks.flags])
+    counted, readable_counts, present_counts, (joined, *flags) = _split(numbers.tolist(), len(group))
     checks.raise_if(flags)
     if counted == present_counts:
         return Selection(None, valid, None, readable_counts)
-    positions, present = pack(kept, longest=max(counted))
+    # The kept tokens in their order, then the others.
+    order = kept.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    positions, least = order[:, : max(counted)], min(counted)
+    present = torch.arange(positions.shape[1], device=kept.device) < counts[0][:, None]
     merging = None
     if merge and joined:
         features = keys[:, :, columns.first_new :].transpose(1, 2).flatten(2)
-        merging = merge_dropped(features, kept, group, columns.sizes[:, columns.first_new :], positions)
+        sizes, alone = columns.sizes[:, columns.first_new :], groups == 1 and least == positions.shape[1]
+        merging = merge_dropped(features, kept, group, sizes, positions, others=order[:, least:], one_group=alone)
     return Selection(positions, present, merging, readable_counts)
 
 
@@ -163,15 +168,18 @@ def _choose(
     states: torch.Tensor,
     valid: torch.Tensor,
     group: torch.Tensor,
+    read: torch.Tensor,
     groups: int,
     processors: VisualTokenProcessorList,
     checks: _Checks,
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
-    checks.no_scores(scores)
+    if groups > 0 and processors.knows_groups:
+        survivors = (processors.in_groups(scores, group, groups) != -math.inf).any(dim=1)
+        return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
     # What stands in for a group that a sample lacks: its first one; all of its tokens where it has none.
     instead = torch.where((group == 0).any(dim=1, keepdim=True), group == 0, valid)
-    kept = valid & (group < 0).all(dim=1, keepdim=True)
+    kept = valid & ~read.any(dim=1, keepdim=True)
     states = states.to(scores.device) if processors.needs_states else states
     for number in range(groups):
         members = group == number
