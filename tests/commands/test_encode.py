@@ -1,5 +1,8 @@
 """`trim-plugin encode` and `generate --pictures`: one command writes what the other answers questions about."""
 
+import errno
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -83,12 +86,20 @@ def test_wrong_options_of_encode_are_one_line(tmp_path, capsys, options, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_cannot_be_written(tmp_path, capsys):
+def test_files_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     assert encode("--image", PAGES[0], "--out", tmp_path / "no" / "x") == 2
     is_one_line(capsys, "encode", "--out: no such folder")
     (tmp_path / "folder").mkdir()
     assert encode("--image", PAGES[0], "--out", tmp_path / "folder") == 2
+    is_one_line(capsys, "encode", "is a folder. Give a file in it")
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert encode("--image", PAGES[0], "--out", tmp_path / "x.safetensors") == 2
     is_one_line(capsys, "encode", "cannot write")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
 def test_wrong_pictures_of_generate_are_one_line(tmp_path, capsys):

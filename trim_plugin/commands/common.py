@@ -321,10 +321,12 @@ def check_counts(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def check_folder_of(out: Path) -> None:
-    """Raise `UserError` unless the folder that `--out` is to be written in exists."""
+    """Raise `UserError` unless the folder that `--out` is to be written in exists, and `--out` is none itself."""
     folder = out.resolve().parent
     if not folder.is_dir():
         raise UserError(f"--out: no such folder: {folder}")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder. Give a file in it")
 
 
 def check_is_not(out: Path, read: Path, option: str) -> None:

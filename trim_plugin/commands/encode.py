@@ -63,9 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     rule = None if covering is None else KCenter(**covering)
     model, processor = load_model(arguments)
-    console, pages, start = Console(), [], time.perf_counter()
+    console, shown, pages, start = Console(), Console(stderr=True), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # Elsewhere than on a terminal a bar that goes away again would leave an empty line.
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
         task = progress.add_task("encoding", total=len(images))
         for name, image in zip(arguments.image, images, strict=True):
             began = time.perf_counter()
