@@ -15,9 +15,9 @@ import torch
 
 from trim_plugin.selection.precision import full_float32
 
-#: float32 values that all that exists beside the result at a time takes, 56 MiB: bounds scratch whatever the number of tokens and
+#: float32 values that all that exists beside the result at a time takes, 52 MiB: bounds scratch whatever the number of tokens and
 #: their width, and needs few launches.
-BLOCK_VALUES = 14 * 2**20
+BLOCK_VALUES = 13 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
