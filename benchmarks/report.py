@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.common.results import RESULTS, read_result
 from benchmarks.common.sheets import sheets, write_sheet
+from benchmarks.gpu import report as gpu_report
 from benchmarks.latency import compiled_report, first_token_report, merging_report, reading_report, tower_report
 from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
@@ -44,6 +45,7 @@ TABLES: dict[str, Any] = {
     "compiled": compiled_report,
     "pieces_latency": pieces_latency_report,
     "first_token": first_token_report,
+    "predicted": gpu_report,
     "tower": tower_report,
     "tower_quality": tower_quality_report,
     "tower_quality-fine": tower_quality_report,
@@ -69,6 +71,8 @@ KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
     "first-token": [("first_token", first_token_report.sooner)],
     "tower-answers": [("tower_quality", tower_quality_report.answers)],
     "tower-time": [("tower", tower_report.shorter)],
+    "tower-predicted": [("predicted", gpu_report.tower)],
+    "own-work-predicted": [("predicted", gpu_report.own_work)],
 }
 PLOTTED = (combined_report, pieces_report, latency_report, first_token_report)
 

@@ -17,8 +17,30 @@ from torch.utils.flop_counter import flop_registry
 #: Operations that start nothing on a device: views, and asking for room.
 FREE = frozenset(
     [
-        *("view", "_unsafe_view", "expand", "transpose", "t", "permute", "unsqueeze", "squeeze", "slice", "select", "split"),
-        *("as_strided", "detach", "alias", "unbind", "unfold", "diagonal", "split_with_sizes", "_reshape_alias", "lift_fresh"),
+        *(
+            "view",
+            "_unsafe_view",
+            "expand",
+            "transpose",
+            "t",
+            "permute",
+            "unsqueeze",
+            "squeeze",
+            "slice",
+            "select",
+            "split",
+        ),
+        *(
+            "as_strided",
+            "detach",
+            "alias",
+            "unbind",
+            "unfold",
+            "diagonal",
+            "split_with_sizes",
+            "_reshape_alias",
+            "lift_fresh",
+        ),
         *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     ]
 )
@@ -43,9 +65,7 @@ class Counts:
     operations: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.launches + other.launches, self.bytes + other.bytes, self.operations + other.operations
-        )
+        return Counts(self.launches + other.launches, self.bytes + other.bytes, self.operations + other.operations)
 
     def times(self, many: int) -> Counts:
         """So many of these."""
@@ -69,21 +89,22 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self._device = device
         self.found = Counts()
+        #: What a host is told that reads a number, where tensors have no values.
+        self.told = 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return args[0].dtype == torch.bool or 1  # what transformers asks: whether a mask is all ones
+            # transformers asks whether a mask is all ones.
+            return True if args[0].dtype == torch.bool else self.told
         result, name = function(*args, **kwargs), function.overloadpacket.__name__
         own = [value for value in tree_flatten(result)[0] if isinstance(value, torch.Tensor)]
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
         if name in FREE or all(tensor.device.type != self._device for tensor in (*own, *given)):
             return result
         written = sum(map(_bytes, own))
-        if name in ROWS:
-            moved = 2 * written + sum(map(_bytes, given[1:]))
-        else:
-            moved = written + sum(map(_bytes, given))
+        read = written + sum(map(_bytes, given[1:])) if name in ROWS else sum(map(_bytes, given))
+        moved = written + read
         launches = 1
         if name in SORTS:
             launches, moved = PASSES, moved * PASSES

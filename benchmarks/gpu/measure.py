@@ -2,7 +2,7 @@
 
 The 11B configuration with random weights made on the device. Every figure is written as soon as it is there, so that a run that
 is cut off keeps what it has; those that would not fit into the time left are named as left out. ``--tiny`` runs the same code on
-a tiny configuration, on a CPU as well: a test, not a measurement.
+a tiny configuration, on a CPU as well: a test, not a measurement. ``--predicted`` counts instead, see `predicted`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.common.models import random_model
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.scenarios import SCENARIOS, scenario_inputs
 from benchmarks.common.seeds import seed_everything
+from benchmarks.gpu import predicted, report
 from benchmarks.gpu.parts import Stopwatch, median_seconds, parts_timed
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
 from trim_plugin.arithmetic import tile_tokens
@@ -301,10 +302,16 @@ FIGURES: dict[str, tuple[Callable[[Bench], Any], float]] = {
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure in the order of worth, write after every figure, and return the result."""
+    """Measure in the order of worth, write after every figure, and return the result; or only predict."""
+    if arguments.predicted:
+        result = predicted.run(arguments)
+        print(report.tables(result))
+        return result
     device = arguments.device if arguments.tiny or arguments.device != "cpu" else "cuda"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("benchmarks gpu needs a CUDA device, and there is none; --tiny runs the same code on a CPU.")
+        raise SystemExit(
+            "benchmarks gpu needs a CUDA device, and there is none; --tiny runs the same code on a CPU, --predicted counts."
+        )
     end = time.monotonic() + arguments.seconds
     seed_everything()
     shape = "tiny" if arguments.tiny else "11b"
@@ -327,10 +334,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 result["left_out"][figure] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{figure}: {time.monotonic() - start:.0f} s", flush=True)
         write_result(name, result, arguments.out)
+    if not arguments.tiny:
+        print(report.beside(result, predicted.predict(shares=())))
     return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--tiny", action="store_true", help="gpu: a tiny configuration, on any device, as a test")
+    parser.add_argument("--predicted", action="store_true", help="gpu: count what a GPU would do, without one")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="gpu: time for the whole run")
