@@ -221,7 +221,7 @@ WRONG = {
     ),
     "a list": (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"[]"), "its header is no object"),
     "weights": (lambda path: save_file({"a": torch.ones(1)}, path), "not one of encoded pictures"),
-    "later version": (lambda path: rewritten(path, version="3"), "written by a later version"),
+    "later version": (lambda path: rewritten(path, version=str(stored.VERSION + 1)), "written by a later version"),
     "much later version": (lambda path: rewritten(path, version="9" * 9999), "written by a later version"),
     "no version": (lambda path: rewritten(path, version="two"), "is cut off or damaged"),
     "another digit": (lambda path: rewritten(path, version="²"), "is cut off or damaged"),

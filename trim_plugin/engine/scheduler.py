@@ -17,7 +17,6 @@ from trim_plugin.engine.request import Request
 from trim_plugin.engine.running import Running, RunningBatch
 from trim_plugin.engine.sampling import Drawer, Writer, choose
 from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.forward.turn import Turn
 from trim_plugin.generation.micro_batches import prefill
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.recent import RecentPictures
@@ -193,7 +192,7 @@ class Scheduler:
             ]
             inputs = Inputs.about(self._processor, prompts, encoded)
             cache = TrimmedCache(self._model, requests[0].config)
-            cache.turn = Turn(pictures=list(encoded))  # not `show`: whose they are was checked when they came
+            cache.show(encoded)  # adapters may have been switched since they came
         else:
             inputs = Inputs.of(self._processor, prompts, [[] for _ in prompts])
             cache = TrimmedCache(self._model, requests[0].config)

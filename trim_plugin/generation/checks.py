@@ -90,7 +90,7 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
     if cache.pictures is not None:
-        _check_encoded(cache, pixel_values, batch // copies)
+        _check_encoded(model, cache, pixel_values, batch // copies)
     # Without a vision config it is a text model that is given prepared states and an additive mask.
     if mask is not None and hasattr(model.config, "vision_config"):
         _check_mask(mask, batch)
@@ -137,7 +137,7 @@ def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch
         )
 
 
-def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, sources: int) -> None:
+def _check_encoded(model: Any, cache: TrimmedCache, pixel_values: torch.Tensor | None, sources: int) -> None:
     if pixel_values is not None:
         raise ValueError(ENCODED_AND_PIXELS)
     given = len(cache.pictures or ())
@@ -146,6 +146,9 @@ def _check_encoded(cache: TrimmedCache, pixel_values: torch.Tensor | None, sourc
             f"This TrimmedCache was given encoded pictures of {given} samples, but input_ids has {sources}. Give one entry of "
             "pictures for every sample (beams and returned sequences don't count)."
         )
+    known: dict[str, Any] = {}
+    for sample in cache.pictures or ():  # adapters may have been switched since the cache was made
+        sample.check_fits(model, known)
 
 
 def _check_mask(mask: torch.Tensor, batch: int) -> None:

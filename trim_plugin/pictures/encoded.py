@@ -14,7 +14,7 @@ from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.forward.encoded import EncodedSample
 from trim_plugin.forward.tower import find_model
 from trim_plugin.pictures import stored
-from trim_plugin.pictures.fingerprint import OTHER_FORMAT, SAME_FORMAT, difference, fingerprint
+from trim_plugin.pictures.fingerprint import fingerprint, is_other
 from trim_plugin.pictures.layout import prompt_inputs
 
 _warned_unknown = False
@@ -114,10 +114,8 @@ class Pictures(EncodedSample):
     def __add__(self, later: Pictures) -> Pictures:
         if not isinstance(later, Pictures):
             return NotImplemented
-        apart = difference(self.mark, later.mark)
-        if (self.most_tiles, self.tile_tokens) != (later.most_tiles, later.tile_tokens) or (
-            apart or 0.0
-        ) > OTHER_FORMAT:
+        layouts = (self.most_tiles, self.tile_tokens), (later.most_tiles, later.tile_tokens)
+        if layouts[0] != layouts[1] or is_other(self.mark, later.mark):
             raise ValueError("These pictures were encoded by two different models. Encode them again by one.")
         shares = [share for share in (self.tower_share, later.tower_share) if share is not None]
         return dataclasses.replace(
@@ -132,7 +130,7 @@ class Pictures(EncodedSample):
         )
 
     def check_fits(self, model: torch.nn.Module, known: dict[str, Any] | None = None) -> None:
-        """Raise `ValueError` unless this model, or the same in another format, encoded the pictures."""
+        """Raise `ValueError` unless this model encoded the pictures, with the adapters of now: merged or not, in any format."""
         own = find_model(model)
         vision = own.config.vision_config
         layout = (
@@ -149,14 +147,13 @@ class Pictures(EncodedSample):
         known = {} if known is None else known
         if "fingerprint" not in known:
             known["fingerprint"] = fingerprint(own)
-        apart = difference(self.mark, known["fingerprint"])
-        same_format = own.dtype == self.states.dtype
-        if apart is None:
+        other = is_other(self.mark, known["fingerprint"])
+        if other is None:
             _warn_unknown()
-        elif apart > (SAME_FORMAT if same_format else OTHER_FORMAT):
+        elif other:
             raise ValueError(
-                "These pictures were encoded by another model, or its vision tower or projector was trained since (weights "
-                f"differ by {apart:.2g}). Encode them again: encode_pictures(model, ...)."
+                "These pictures were encoded by another model, or its vision tower or projector was trained since, or has other "
+                "adapters or scales now. Encode them again: encode_pictures(model, ...)."
             )
 
 
@@ -165,7 +162,8 @@ def _warn_unknown() -> None:
     if not _warned_unknown:
         _warned_unknown = True
         warnings.warn(
-            "Whether this model encoded these pictures cannot be told: its projector and tower are offloaded or quantized.",
+            "Whether this model encoded these pictures cannot be told: its projector and tower are offloaded, or spread over "
+            "processes.",
             UserWarning,
             stacklevel=4,
         )

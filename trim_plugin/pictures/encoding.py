@@ -86,8 +86,7 @@ def encode_pictures(
     for image in images:
         picture = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
         seen = processor.image_processor(images=[[picture]], return_tensors="pt")
-        mark = fingerprint(own) if not pages else pages[0].mark
-        pages.append(_encoded(own, seen, rule, mark, tower_share))
+        pages.append(_encoded(own, seen, rule, fingerprint(own), tower_share))
     return functools.reduce(operator.add, pages)
 
 

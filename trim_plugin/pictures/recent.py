@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trim_plugin.forward.tower import find_model
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_pictures
+from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.rgb import to_rgb
 from trim_plugin.selection.processors import ProcessorLike
 
@@ -28,13 +30,14 @@ class RecentPictures:
     What is held lies in main memory; a generation takes it to the model's device, a piece of the batch at a time.
 
     Args:
-        model: an Mllama model, or a wrapper around one; its weights must not change meanwhile.
+        model: an Mllama model, or a wrapper around one. Its weights, adapters and their scales may change: pictures of before
+            are not given then.
         processor: its `MllamaProcessor`.
         rule: as for `encode_pictures`; None is whole, with the same answers as the pictures themselves.
         most_bytes: of encoded pictures that are held at a time, in main memory; the least recently asked for go first.
         folder: where whole pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
-            another model, or of one whose tower was trained since, are written anew. Nothing is ever removed: delete the folder,
-            or files of it, whenever you like. None keeps nothing on disk.
+            another model, of other adapters, or of a tower that was trained since, are written anew. Nothing is ever removed:
+            delete the folder, or files of it, whenever you like. None keeps nothing on disk.
 
     Raises:
         ValueError: `most_bytes` is negative, or a folder is given with a rule.
@@ -97,7 +100,10 @@ class RecentPictures:
         self._held.clear()
 
     def _one(self, picture: Image.Image, tower_share: float | None) -> Pictures:
-        key = (picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest())
+        # What is held under one adapter is no answer under another, and is held for when that one comes back.
+        weights = hashlib.blake2b(fingerprint(find_model(self._model)).numpy().tobytes(), digest_size=20).digest()
+        shown = hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
+        key = (picture.size, tower_share, shown, weights)
         held = self._held.get(key)
         file = None if held is not None or self._folder is None else self._folder / self._name(picture, tower_share)
         found = held if file is None else self._stored(file)

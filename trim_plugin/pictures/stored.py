@@ -17,7 +17,7 @@ import torch
 from trim_plugin.durable import draft_of, open_regular
 
 #: Of the file's metadata: what it is, and how it is laid out.
-KIND, VERSION = "trim_plugin.pictures", 2
+KIND, VERSION = "trim_plugin.pictures", 3
 #: Names of the tensors, and the dtypes that they may have in a file, by safetensors' names.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 TENSORS: dict[str, dict[str, torch.dtype]] = {
@@ -126,8 +126,8 @@ def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
         )
     if int(version) < VERSION:
         raise ValueError(
-            f"{path} was written by an earlier version of trim_plugin (layout {version}), whose files have no checksum and don't "
-            f"tell all of what shaped the pictures. {AGAIN}"
+            f"{path} was written by an earlier version of trim_plugin (layout {version}), whose files don't tell "
+            f"all of what shaped the pictures. {AGAIN}"
         )
 
 
