@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from trim_plugin import TrimmedCache
+from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.compat import CACHE, cache_of, slices_mask_rows
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -258,6 +258,40 @@ def test_a_follow_up_that_reads_every_picture_reads_no_padding_between_samples(r
         assert together.kept_indices[sample].tolist() == alone.kept_indices[0].tolist()
         for ours, theirs in zip(both.logits, one.logits, strict=True):
             assert (ours[sample] - theirs[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_padding_between_samples_takes_no_attention_from_new_pictures(merge):
+    """Every row reads earlier pictures, of which one sample keeps fewer tokens: its scores are those that it gets alone."""
+    model = random_model(seed=5)
+    conversation, turns = Conversation(model, 2, seed=3), []
+    for turn in ([Sample(((6,), 5)), Sample(((6,), 5))], [Sample(((6,), 3)), Sample(((6,), 3))]):
+        earlier = conversation.pixels.shape[1]
+        inputs = conversation.say(*turn).inputs(earlier)
+        inputs["cross_attention_mask"][:] = 1  # whole tiles, so that no mask of tiles tells what is padding
+        turns.append(inputs)
+
+    def second_scores(samples):
+        seen = []
+
+        def best(scores, visible):
+            seen.append(scores)
+            return scores.masked_fill(scores < 1.4 * scores.clamp(min=0).mean(dim=-1, keepdim=True), float("-inf"))
+
+        cache = TrimmedCache(model, TrimConfig(processors=(best,), merge=merge))
+        for inputs in turns:
+            seen.clear()
+            generate(model, {name: tensor[samples] for name, tensor in inputs.items()}, 1, cache=cache)
+            counts.append([len(kept) for kept in cache.kept_indices])
+        return seen[0]
+
+    counts = []
+
+    together = second_scores(slice(None))
+    assert counts[0][0] != counts[0][1]
+    for sample in range(2):
+        alone = second_scores(slice(sample, sample + 1))
+        torch.testing.assert_close(together[sample], alone[0], rtol=1e-4, atol=1e-7)
 
 
 def test_a_picture_without_a_mask_does_not_bring_back_what_was_out_of_reach(model):

@@ -93,3 +93,18 @@ def test_all_groups_at_once_are_chosen_as_one_by_one(batch, groups, tokens, seed
         chosen = rule(scores.masked_fill(~members[:, None], -INF), members)
         expected = torch.maximum(expected, chosen)
     assert torch.equal(rule.in_groups(scores, group, groups), expected)
+
+
+def test_a_rule_that_overrides_a_shipped_one_is_asked_itself():
+    class Mine(TopKPerHead):
+        def __call__(self, scores, visible):
+            return scores
+
+    class MineForAll(Mine):
+        def in_groups(self, scores, group, groups):
+            return scores
+
+    assert VisualTokenProcessorList([TopKPerHead(0.5)]).knows_groups
+    assert VisualTokenProcessorList([MineForAll(0.5), TopKPerHead(0.5)]).knows_groups
+    for other in (Mine(0.5), TopPPerHead(0.5), lambda scores, visible: scores):
+        assert not VisualTokenProcessorList([TopKPerHead(0.5), other]).knows_groups

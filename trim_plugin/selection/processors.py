@@ -55,11 +55,11 @@ class VisualTokenProcessor(ABC):
             Scores of the same shape.
         """
 
-    #: Whether there is `in_groups`, which decides for all visibility groups in one call and leaves each group a token.
-    knows_groups = False
-
     def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-        """The same for all visibility groups at once, where `knows_groups` says so: as many operations for many as for few.
+        """The same for all visibility groups in one call, in as many operations for many as for few.
+
+        Optional: a class that writes it, beside a `__call__` that says the same, is called so. It leaves every group a token, and
+        returns no NaN.
 
         Args:
             scores: as in `__call__`.
@@ -108,13 +108,13 @@ class VisualTokenProcessorList(list[ProcessorLike]):
 
     @property
     def knows_groups(self) -> bool:
-        """Whether every processor of the chain decides for all visibility groups at once."""
-        return all(getattr(processor, "knows_groups", False) for processor in self)
+        """Whether every processor of the chain decides for all visibility groups in one call."""
+        return all(map(_knows_groups, self))
 
     def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
         """Apply every processor in turn to all groups; as in `VisualTokenProcessor.in_groups`."""
         for processor in self:
-            scores = getattr(processor, "in_groups")(scores, group, groups)  # noqa: B009 - any callable may be in the chain
+            scores = getattr(processor, "in_groups")(scores, group, groups)  # noqa: B009 - `knows_groups` said so
         return scores
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,8 +159,6 @@ class TopKPerHead(VisualTokenProcessor):
         >>> TopKPerHead(0.5)(torch.tensor([[[0.4, 0.1, 0.3, 0.2]]]), torch.ones(1, 4, dtype=torch.bool))
         tensor([[[0.4000,   -inf, 0.3000,   -inf]]])
     """
-
-    knows_groups = True
 
     def __init__(self, ratio: float) -> None:
         self.ratio = share("ratio", ratio)
@@ -293,6 +291,14 @@ def processor_name(processor: object) -> str:
     if type(processor).__repr__ is not object.__repr__ and not hasattr(processor, "__name__"):
         return repr(processor)
     return str(getattr(processor, "__name__", type(processor).__name__))
+
+
+def _knows_groups(processor: object) -> bool:
+    """Whether a processor's `in_groups` says what its `__call__` says: a class that overrides the latter alone is asked that."""
+    for cls in type(processor).__mro__:
+        if cls is VisualTokenProcessor or "__call__" in vars(cls) or "in_groups" in vars(cls):
+            return cls is not VisualTokenProcessor and "in_groups" in vars(cls)
+    return False
 
 
 def _check_processed(processor: ProcessorLike, processed: object, shape: torch.Size) -> None:
