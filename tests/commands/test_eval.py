@@ -66,11 +66,12 @@ def test_what_the_user_can_mend(data, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(data / "a.png")
     lines = {
         "not JSON": "{",
-        "unknown field 'image'": '{"image": "a.png", "question": "?"}',
-        "give either 'picture' or 'pictures'": '{"question": "?"}',
+        "unknown field 'img'": '{"img": "a.png", "question": "?"}',
+        "'image' and 'picture' are both given": '{"image": "a.png", "picture": "a.png", "question": "?"}',
         "no such picture: b.png": '{"picture": "b.png", "question": "?"}',
-        "'question' must be a text": '{"picture": "a.png"}',
-        "line 2: the id '7' occurs twice": '{"picture": "a.png", "question": "?", "id": "7"}\n' * 2,
+        "give either 'question' or 'messages'": '{"picture": "a.png"}',
+        "'question' must be a text": '{"picture": "a.png", "question": 7}',
+        "line 2: the id '7' is that of line 1, too": '{"picture": "a.png", "question": "?", "id": "7"}\n' * 2,
         "is empty": "\n",
     }
     for message, line in lines.items():
@@ -144,3 +145,40 @@ def test_answers_say_what_was_asked(data, tmp_path):
         assert answer["asked"] == example.question
         assert answer["pictures"] == [example.picture.name]
         assert answer["right"] == [example.answer]
+
+
+def test_one_file_of_rows_is_for_eval_and_for_batch(data, tmp_path, capsys):
+    name = examples()[0].picture.name
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read all digits."}]}]
+    rows = [
+        {"picture": name, "question": "How many?", "answer": "two"},
+        {"id": "many", "pictures": [name, name], "question": "How many?", "max_new_tokens": 2},
+        {"image": name, "question": "How many?"},
+        {"images": [name], "messages": chat},
+        {"question": "Hello"},
+        {"question": "Hello again", "answer": ["two", 2]},
+    ]
+    file = data / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--questions", str(file), "--top-k-ratio", "1.0", "--max-new-tokens", "4"]
+    out = tmp_path / "out"
+    assert main(["eval", "small", "--data", str(data), "--out", str(out), *asked]) == 0
+    assert main(["batch", "small", "--out", str(tmp_path / "answers.jsonl"), *asked]) == 0
+    by_batch = {
+        row["id"]: row["answer"] for row in map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    }
+    logged = map(json.loads, (out / "answers-0.jsonl").read_text().splitlines())
+    by_eval = {row["question"]: row["text"] for row in logged if row["way"] == "exact"}
+    assert len(by_batch) == len(rows)
+    assert by_eval == by_batch
+
+
+def test_a_chat_that_names_other_pictures_is_its_questions_error(data, tmp_path, capsys):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
+    row = {"id": "wrong", "image": examples()[0].picture.name, "messages": chat}
+    with (data / "questions.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert (
+        main(["eval", "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2", "--top-k-ratio", "1"]) == 0
+    )
+    assert "question wrong is left out: the prompt names 2 pictures" in " ".join(capsys.readouterr().out.split())

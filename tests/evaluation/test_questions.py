@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from trim_plugin.asking.rows import read_rows
 from trim_plugin.evaluation import read_questions
 
 
@@ -43,21 +44,51 @@ def test_answers_may_be_missing(folder, given, answers):
     [
         ({"question": " "}, "'question' must be a text"),
         ({"question": ["a", "b"]}, "'question' must be a text"),
-        ({"picture": 3}, "'picture' must be a text or a list of texts, got 3"),
+        ({"picture": 3}, "'picture' must be a list, got int"),
+        ({"colour": "red"}, "unknown field 'colour'"),
         ({"answer": []}, "'answer' must be a text or a list of texts"),
-        ({"pictures": ["a.png"]}, "give either 'picture' or 'pictures'"),
+        ({"pictures": ["a.png"]}, "'picture' and 'pictures' are both given: they mean the same"),
+        ({"messages": [{"role": "user", "content": "?"}]}, "give either 'question' or 'messages'"),
     ],
 )
 def test_the_line_that_is_wrong_is_named(folder, change, message):
     good = {"picture": "a.png", "question": "?"}
     with pytest.raises(ValueError, match=f"questions.jsonl, line 3: {message}"):
         read(folder, good, good | change)
-    with pytest.raises(ValueError, match="must be an object"):
+    with pytest.raises(ValueError, match=r"questions.jsonl, line 2 is not an object"):
         read(folder, ["a.png"])
 
 
 def test_another_file(folder):
     (folder / "other.jsonl").write_text('{"picture": "a.png", "question": "?"}')
     assert len(read_questions(folder, folder / "other.jsonl")) == 1
-    with pytest.raises(FileNotFoundError, match="no questions"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         read_questions(folder)
+
+
+CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+SPELLINGS = {
+    "picture": {"picture": "a.png", "question": "?"},
+    "a list of picture": {"picture": ["a.png"], "question": "?"},
+    "pictures": {"pictures": ["a.png"], "question": "?"},
+    "image": {"image": "a.png", "question": "?"},
+    "images": {"images": ["a.png"], "question": "?"},
+    "answer": {"images": ["a.png"], "question": "?", "answer": ["two", "2"]},
+    "a number as answer": {"images": ["a.png"], "question": "?", "answer": 2},
+    "messages": {"images": ["a.png"], "messages": CHAT},
+    "length": {"id": 7, "images": ["a.png"], "question": "?", "max_new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("row", SPELLINGS.values(), ids=SPELLINGS)
+def test_rows_are_those_of_batch_in_every_spelling(folder, row):
+    (question,) = read(folder, row)
+    assert question.pictures == (folder / "a.png",)
+    (same,) = read_rows(folder / "questions.jsonl")
+    assert (same.id, same.text, same.right, same.error) == (question.name, question.text, question.answers, "")
+    assert question.max_new_tokens == row.get("max_new_tokens")
+
+
+def test_a_row_may_ask_without_pictures(folder):
+    (question,) = read(folder, {"question": "?"})
+    assert question.pictures == ()

@@ -46,7 +46,7 @@ def test_a_byte_order_mark_and_odd_line_breaks_are_read(data):
     (question,) = read_questions(data)
     assert (question.text, question.answers) == (line["question"], ("a", "b"))
     (data / "questions.jsonl").write_bytes(b'{"question": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"questions\.jsonl: not UTF-8 \(.* at byte 17\)"):
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 1 is not UTF-8: .* at byte 17"):
         read_questions(data)
 
 

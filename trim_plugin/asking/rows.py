@@ -52,6 +52,7 @@ class Row:
         max_new_tokens: longest answer, in text tokens; None leaves it to who answers.
         error: why the row cannot be answered, where that is known already.
         key: equal for rows of files that ask the same (`read_rows`).
+        line: where it stands in its file, from 1.
     """
 
     id: Any = None
@@ -62,6 +63,7 @@ class Row:
     max_new_tokens: int | None = None
     error: str = ""
     key: str = ""
+    line: int = dataclasses.field(default=0, compare=False, repr=False)
 
     @classmethod
     def of(cls, given: Any) -> Row:
@@ -182,7 +184,7 @@ def _of_line(line: bytes, number: int) -> Row:
         row, asked = Row(id=name, error=str(error)), line
     except RecursionError:
         row, asked = Row(id=name, error=f"line {number} is nested too deeply"), line
-    return dataclasses.replace(row, key=hashlib.blake2b(asked, digest_size=12).hexdigest())
+    return dataclasses.replace(row, line=number, key=hashlib.blake2b(asked, digest_size=12).hexdigest())
 
 
 def _numbered(row: Row, number: int, taken: Mapping[str, int], alike: Counter[str]) -> Row:

@@ -43,7 +43,11 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = add_command(subparsers, "eval", run, [generation_options(", ".join(DEFAULT_RATIOS), several=True)])
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="folder with pictures and questions.jsonl"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder with pictures and questions.jsonl, rows as for batch",
     )
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="another questions file (default: questions.jsonl in --data)"
@@ -126,7 +130,9 @@ def _questions(arguments: argparse.Namespace) -> list[Question]:
 
 
 def _log(arguments: argparse.Namespace, questions: list[Question], process: int) -> AnswerLog:
-    asked = json.dumps([(q.name, [p.name for p in q.pictures], q.text) for q in questions]).encode()
+    asked = json.dumps(
+        [(q.name, [p.name for p in q.pictures], q.messages or q.text, q.max_new_tokens) for q in questions]
+    ).encode()
     settings = settings_of(arguments) | {"questions": hashlib.sha256(asked).hexdigest()[:16]}
     with user_errors(FileNotFoundError, ValueError):
         return AnswerLog(arguments.out, settings, process)
@@ -142,7 +148,9 @@ def _shown(model: Any, processor: Any, question: Question) -> list[Shown]:
     from trim_plugin.pictures.prompting import build_inputs, open_picture
     from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
 
-    inputs = build_inputs(processor, question.text, [open_picture(picture) for picture in question.pictures])
+    inputs = build_inputs(
+        processor, question.messages or question.text, [open_picture(picture) for picture in question.pictures]
+    )
     maps = [tile_map_of(model, inputs, 0, number) for number in range(len(question.pictures))]
     total = len(maps) * picture_tokens(model.config.vision_config)
     return [

@@ -47,7 +47,7 @@ class KnownPictures:
 
     def of(self, question: Question, pictures: list[Image.Image], tower_share: float | None = None) -> Pictures | None:
         """A question's pictures, encoded now or earlier with this `tower_share`; None if no other question asks about them."""
-        if self._recent is None or self._asked[question.pictures] < 2:
+        if self._recent is None or not pictures or self._asked[question.pictures] < 2:
             return None
         if not self._warm:  # the first encoding pays for allocations and kernels: not timed
             self._recent(pictures, tower_share)

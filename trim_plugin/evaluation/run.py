@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trim_plugin.asking.prompts import read_prompt
+from trim_plugin.asking.rows import Row
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.evaluation.known import KnownPictures
 from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.pictures.prompting import open_picture, tensors_of
 from trim_plugin.pictures.recent import DEFAULT_BYTES
 from trim_plugin.variants import Variant
 
@@ -35,9 +38,9 @@ def evaluate(
 ) -> None:
     """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
 
-    A picture that cannot be read is logged as its question's error; the others are answered. Pictures that several questions ask
-    about are encoded once, whole, for all trimmed variants of one `tower_share`, which changes no answer; each question is
-    charged its part of the time.
+    A picture that cannot be read, or a chat that does not fit the model, is logged as its question's error; the others are
+    answered. Pictures that several questions ask about are encoded once, whole, for all trimmed variants of one `tower_share`,
+    which changes no answer; each question is charged its part of the time.
 
     Args:
         model: an Mllama model, on its device.
@@ -45,7 +48,7 @@ def evaluate(
         questions: all questions; this process takes every `processes`-th.
         variants: how to answer each.
         log: where answers go.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer of questions that don't say.
         process: which process this is, 0 … processes − 1.
         processes: how many share the questions.
         encoded_bytes: most main memory for encoded pictures; 0 reads pictures anew for every answer.
@@ -55,6 +58,7 @@ def evaluate(
     known = KnownPictures(model, processor, share, encoded_bytes)
     done = {(answer.question, answer.way) for answer in log.answers() if not answer.error}
     device = next(model.parameters()).device
+    most = model.config.get_text_config().max_position_embeddings
     warm: set[str] = set()
 
     def record(answer: Answer) -> None:
@@ -68,29 +72,35 @@ def evaluate(
             continue
         try:
             pictures = [open_picture(picture) for picture in question.pictures]
+            asked = Row(
+                images=tuple(pictures), question="" if question.messages else question.text, messages=question.messages
+            )
+            prompt = read_prompt(processor, asked, Path(), most, question.max_new_tokens or max_new_tokens)
         except (FileNotFoundError, ValueError) as error:
             for variant in missing:
                 record(_blank(question, variant, error=str(error)))
             continue
-        inputs = build_inputs(processor, question.text, pictures, device)
+        tensors = tensors_of(processor, [prompt.text], [pictures])
+        inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
         for variant in missing:
             encoded = None if variant.stock else known.of(question, pictures, variant.tower_share)
-            asked = _Asked(question, variant, inputs, encoded)
+            asking = _Asked(question, variant, inputs, encoded, question.max_new_tokens or max_new_tokens)
             if variant.name not in warm:  # the first generation pays for allocations and kernels: not timed
-                _generate(model, processor, asked, max_new_tokens)
+                _generate(model, processor, asking)
                 warm.add(variant.name)
-            answer = _generate(model, processor, asked, max_new_tokens)
-            record(answer if asked.encoded is None else known.charged(question, answer, variant.tower_share))
+            answer = _generate(model, processor, asking)
+            record(answer if encoded is None else known.charged(question, answer, variant.tower_share))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A question to one variant: the processor's inputs, and its pictures if they are encoded."""
+    """A question to one variant: the processor's inputs, its pictures if they are encoded, and the longest answer."""
 
     question: Question
     variant: Variant
     inputs: dict[str, torch.Tensor]
     encoded: Pictures | None
+    max_new_tokens: int
 
 
 def _blank(question: Question, variant: Variant, error: str = "") -> Answer:
@@ -108,7 +118,7 @@ def _blank(question: Question, variant: Variant, error: str = "") -> Answer:
     )
 
 
-def _generate(model: Any, processor: Any, asked: _Asked, max_new_tokens: int) -> Answer:
+def _generate(model: Any, processor: Any, asked: _Asked) -> Answer:
     question, variant, inputs = asked.question, asked.variant, asked.inputs
     settings: dict[str, Any] = {}
     if asked.encoded is not None:
@@ -123,7 +133,7 @@ def _generate(model: Any, processor: Any, asked: _Asked, max_new_tokens: int) ->
     if asked.encoded is not None:
         settings = {CACHE: TrimmedCache(model, variant.config, pictures=asked.encoded)}
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
+        **inputs, max_new_tokens=asked.max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
     )
     if on_gpu:
         torch.cuda.synchronize()

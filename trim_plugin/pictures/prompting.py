@@ -128,13 +128,16 @@ def opened(source: Path | str | bytes) -> Iterator[Image.Image]:
 
 
 def build_inputs(
-    processor: Any, question: str, pictures: list[Image.Image], device: str | torch.device = "cpu"
+    processor: Any,
+    question: str | Sequence[Mapping[str, Any]],
+    pictures: list[Image.Image],
+    device: str | torch.device = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Inputs for `generate`: the pictures, then the question, in the processor's chat format if it has one.
 
     Args:
         processor: an `MllamaProcessor`.
-        question: plain text.
+        question: plain text, or messages as for `written`.
         pictures: pictures of any size and mode; all are read by the question.
         device: where the tensors go.
 
