@@ -143,3 +143,14 @@ def test_a_draft_that_was_taken_for_abandoned_is_made_again(tmp_path, monkeypatc
     monkeypatch.setattr(durable, "_lock", come_by)
     write_whole(tmp_path / "a.txt", "all")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "all")]
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(OSError, match="not a file"):
+            write_whole(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 3

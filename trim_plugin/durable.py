@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,6 +70,10 @@ def draft_of(file: Path) -> Iterator[Path]:
     A process that is killed leaves its draft behind: the next one that writes to the same folder removes it. The block must
     write into the file that it is given, not put another in its place.
 
+    Raises:
+        OSError: something else than a file stands there, a device for instance, whose place would be taken; or it cannot be
+            written.
+
     Example:
         >>> file = Path(tempfile.mkdtemp()) / "a.txt"
         >>> with draft_of(file) as draft:
@@ -76,6 +81,11 @@ def draft_of(file: Path) -> Iterator[Path]:
         >>> file.read_text(), len(list(file.parent.iterdir()))
         ('all', 1)
     """
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            _check_regular(os.stat(file))
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error), str(file)) from None
     _remove_abandoned(file.parent)
     held, draft = _new_draft(file)
     try:

@@ -266,6 +266,17 @@ def test_pictures_cache_with_ray(tmp_path, capsys):
     assert not (tmp_path / "encoded").exists()
 
 
+def test_pictures_cache_no_folder(tmp_path, capsys):
+    write(tmp_path, scene_rows(tmp_path, 1))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "encoded"):
+        words, out = command(tmp_path, "--pictures-cache", str(place))
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"trim-plugin batch: --pictures-cache {place}: cannot make this folder")
+        assert not out.exists()
+
+
 def test_results_of_another_rule_are_refused(tmp_path, capsys):
     write(tmp_path, scene_rows(tmp_path, 1))
     words, out = command(tmp_path)

@@ -91,7 +91,12 @@ def test_files_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     is_one_line(capsys, "encode", "--out: no such folder")
     (tmp_path / "folder").mkdir()
     assert encode("--image", PAGES[0], "--out", tmp_path / "folder") == 2
-    is_one_line(capsys, "encode", "is a folder. Give a file in it")
+    is_one_line(capsys, "encode", "is a folder, a pipe or a device; give a file")
+
+    os.mkfifo(tmp_path / "pipe")
+    assert encode("--image", PAGES[0], "--out", tmp_path / "pipe") == 2
+    is_one_line(capsys, "encode", "is a folder, a pipe or a device; give a file")
+    assert (tmp_path / "pipe").is_fifo()
 
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -99,7 +104,7 @@ def test_files_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     assert encode("--image", PAGES[0], "--out", tmp_path / "x.safetensors") == 2
     is_one_line(capsys, "encode", "cannot write")
-    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
 def test_wrong_pictures_of_generate_are_one_line(tmp_path, capsys):

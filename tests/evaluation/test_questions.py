@@ -92,3 +92,9 @@ def test_rows_are_those_of_batch_in_every_spelling(folder, row):
 def test_a_row_may_ask_without_pictures(folder):
     (question,) = read(folder, {"question": "?"})
     assert question.pictures == ()
+
+
+@pytest.mark.parametrize("name", ["n" * 5000 + ".png", "a\0.png"])
+def test_a_name_that_no_file_can_have(folder, name):
+    with pytest.raises(FileNotFoundError, match="line 2: no such picture"):
+        read(folder, {"picture": name, "question": "?"})

@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from trim_plugin.arithmetic import parse_bytes
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
 from trim_plugin.commands import FAILED_ROWS, UserError, user_errors
 from trim_plugin.commands.common import (
     add_command,
+    bytes_of,
     check_counts,
     check_folder_of,
     check_is_not,
@@ -108,8 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     rule = one_rule(arguments)
     check_counts(arguments, "max_new_tokens", "max_running", "actors")
-    with user_errors(ValueError):
-        memory = None if arguments.memory is None else parse_bytes(arguments.memory)
+    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
     process, processes = process_of(os.environ)
     with user_errors(OSError, ValueError):
         check_folder_of(arguments.out)
@@ -120,6 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine == "ray":
         needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
     else:  # a cluster's folders and devices are not this machine's
+        if arguments.pictures_cache is not None:
+            _make_folder(arguments.pictures_cache)
         begin_loading(arguments)
         check_device(device_of(arguments.device, os.environ))
     share = rows[process::processes]
@@ -146,6 +147,13 @@ def run(arguments: argparse.Namespace) -> None:
                 speed = f"{seen / elapsed:.3g} pictures/s" if elapsed else ""
                 bar.update(task, advance=len(batch), speed=speed)
     _sum_up(console, arguments.out, rows, share, results, before)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--pictures-cache {folder}: cannot make this folder ({error.strerror})") from None
 
 
 def _answered_here(

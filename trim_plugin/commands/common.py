@@ -321,12 +321,13 @@ def check_counts(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def check_folder_of(out: Path) -> None:
-    """Raise `UserError` unless the folder that `--out` is to be written in exists, and `--out` is none itself."""
-    folder = out.resolve().parent
+    """Raise `UserError` unless `--out` is to be written in a folder that exists, and nothing but a file stands there."""
+    with user_errors(OSError):
+        folder, taken = out.resolve().parent, out.exists() and not out.is_file()
     if not folder.is_dir():
         raise UserError(f"--out: no such folder: {folder}")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder. Give a file in it")
+    if taken:
+        raise UserError(f"--out {out} is a folder, a pipe or a device; give a file")
 
 
 def check_is_not(out: Path, read: Path, option: str) -> None:

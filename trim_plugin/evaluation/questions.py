@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_questions(folder: Path, file: Path | None = None) -> list[Question]:
             raise RowError(f"{file.name}, {row.error}" if names_it else f"{where}: {row.error}")
         pictures = tuple(folder / name for name in row.names)
         for picture, given in zip(pictures, row.names, strict=True):
-            if not picture.exists():
+            if not os.path.exists(picture):
                 raise FileNotFoundError(f"{where}: no such picture: {given}")
         questions.append(Question(row.id, pictures, row.text, row.right, row.messages, row.max_new_tokens))
     return questions
