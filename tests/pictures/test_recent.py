@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import random
 from pathlib import Path
 
@@ -110,6 +112,18 @@ def test_files_that_are_cut_off_or_of_another_model_are_written_anew(loaded, pag
     trained = RecentPictures(other, loaded[1], folder=tmp_path)
     assert not torch.equal(trained(pages[:1]).states, first.states)
     assert trained.encoded == 1
+
+
+def test_a_folder_that_is_full_is_named(loaded, pages, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    recent = RecentPictures(*loaded, folder=tmp_path / "kept")
+    with pytest.raises(OSError, match=r"cannot keep encoded pictures here: No space left on device: .*kept") as raised:
+        recent(pages[:1])
+    assert raised.value.errno == errno.ENOSPC
+    assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_what_is_not_allowed(loaded):

@@ -112,7 +112,11 @@ class RecentPictures:
             found = made.to("cpu")
             self.encoded += 1
             if file is not None:
-                found.save(file)
+                try:
+                    found.save(file)
+                except OSError as error:
+                    said = f"cannot keep encoded pictures here: {error.strerror}"
+                    raise OSError(error.errno, said, str(file.parent)) from None
         else:
             self.reused += 1
         self._held[key] = found
