@@ -68,25 +68,42 @@ def own_work(results: dict[str, dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+#: From here on a share is said to pay: what is predicted is not that sure.
+PAYS = 1.1
+
+
 def tower(results: dict[str, dict[str, Any]]) -> str:
-    """What the tower takes on fewer patches."""
+    """What the tower takes on fewer patches, and where that pays."""
     rows = results["predicted"]["tower"]
     own = {(row["tiles"], row["way"]): row for row in rows if row["part"] == "own work"}
+    shared = [row for row in rows if (row["tiles"], row["way"]) in own and row["part"] == "tower"]
     header = ["tiles", "share", "launches of choosing"]
     header += [f"{device}: times less time" for device in DEVICES]
-    return table(
-        header,
+    lines = [
         [
-            [
-                str(row["tiles"]),
-                row["way"].removeprefix("share "),
-                f"{own[row['tiles'], row['way']]['launches']:,}",
-                *(f"{1 / row['share'][device]:.2f}" for device in DEVICES),
-            ]
-            for row in rows
-            if (row["tiles"], row["way"]) in own and row["part"] == "tower"
-        ],
+            str(row["tiles"]),
+            row["way"].removeprefix("share "),
+            f"{own[row['tiles'], row['way']]['launches']:,}",
+            *(f"{1 / row['share'][device]:.2f}" for device in DEVICES),
+        ]
+        for row in shared
+    ]
+    verdict = [f"- {device}: {_where_it_pays(shared, device)}\n" for device in DEVICES]
+    return table(header, lines) + "\n" + "".join(verdict)
+
+
+def _where_it_pays(rows: list[dict[str, Any]], device: str) -> str:
+    """Which shares make the tower clearly faster, by tiles."""
+    said = []
+    for tiles in dict.fromkeys(row["tiles"] for row in rows):
+        own = [row for row in rows if row["tiles"] == tiles]
+        paying = [row["way"].removeprefix("share ") for row in own if 1 / row["share"][device] >= PAYS]
+        shares = f"it pays at {', '.join(paying)}" if paying else "it does not pay"
+        said.append(f"pictures of {tiles} tile{'s' if tiles > 1 else ''}: {shares}")
+    experimental = (
+        "" if all("does not" not in one for one in said) else ". Where it does not pay, `tower_share` is experimental"
     )
+    return "; ".join(said) + experimental + "."
 
 
 def beside(measured: dict[str, Any], predicted: dict[str, Any]) -> str:

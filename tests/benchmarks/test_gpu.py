@@ -110,3 +110,17 @@ def test_the_command_predicts_without_a_gpu(prediction, tmp_path, monkeypatch, c
     main(["gpu", "--predicted", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "predicted.json").read_text())["rows"] == prediction["rows"]
     assert "Predicted, not measured" in capsys.readouterr().out
+
+
+def test_where_the_towers_share_pays_is_said_by_tiles_and_device():
+    def row(tiles, part, h100, other):
+        own = {"tiles": tiles, "part": part, "way": "share 0.5", "launches": 10}
+        return own | {"share": {"H100": h100, "4090": other}}
+
+    rows = [row(1, "tower", 0.5, 0.5), row(4, "tower", 1.5, 0.8), row(1, "own work", 0, 0), row(4, "own work", 0, 0)]
+    lines = report.tower({"predicted": {"tower": rows}}).splitlines()
+    assert lines[-2:] == [
+        "- H100: pictures of 1 tile: it pays at 0.5; pictures of 4 tiles: it does not pay. "
+        "Where it does not pay, `tower_share` is experimental.",
+        "- 4090: pictures of 1 tile: it pays at 0.5; pictures of 4 tiles: it pays at 0.5.",
+    ]
