@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -160,6 +161,27 @@ def test_threads_with_different_configurations(model, inputs):
         if jobs[index][1] is not None:
             kept = zip(cache_of(expected[index]).kept_indices, cache_of(output).kept_indices, strict=True)
             assert all(torch.equal(a, b) for a, b in kept)
+
+
+def test_threads_that_attach_at_once_put_the_hooks_on_once(model):
+    barrier, interval = threading.Barrier(4), sys.getswitchinterval()
+
+    def make():
+        barrier.wait(60)
+        TrimmedCache(model)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            threads = [threading.Thread(target=make) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert hooks_of(model) == [before_layer, after_layer] * 2
+            trim_plugin.detach(model)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_nothing_keeps_a_dropped_cache_or_model_alive():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from trim_plugin.forward.tower import visual_states
 from trim_plugin.forward.turn import Turn
 from trim_plugin.selection.visibility import padding_of
 
+_attaching = threading.Lock()  # two threads would each find no hooks, and put on two
+
 
 def attach(model: torch.nn.Module) -> Any:
     """Put the hooks on a model and its cross-attention decoder layers, once; return its `MllamaTextModel`.
@@ -34,9 +37,14 @@ def attach(model: torch.nn.Module) -> Any:
     """
     check_contract()
     text_model = find_text_model(model)
-    whole = all(before_model in module._forward_pre_hooks.values() for module in whole_models(model))
-    if whole and has_hooks(text_model):
-        return text_model
+    with _attaching:
+        _attach(model, text_model)
+    return text_model
+
+
+def _attach(model: torch.nn.Module, text_model: Any) -> None:
+    if has_hooks(text_model) and all(before_model in one._forward_pre_hooks.values() for one in whole_models(model)):
+        return
     check_modules([*whole_models(model), *_cross_layers(text_model)])
     for layer in _cross_layers(text_model):
         if before_layer not in layer._forward_pre_hooks.values():
@@ -50,7 +58,6 @@ def attach(model: torch.nn.Module) -> Any:
         opening = open_turn if isinstance(module, MllamaModel) else open_text_turn
         if opening not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(opening, with_kwargs=True)
-    return text_model
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
