@@ -17,7 +17,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.latency import compiled_report, first_token_report, merging_report, reading_report, tower_report
 from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
-from benchmarks.memory import combined_report, pieces_report
+from benchmarks.memory import combined_report, pieces_report, situations
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report, positions_report
 from benchmarks.quality import report as quality_report
@@ -56,9 +56,11 @@ Results = dict[str, dict[str, Any]]
 KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
     "answers": [("quality", quality_report.answers), ("quality", quality_report.conditions)],
     "answers-short": [("quality", quality_report.answers_short)],
+    "answers-models": [("quality", quality_report.answers_by_model)],
     "answers-by-type": [("quality-pages", quality_report.by_type)],
     "answers-smallest": [("quality", quality_report.smallest)],
     "encoded-answers": [("encoded", encoded_report.answers)],
+    "helps": [("first_token", situations.helps)],
     "fits": [("combined", combined_report.fits)],
     "peaks": [("pieces", pieces_report.peaks)],
     "decoding": [("latency", latency_report.decoding)],

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.common.results import read_result
 from trim_plugin.compat import cache_of
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -85,6 +87,44 @@ def test_the_same_answers_are_promised_of_exact_mode_alone():
             assert "xact" in text[max(0, match.start() - 300) : match.end() + 50], text[
                 match.start() - 80 : match.end()
             ]
+
+
+README = ROOT / "README.md"
+
+
+def test_the_first_page_is_short_and_has_its_two_commands():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 460
+    commands = re.findall(r"^```bash\n(.*?)\n```", text, flags=re.M | re.S)
+    assert commands == [
+        "pip install -c constraints.txt -e . && trim-plugin demo",
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]
+
+
+def test_the_example_of_the_first_page_runs_as_written(capsys):
+    ((line, source),) = blocks(README)
+    exec(compile("\n" * line + source, str(README), "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out.strip().endswith("eight")
+    assert '"trimmed"' in source
+    assert "do_sample=False,  # Llama draws at random" in source
+
+
+def test_links_of_the_first_page_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
+        if not target.startswith("https:"):
+            assert (ROOT / target.split("#")[0]).is_file(), target
+
+
+def test_what_the_first_page_says_is_kept_was_measured():
+    said = re.search(r"keeps (\d+)–(\d+) % of a picture here", README.read_text(encoding="utf-8"))
+    kept = [
+        row["kept_share"]
+        for name in ("quality", "quality-fine")
+        for row in read_result(name)["rows"]
+        if (row["where"], row["rule"], row["parameter"]) == ("fresh", "paper, merged", DEFAULT_TOP_K_RATIO)
+    ]
+    assert [f"{100 * share:.0f}" for share in sorted(kept)] == list(said.groups())
 
 
 class _Loader(yaml.SafeLoader):

@@ -24,6 +24,9 @@ SETTINGS = {
     ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
 }
 SHORT = (("paper, merged", 0.15), ("k-center, merged", 0.1), ("paper, dropped", 0.1))
+#: What the first page shows of every model: setting → its short name; and what is said of each.
+FIRST = {("paper, merged", 0.15): "0.15", ("k-center, merged", 0.1): "KCenter(0.1)"}
+WHAT = ("kept", "same answers", "points")
 PLOTTED = {
     "paper, merged": "default rule (merged)",
     "k-center, merged": "KCenter (merged)",
@@ -110,6 +113,22 @@ def _share(value: float) -> str:
 def answers_short(results: Results) -> str:
     """The same for the first page."""
     return answers(results, SHORT)
+
+
+def answers_by_model(results: Results) -> str:
+    """A line a model, without intervals: for the first page."""
+    lines = []
+    for result, name in MODELS.items():
+        rows = _rows(results[result]) if result in results else {}
+        shown = [rows[setting] for setting in FIRST if setting in rows]
+        if len(shown) == len(FIRST):
+            lines.append([name, *(cell for row in shown for cell in _cells(row))])
+    header = ["model", *(f"{FIRST[setting]}: {what}" if what == "kept" else what for setting in FIRST for what in WHAT)]
+    return table(header, lines)
+
+
+def _cells(row: Row) -> list[str]:
+    return [percent(row["kept_share"], 0), _share(row["agreement"]), f"{100 * row['change']:+.1f}"]
 
 
 def by_type(results: Results) -> str:
