@@ -55,7 +55,6 @@ Results = dict[str, dict[str, Any]]
 #: Marker of what a reader decides by → its parts: the result that a part needs, and what makes it from all results at hand.
 KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
     "answers": [("quality", quality_report.answers), ("quality", quality_report.conditions)],
-    "answers-short": [("quality", quality_report.answers_short)],
     "answers-models": [("quality", quality_report.answers_by_model)],
     "answers-by-type": [("quality-pages", quality_report.by_type)],
     "answers-smallest": [("quality", quality_report.smallest)],

@@ -1,5 +1,7 @@
 """Every python block of the tutorials and of the guides that show Python runs as it is written, page by page."""
 
+import ast
+import pickle
 import re
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import pytest
 import yaml
 
 from benchmarks.common.results import read_result
+from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.embedded import load_small_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -125,6 +129,25 @@ def test_what_the_first_page_says_is_kept_was_measured():
         if (row["where"], row["rule"], row["parameter"]) == ("fresh", "paper, merged", DEFAULT_TOP_K_RATIO)
     ]
     assert [f"{100 * share:.0f}" for share in sorted(kept)] == list(said.groups())
+
+
+def test_every_test_that_the_page_on_compatibility_names_exists():
+    rows = re.findall(r"^\| (?!what |---)(.+) \|$", (DOCS / "reference" / "compatibility.md").read_text("utf-8"), re.M)
+    assert len(rows) >= 40
+    for what, state, tests in (re.split(r" (?<!\\)\| ", row) for row in rows):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert bool(named) != state.startswith("untested"), what
+        for file, name in named:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
+
+
+def test_a_cache_cannot_be_pickled_as_the_pages_say():
+    """If it can one day, "Troubleshooting" and "Compatibility" have to say so."""
+    model, _ = load_small_model()
+    with pytest.raises(TypeError) as raised:
+        pickle.dumps(TrimmedCache(model))
+    assert str(raised.value) in (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,7 +23,6 @@ SETTINGS = {
     ("random, merged", 0.1): "random tokens, merged",
     ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
 }
-SHORT = (("paper, merged", 0.15), ("k-center, merged", 0.1), ("paper, dropped", 0.1))
 #: What the first page shows of every model: setting → its short name; and what is said of each.
 FIRST = {("paper, merged", 0.15): "0.15", ("k-center, merged", 0.1): "KCenter(0.1)"}
 WHAT = ("kept", "same answers", "points")
@@ -86,11 +85,11 @@ def _line(row: Row) -> list[str]:
     ]
 
 
-def answers(results: Results, settings: tuple[tuple[str, float], ...] = tuple(SETTINGS)) -> str:
-    """Both models side by side: every setting, a line a model."""
+def answers(results: Results) -> str:
+    """The models side by side: every setting, a line a model."""
     models = {name: _rows(results[result]) for result, name in MODELS.items() if result in results}
     lines = []
-    for setting in settings:
+    for setting in SETTINGS:
         for name, rows in models.items():
             if row := rows.get(setting):
                 title = SETTINGS[setting] if name == next(iter(models)) else ""
@@ -108,11 +107,6 @@ def answers(results: Results, settings: tuple[tuple[str, float], ...] = tuple(SE
 def _share(value: float) -> str:
     """A share of answers; what is not all of them is not called 100 %."""
     return "> 99.9 %" if 0.9995 <= value < 1 else percent(value)
-
-
-def answers_short(results: Results) -> str:
-    """The same for the first page."""
-    return answers(results, SHORT)
 
 
 def answers_by_model(results: Results) -> str:
