@@ -56,32 +56,37 @@ def agreement(row: Row) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Every row that was measured, by scenes and conditions."""
-    header = ["rule", "parameter", "kept of visible", "cross KV of stock's", "accuracy", "change, points (95 %)"]
-    header += ["same as stock (95 %)", "follow-up: accuracy", "follow-up: change, points", "follow-up: same as stock"]
+    setting = ["rule", "parameter", "kept"]
+    asked = ["accuracy", "change, points (95 %)", "same as stock (95 %)"]
     parts = []
     for where in dict.fromkeys([*SETS, *(row["where"] for row in result["rows"])]):
         rows = [row for row in result["rows"] if row["where"] == where]
         rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
         if rows:
             about = f", {SETS[where]}" if where in SETS else ""
-            title = f"### {where}{about}\n\n{rows[0]['questions']} questions.\n\n"
-            parts.append(title + table(header, map(_line, rows)))
+            parts.append(f"### {where}{about}\n\n{rows[0]['questions']} questions:\n")
+            first = [[*_setting(row), percent(row["cross_kv_ratio"]), *_turn(row, row)] for row in rows]
+            parts.append(table([*setting, "cross KV of stock's", *asked], first))
+            parts.append("Follow-ups in the same conversation:\n")
+            parts.append(table([*setting, *asked], [[*_setting(row), *_turn(row, row["follow_up"])] for row in rows]))
     return "\n".join(parts)
 
 
-def _line(row: Row) -> list[str]:
-    stock, second = row["rule"] == "stock", row["follow_up"]
+def _setting(row: Row) -> list[str]:
     return [
         row["rule"],
         MISSING if row["parameter"] is None else f"{row['parameter']:g}",
         percent(row["kept_share"]),
-        percent(row["cross_kv_ratio"]),
-        percent(row["accuracy"]),
-        MISSING if stock else points(row),
-        MISSING if stock else agreement(row),
-        percent(second["accuracy"]),
-        MISSING if stock else points(second),
-        MISSING if stock else agreement(second),
+    ]
+
+
+def _turn(row: Row, turn: Row) -> list[str]:
+    """What a question, or the follow-up, shows of a row."""
+    stock = row["rule"] == "stock"
+    return [
+        percent(turn["accuracy"]),
+        MISSING if stock else points(turn),
+        MISSING if stock else agreement(turn),
     ]
 
 

@@ -49,7 +49,7 @@ def test_quality_writes_what_the_report_reads(tmp_path, few):
     assert [row["where"] for row in result["rows"]] == ["evaluation"] * 3 + ["fresh"] * 3 + ["bf16 weights"] * 2
     page, sheet, plot = report.write(tmp_path, tmp_path / "docs")
     text = page.read_text(encoding="utf-8")
-    assert "### bf16 weights\n" in text
+    assert "<summary>bf16 weights</summary>" in text
     assert "| paper, dropped | 0.1 |" in text
     assert len(sheet.read_text(encoding="utf-8").splitlines()) == 1 + len(result["rows"])
     assert plot.stat().st_size < 200_000
