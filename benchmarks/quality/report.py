@@ -23,9 +23,11 @@ SETTINGS = {
     ("random, merged", 0.1): "random tokens, merged",
     ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
 }
-#: What the first page shows of every model: setting → its short name; and what is said of each.
-FIRST = {("paper, merged", 0.15): "0.15", ("k-center, merged", 0.1): "KCenter(0.1)"}
-WHAT = ("kept", "same answers", "points")
+#: What the first page shows of every model: setting → its short name, and what is said of it.
+FIRST = {
+    ("paper, merged", 0.15): ("0.15", ("kept", "same answers", "points")),
+    ("k-center, merged", 0.1): ("KCenter(0.1)", ("same answers", "points")),
+}
 PLOTTED = {
     "paper, merged": "default rule (merged)",
     "k-center, merged": "KCenter (merged)",
@@ -119,15 +121,19 @@ def answers_by_model(results: Results) -> str:
     lines = []
     for result, name in MODELS.items():
         rows = _rows(results[result]) if result in results else {}
-        shown = [rows[setting] for setting in FIRST if setting in rows]
-        if len(shown) == len(FIRST):
-            lines.append([name, *(cell for row in shown for cell in _cells(row))])
-    header = ["model", *(f"{FIRST[setting]}: {what}" if what == "kept" else what for setting in FIRST for what in WHAT)]
-    return table(header, lines)
+        if all(setting in rows for setting in FIRST):
+            shown = [_cells(rows[setting])[what] for setting, (_, said) in FIRST.items() for what in said]
+            lines.append([name, *shown])
+    named = [(short, what, what == said[0]) for short, said in FIRST.values() for what in said]
+    return table(["model", *(f"{short}: {what}" if first else what for short, what, first in named)], lines)
 
 
-def _cells(row: Row) -> list[str]:
-    return [percent(row["kept_share"], 0), _share(row["agreement"]), f"{100 * row['change']:+.1f}"]
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "kept": percent(row["kept_share"], 0),
+        "same answers": _share(row["agreement"]),
+        "points": f"{100 * row['change']:+.1f}",
+    }
 
 
 def by_type(results: Results) -> str:

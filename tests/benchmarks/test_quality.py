@@ -125,3 +125,14 @@ def test_a_loss_on_whole_pages_alone_is_a_loss():
     rows = [row_of("k-center, merged", 0.5, 0.5, -0.01, 0.01, types)]
     assert "| `KCenter(…)` | pages | none |" in quality_report.smallest({"quality-pages": {"rows": rows}})
     assert "| k-center, merged | 0.5 | 50 % |" in quality_report.by_type({"quality-pages": {"rows": rows}})
+
+
+def test_the_first_page_has_a_line_for_every_model_that_was_measured():
+    turn = {"agreement": 0.98, "change": -0.004, "kept_share": 0.1}
+    rows = [{"where": "fresh", "rule": rule, "parameter": value, **turn} for rule, value in quality_report.FIRST]
+    models = {name: {"rows": rows} for name in ("quality", "quality-pages")}
+    header, _, small, pages = quality_report.answers_by_model(models).splitlines()
+    assert header.startswith("| model | 0.15: kept | same answers | points |")
+    assert small == "| small | 10 % | 98.0 % | -0.4 | 98.0 % | -0.4 |"
+    assert pages.startswith("| pages |")
+    assert len(quality_report.answers_by_model({"quality": {"rows": rows[:1]}}).splitlines()) == 2
