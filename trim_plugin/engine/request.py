@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from trim_plugin.pictures.encoded import Pictures
+
 MOST_STOPS, LONGEST_STOP = 16, 256
 
 
@@ -123,6 +125,8 @@ class Request:
         self._listener = listener
         #: The prompt as the tokenizer gets it; RGB pictures, or encoded ones.
         self.prompt, self.pictures = prompt, pictures
+        #: How many pictures there are.
+        self.shown = len(pictures.tiles if isinstance(pictures, Pictures) else pictures)
         #: Bytes that it will take while it runs, expected.
         self.needed = needed
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from trim_plugin.arithmetic import pictures_at_a_time, pictures_read_together
 from trim_plugin.asking.answers import Inputs
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room
@@ -44,6 +45,10 @@ class Scheduler:
     ) -> None:
         self._model, self._processor, self._config = model, processor, config
         self._room, self._most, self._pictures = room, most, pictures
+        vision = model.config.vision_config
+        #: Pictures that the tower is given in one call, and those of one micro-batch.
+        self._at_a_time = pictures_at_a_time(config.prefill_pictures, vision)
+        self._read_together = pictures_read_together(config.prefill_pictures, vision)
         self._batch = RunningBatch(model, config)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list | tuple) else {ends}
@@ -156,11 +161,12 @@ class Scheduler:
         if self._batch.rows and len(self._waiting) > free and free < min(self._micro_batch, max(1, self._most // 4)):
             return  # more wait than can run: a few places are let gather, since prompts that are read together cost less
         chosen: list[tuple[Request, int]] = []
-        taken = self._taken()
+        taken, shown = self._taken(), 0
         with self._changed:
             while self._waiting and len(chosen) < min(self._micro_batch, free):
                 request, _ = self._waiting[0]
-                if chosen and not _alike(request, chosen[0][0]):
+                shown += request.shown
+                if chosen and (shown > self._read_together or not _alike(request, chosen[0][0])):
                     break
                 if not self._room.fits(taken, request.needed) and (chosen or self._batch.rows):
                     break
@@ -185,11 +191,7 @@ class Scheduler:
         requests = [request for request, _ in chosen]
         prompts = [request.prompt for request in requests]
         if requests[0].pictures:
-            share = self._config.tower_share
-            encoded = [
-                request.pictures if isinstance(request.pictures, Pictures) else self._pictures(request.pictures, share)
-                for request in requests
-            ]
+            encoded = self._encoded([request.pictures for request in requests])
             inputs = Inputs.about(self._processor, prompts, encoded)
             cache = TrimmedCache(self._model, requests[0].config)
             cache.show(encoded)  # adapters may have been switched since they came
@@ -217,6 +219,12 @@ class Scheduler:
             )
         ]
         return rows, cache, mask, output.logits[:, -1]
+
+    def _encoded(self, pictures: Sequence[Any]) -> list[Pictures]:
+        """Every request's pictures: encoded ones as they came, the others by the tower, those of all requests together."""
+        shown = [own for own in pictures if not isinstance(own, Pictures)]
+        made = iter(self._pictures.several(shown, self._config.tower_share, self._at_a_time) if shown else ())
+        return [own if isinstance(own, Pictures) else next(made) for own in pictures]
 
     def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
         """Reading has failed: for memory it is tried again with fewer at a time or later, else one by one to find whose it is."""
