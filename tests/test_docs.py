@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import trim_plugin
 from benchmarks.common.results import read_result
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
@@ -207,3 +208,9 @@ def test_every_page_is_in_the_navigation():
         return [page for value in values for page in pages(value)]
 
     assert sorted(pages(settings["nav"])) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_the_reference_shows_every_public_name_by_that_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: trim_plugin\.(\w+)$", text, flags=re.M)) - {"embedded", "variants"}
+    assert shown == set(trim_plugin.__all__)
