@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -122,6 +123,8 @@ class Request:
         listener: Callable[[str | None], None] | None = None,
     ) -> None:
         self.sampling, self.config, self.prompt_tokens = sampling, config, prompt_tokens
+        #: What it draws with, whenever it has to be read again.
+        self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._listener = listener
         #: The prompt as the tokenizer gets it; RGB pictures, or encoded ones.
         self.prompt, self.pictures = prompt, pictures

@@ -140,6 +140,7 @@ class Scheduler:
         with self._changed:
             cancelled = [request for request, _ in self._waiting if request.cancelled]
             self._waiting = collections.deque(one for one in self._waiting if not one[0].cancelled)
+        self.counts["finished_cancelled"] += len(cancelled)
         for request in cancelled:
             Running(request, Drawer(request.sampling, ()), Writer(self._processor.tokenizer), 0, 0, 0).finish(
                 "cancelled"
@@ -207,7 +208,7 @@ class Scheduler:
         rows = [
             Running(
                 request,
-                Drawer(request.sampling, own[real.bool()].tolist()),
+                Drawer(request.sampling, own[real.bool()].tolist(), request.seed),
                 Writer(self._processor.tokenizer, tuple(request.sampling.stop)),
                 int(kept),
                 int(visible),
@@ -251,19 +252,34 @@ class Scheduler:
         self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
 
     def _not_stepped(self, error: BaseException) -> None:
-        """A step has failed: for memory the newest is put back to be read again later, else all who run are told."""
-        if is_full(error) and len(self._batch.rows) > 1:
-            (newest,) = self._batch.leave([len(self._batch.rows) - 1])
-            self._full = True
-            self.counts["read_again"] += 1
-            with self._changed:
-                self._waiting.appendleft((newest.request, newest.sent))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """A step has failed: whoever fails alone is told, and the others go on. If nobody does, there were too many at once."""
+        places = range(len(self._batch.rows))
+        lost = isinstance(error, torch.AcceleratorError)
+        if len(places) == 1 or lost:
+            self._fail(dict.fromkeys(places, error))
             return
-        for row in self._batch.leave(range(len(self._batch.rows))):
+        if not is_full(error):
+            try:
+                failing = self._batch.failing()
+            except torch.AcceleratorError as error:
+                failing = dict.fromkeys(places, error)
+            if failing:
+                self._fail(failing)
+                return
+        (newest,) = self._batch.leave([len(places) - 1])
+        self._full = True
+        self.counts["read_again"] += 1
+        with self._changed:
+            self._waiting.appendleft((newest.request, newest.sent))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _fail(self, errors: dict[int, BaseException]) -> None:
+        """Tell requests of the batch what went wrong."""
+        for row, error in zip(self._batch.leave(list(errors)), errors.values(), strict=True):
             row.request.fail(error)
             self.counts["failed"] += 1
+        self._full = False
 
     def _write(self, tokens: Sequence[int], first: int) -> None:
         """Hand new tokens on, from this row of the batch on; who is finished leaves."""
