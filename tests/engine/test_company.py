@@ -322,6 +322,6 @@ def test_a_request_that_can_never_fit_is_refused_and_the_others_are_not(small):
     encoded = encode_pictures(*small, PICTURES[:3])
     with Engine(*small, CONFIG, memory=100_000) as engine:
         for about in ({"images": PICTURES[:3]}, {"pictures": encoded}):
-            with pytest.raises(ValueError, match="may take .* bytes of keys and values, but the engine has 100000"):
+            with pytest.raises(ValueError, match=r"may take .* bytes of keys and values, but the engine has 100000"):
                 engine.submit("How many?", **about)
         assert engine.submit("How many?", max_new_tokens=2).result(timeout=60).tokens

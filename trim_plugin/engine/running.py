@@ -111,7 +111,9 @@ class RunningBatch:
             torch.AcceleratorError: the device is lost.
         """
         found: dict[int, BaseException] = {}
-        for place in range(len(self.rows) if self._cache is not None else 0):
+        if self._cache is None:
+            return found
+        for place in range(len(self.rows)):
             own = slice(place, place + 1)
             try:
                 self._forward(part_of(self._cache, own), self._mask[own], self.rows[own])
