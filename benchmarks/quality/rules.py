@@ -96,15 +96,15 @@ class _NoSizes(Merging):
         return Merging(self.slots, self.weights, self.width).mean(tensor)
 
 
-def _log_sizes_of(features: torch.Tensor, kept: torch.Tensor, *rest: torch.Tensor) -> Merging:
-    merging = merge_dropped(features, kept, *rest)
+def _log_sizes_of(features: torch.Tensor, kept: torch.Tensor, *rest: torch.Tensor, **named: Any) -> Merging:
+    merging = merge_dropped(features, kept, *rest, **named)
     own = _OwnStates(merging.slots, merging.weights, merging.width)
     object.__setattr__(own, "kept", kept)
     return own
 
 
-def _means_of(*given: torch.Tensor) -> Merging:
-    merging = merge_dropped(*given)
+def _means_of(*given: torch.Tensor, **named: Any) -> Merging:
+    merging = merge_dropped(*given, **named)
     return _NoSizes(merging.slots, merging.weights, merging.width)
 
 

@@ -35,7 +35,8 @@ def test_a_page_is_measured_and_reported(tmp_path):
     ways = {way["way"]: way for way in row["ways"]}
     assert list(ways) == list(first_token.WAYS)
     assert ways["encoded whole"]["same_token"]
-    assert row["file_bytes"]["25 %"] <= 0.27 * row["file_bytes"]["whole"]
+    # A quarter of the states; which token each one was, its size and what is said about the file are small beside 11B states.
+    assert row["file_bytes"]["25 %"] - row["file_bytes"]["whole"] / 4 < 8192
     counted = [first_token.arithmetic(built_in_config("11b"), 50)]
     result = {"environment": environment(), "quick": True, "rows": [row], "arithmetic_11b": counted}
     write_result("first_token", result, tmp_path)

@@ -105,7 +105,7 @@ def encode_each(
         >>> from trim_plugin.embedded import examples, load_small_model
         >>> pages = [open_picture(example.picture) for example in examples()[:2]]
         >>> [page.tiles for page in encode_each(*load_small_model(), pages)]
-        [[1], [1]]
+        [[1], [2]]
     """
     _check_rule(rule)
     own = find_model(model)
