@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
-from trim_plugin.selection import k_center, merging
+from trim_plugin import TopKPerHead, VisualTokenProcessorList
+from trim_plugin.selection import merging
 from trim_plugin.selection.merging import merge_dropped
 from trim_plugin.selection.scoring import visual_token_scores
 from trim_plugin.selection.select import Columns, select
@@ -38,24 +38,6 @@ class CountCalls(TorchDispatchMode):
     @property
     def waits(self):
         return sum(self.calls[name] for name in WAITS)
-
-
-@pytest.mark.parametrize("kept_share", [0.02, 0.5])
-def test_a_share_waits_for_the_device_twice_however_many_tokens_it_keeps(kept_share):
-    """For the longest sample and for the largest count, before the loop; indexing by a bool tensor would wait as well."""
-    states, members = torch.randn(3, 200, 8), torch.rand(3, 200) < 0.8
-    with CountCalls() as count:
-        KCenter(kept_share).choose(states, members)
-    assert count.waits == 2
-
-
-def test_a_radius_waits_once_in_many_steps():
-    states, members = torch.randn(2, 300, 64), torch.ones(2, 300, dtype=torch.bool)
-    with CountCalls() as count:
-        chosen = KCenter(radius=0.3).choose(states, members)
-    steps = int(chosen.sum(dim=1).max())
-    assert steps > 200
-    assert count.waits <= 2 + -(-steps // k_center.STEPS)
 
 
 def test_merging_waits_for_nothing(monkeypatch):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
 from trim_plugin.compat import cache_of
+from trim_plugin.forward import turn
 from trim_plugin.selection import k_center
 
+from ..accelerator.emulation import Emulation
 from ..random_models import Sample, random_inputs, random_model, trimmed
 
 
@@ -60,12 +63,145 @@ def test_a_radius_equals_the_restatement(shape, radius):
     *shape, seed = shape
     states = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     members = torch.ones(shape[:2], dtype=torch.bool)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(k_center, "STEPS", 3)
-        chosen = KCenter(radius=radius).choose(states, members)
+    chosen = KCenter(radius=radius).choose(states, members)
     for sample in range(len(states)):
         ours = chosen[sample].nonzero()[:, 0].tolist()
         assert ours == chosen_slowly(states[sample], members[sample], ours, radius=radius)
+
+
+def smooth(tokens, generator):
+    """Neighbours are alike, as on a picture."""
+    side = math.isqrt(tokens - 1) + 1
+    coarse = torch.randn(1, 64, side // 5 + 2, side // 5 + 2, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")[0].flatten(1).T[:tokens]
+    return fine + 0.3 * torch.randn(fine.shape, generator=generator)
+
+
+def clustered(tokens, generator):
+    """Sixty things, each seen many times."""
+    which = torch.randint(0, 60, (tokens,), generator=generator)
+    return torch.randn(60, 64, generator=generator)[which] + 0.3 * torch.randn(tokens, 64, generator=generator)
+
+
+def noise(tokens, generator):
+    return torch.randn(tokens, 64, generator=generator)
+
+
+def blank(tokens, generator):
+    """Half of it is one colour."""
+    states = smooth(tokens, generator)
+    states[: tokens // 2] = states[0]
+    return states
+
+
+def cover(states, chosen):
+    """The largest and the mean distance to a chosen token."""
+    rows = torch.nn.functional.normalize(states.double(), dim=-1)
+    distance = 1 - (rows @ rows[chosen].T).amax(dim=1)
+    return float(distance.max()), float(distance.mean())
+
+
+def greedily(states, count):
+    rows = torch.nn.functional.normalize(states.double(), dim=-1)
+    chosen = [int((rows @ rows.sum(dim=0)).argmax())]
+    nearest = rows @ rows[chosen[0]]
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+    return torch.tensor(chosen)
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from([smooth, clustered, noise, blank]),
+    st.integers(200, 1500),
+    st.sampled_from([0.05, 0.1, 0.25, 0.5]),
+    st.integers(0, 2**20),
+)
+def test_rounds_cover_as_the_greedy_choice_does(kind, tokens, kept_share, seed):
+    states = kind(tokens, torch.Generator().manual_seed(seed))
+    everything = torch.ones(1, tokens, dtype=torch.bool)
+    chosen = KCenter(kept_share).choose(states[None], everything)[0].nonzero()[:, 0]
+    assert len(chosen) == math.ceil(kept_share * tokens - 1e-9)
+    radius, mean = cover(states, greedily(states, len(chosen)))
+    found = cover(states, chosen)
+    assert found[0] <= 1.03 * radius + 1e-6
+    assert found[1] <= 1.03 * mean + 1e-6
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from([smooth, clustered, noise, blank]),
+    st.integers(100, 1000),
+    st.floats(0.05, 0.9),
+    st.integers(0, 2**20),
+)
+def test_a_radius_covers_all_and_takes_no_two_tokens_within_it(kind, tokens, radius, seed):
+    states = kind(tokens, torch.Generator().manual_seed(seed))
+    chosen = KCenter(radius=radius).choose(states[None], torch.ones(1, tokens, dtype=torch.bool))[0].nonzero()[:, 0]
+    assert cover(states, chosen)[0] <= radius + 1e-5
+    rows = torch.nn.functional.normalize(states.double(), dim=-1)[chosen]
+    apart = (1 - rows @ rows.T).masked_fill(torch.eye(len(chosen), dtype=torch.bool), 2.0)
+    assert float(apart.min()) >= radius - 1e-4
+
+
+@settings(max_examples=8)
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=4), st.sampled_from([KCenter(0.2), KCenter(radius=0.4)]))
+def test_in_company_as_alone(lengths, rule):
+    """Samples and groups of other sizes change nothing; blocks of rows neither."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    states = smooth(sum(lengths), generator)
+    together = torch.stack([states, states.flip(0)])
+    ends = torch.tensor(lengths).cumsum(0)
+    group = torch.bucketize(torch.arange(len(states)), ends, right=True)
+    members = torch.stack([group == number for number in range(len(lengths))])
+    both = torch.stack([members, members.flip(1)])
+    chosen = rule.choose(together, both)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(k_center, "FEATURE_BYTES", 1)
+        assert torch.equal(rule.choose(together, both), chosen)
+    for sample, group in itertools.product(range(2), range(len(lengths))):
+        own = both[sample, group]
+        alone = rule.choose(together[sample][own][None], torch.ones(1, int(own.sum()), dtype=torch.bool))[0]
+        assert torch.equal(chosen[sample, group][own], alone)
+        assert not bool(chosen[sample, group][~own].any())
+
+
+@pytest.mark.parametrize(("rule", "most"), [(KCenter(0.1), 600), (KCenter(0.5), 1200), (KCenter(radius=0.3), 1200)])
+def test_a_page_is_chosen_in_few_launches(rule, most):
+    """One page of the 11B model as it is chosen on a GPU, where a launch costs more than its arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    states = smooth(6404, generator) @ torch.randn(64, 4096, generator=generator)
+    with Emulation() as device:
+        states, members = states[None].to("cuda"), torch.ones(1, 6404, dtype=torch.bool).to("cuda")
+        rule.choose(states, members)  # tables and the projection are made once
+        device.clear()
+        rule.choose(states, members)
+    assert device.launches.total() <= most
+    assert device.reads.total() <= 7, "once for the longest sample, and to see whether it is done"
+    assert device.copies.total() == 0
+
+
+def test_states_that_are_not_numbers():
+    states = torch.randn(1, 40, 8)
+    states[0, 3, 2] = math.nan
+    for rule in (KCenter(0.5), KCenter(radius=0.5)):
+        with pytest.raises(ValueError, match="visual states are NaN"):
+            rule.choose(states, torch.ones(1, 40, dtype=torch.bool))
+
+
+def test_no_scores_are_worked_out_for_it(monkeypatch):
+    """It needs no prompt: a prefill that chooses by it alone skips the attention scores, and chooses the same."""
+    model = random_model(image_size=16)
+    inputs = random_inputs(model, [Sample((1, (6,), 4, (3,), 5)), Sample((1, (2,), 3))])
+
+    class Watching(KCenter):
+        needs_scores = True
+
+    with_scores = cache_of(trimmed(model, inputs, {"processors": [Watching(0.25)]}))
+    monkeypatch.setattr(turn, "visual_token_scores", None)
+    without = cache_of(trimmed(model, inputs, {"processors": [KCenter(0.25)]}))
+    assert all(map(torch.equal, with_scores.kept_indices, without.kept_indices))
 
 
 def test_equal_tokens_are_covered_by_one():

@@ -143,7 +143,7 @@ class Turn:
             self._read(cache, mask, rows)
         else:
             self._bring(cache, mask, rows)
-            if not cache.config.keeps_reachable:
+            if not cache.config.keeps_reachable and cache.config.processor_list.needs_scores:
                 self.queries = layer_queries(layer, hidden_states)
 
     def _read(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
@@ -222,7 +222,9 @@ class Turn:
     def _select(self, cache: HeldCache, layer: Any, held: CrossAttentionLayer) -> None:
         """What survives the first layer; later ones get the survivors' states and columns alone."""
         columns, config, keys = self.columns, cache.config, held.keys
-        scores = None
+        scores = None  # exact
+        if not config.keeps_reachable:
+            scores = keys.new_zeros(len(keys), 1, keys.shape[2], dtype=torch.float32)
         if self.queries is not None:
             # Sizes of earlier turns' columns, as well where all are 1: some columns may only pad a sample.
             log_sizes = columns.sizes.float().log() if self.sized or columns.first_new else None

@@ -40,6 +40,8 @@ class VisualTokenProcessor(ABC):
 
     #: Whether `__call__` takes the visual states as a third argument.
     needs_states = False
+    #: Whether scores say anything to it. Where no processor of a chain needs them, none are worked out, and all given are 0.
+    needs_scores = True
 
     @abstractmethod
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -59,7 +61,7 @@ class VisualTokenProcessor(ABC):
         """The same for all visibility groups in one call, in as many operations for many as for few.
 
         Optional: a class that writes it, beside a `__call__` that says the same, is called so. It leaves every group a token, and
-        returns no NaN.
+        returns no NaN. With `needs_states` it takes the states as a fourth argument.
 
         Args:
             scores: as in `__call__`.
@@ -107,14 +109,22 @@ class VisualTokenProcessorList(list[ProcessorLike]):
         return any(getattr(processor, "needs_states", False) for processor in self)
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether any processor of the chain looks at scores."""
+        return any(getattr(processor, "needs_scores", True) for processor in self)
+
+    @property
     def knows_groups(self) -> bool:
         """Whether every processor of the chain decides for all visibility groups in one call."""
         return all(map(_knows_groups, self))
 
-    def in_groups(self, scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    def in_groups(
+        self, scores: torch.Tensor, group: torch.Tensor, groups: int, states: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Apply every processor in turn to all groups; as in `VisualTokenProcessor.in_groups`."""
         for processor in self:
-            scores = getattr(processor, "in_groups")(scores, group, groups)  # noqa: B009 - `knows_groups` said so
+            extra = (states,) if getattr(processor, "needs_states", False) else ()
+            scores = getattr(processor, "in_groups")(scores, group, groups, *extra)  # noqa: B009 - `knows_groups` said so
         return scores
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:

@@ -174,13 +174,13 @@ def _choose(
     checks: _Checks,
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
+    states = states.to(scores.device) if processors.needs_states else states
     if groups > 0 and processors.knows_groups:
-        survivors = (processors.in_groups(scores, group, groups) != -math.inf).any(dim=1)
+        survivors = (processors.in_groups(scores, group, groups, states) != -math.inf).any(dim=1)
         return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
     # What stands in for a group that a sample lacks: its first one; all of its tokens where it has none.
     instead = torch.where((group == 0).any(dim=1, keepdim=True), group == 0, valid)
     kept = valid & ~read.any(dim=1, keepdim=True)
-    states = states.to(scores.device) if processors.needs_states else states
     for number in range(groups):
         members = group == number
         there = members.any(dim=1, keepdim=True)
