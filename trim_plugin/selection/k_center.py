@@ -18,15 +18,17 @@ BLOCK_VALUES = 2**22
 #: Bytes of features that are compared at a time.
 FEATURE_BYTES = 64 * 2**20
 #: Tokens that a round looks at: those least like what is chosen. Never depends on what else is in the batch.
-CANDIDATES = 192
+CANDIDATES = 256
 #: A round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance.
 FAR_ENOUGH = 0.9
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; from there on the share that a
 #: token may lack grows by one in `HASTE` with every token, until it is 1 - `FAR_ENOUGH`.
 ONE_BY_ONE = 24
-HASTE = 2000
+HASTE = 4000
 #: How often candidates that are too near an earlier one are told from those whose earlier one is itself too near.
-LOOKS = 3
+LOOKS = 2
+#: Rounds before the host asks for the first time whether enough are chosen.
+ROUNDS_UNASKED = 3
 #: Similarities that differ by less are equal.
 EQUAL = 1e-5
 #: The similarity of what is chosen, or no member: higher than any.
@@ -40,14 +42,14 @@ class KCenter(VisualTokenProcessor):
     for merging (`TrimConfig(merge=True)`), where a kept token stands for those that resemble it. Sources: Gonzalez 1985
     (farthest-point clustering); core-sets, Sener and Savarese, arXiv 1708.00489; DivPrune, arXiv 2503.02175.
 
-    Tokens are taken in rounds. A round looks at the 192 tokens that are least like the chosen ones, goes through them from the
+    Tokens are taken in rounds. A round looks at the 256 tokens that are least like the chosen ones, goes through them from the
     farthest on, and takes each that is at least 0.9 as far as the farthest, from chosen tokens and from those it takes itself.
-    The cover is the greedy choice's within 2 % (`docs/explanation/merging.md`), in a sixth of its operations. Few tokens are
+    The cover is the greedy choice's within 3 % (`docs/explanation/merging.md`), in a sixth of its operations. Few tokens are
     chosen one by one. All visibility groups and samples are chosen for at once, each as if it were alone.
 
-    Cost for a group of N tokens: in every round one product of N × 192 × 256 values and 27 small operations. No N × K matrix
-    exists, and the host is read a few times, not in every round. For a page of the 11B model about 20 rounds choose 641 of
-    6,404 tokens, 33 rounds 3,202. Scratch: 256 float32 values a token (64 MiB of them at a time), and 192 beside them.
+    Cost for a group of N tokens: in every round one product of N × 256 × 256 values and 24 small operations. No N × K matrix
+    exists, and the host is read a few times, not in every round. For a page of the 11B model 17 to 20 rounds choose 641
+    of 6,404 tokens, 26 to 30 rounds 3,202. Scratch: 256 float32 values a token (64 MiB of them at a time), and as many beside them.
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
@@ -225,7 +227,7 @@ class _Rounds:
 
     def until_counted(self, counts: torch.Tensor, most_wanted: int) -> None:
         """Go on until every row has int64 (rows, 1) tokens, of which the highest is known to be at most `most_wanted`."""
-        due = math.ceil((most_wanted - 1) / CANDIDATES) + LOOKS
+        due = math.ceil((most_wanted - 1) / CANDIDATES) + ROUNDS_UNASKED
         unclear, before = self.features.isnan().any()[None], [1.0] * len(self.features)
         while True:
             for _ in range(due):
@@ -244,7 +246,7 @@ class _Rounds:
 
     def until_covered(self) -> None:
         """Go on until every token is covered."""
-        due, unclear = LOOKS, self.features.isnan().any()
+        due, unclear = ROUNDS_UNASKED, self.features.isnan().any()
         while True:
             for _ in range(due):
                 self._go_on()
