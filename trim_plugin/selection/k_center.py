@@ -206,9 +206,10 @@ class _Rounds:
     def begin(cls, features: torch.Tensor, valid: torch.Tensor, covered: float, one_by_one: torch.Tensor) -> _Rounds:
         """With the token of each row that is most like the mean of its valid ones; `one_by_one`, int64 (rows, 1), says how many
         tokens there are to choose: few are chosen without haste."""
-        mean = torch.bmm(valid[:, None].float(), features)
-        alike = torch.bmm(features, mean.transpose(1, 2))[..., 0]
-        first = alike.masked_fill_(~valid, -torch.inf).argmax(dim=1, keepdim=True)
+        mean = torch.nn.functional.normalize(torch.bmm(valid[:, None].float(), features), dim=-1)
+        alike = torch.bmm(features, mean.transpose(1, 2))[..., 0].masked_fill_(~valid, -torch.inf)
+        # Two tokens are equally like their mean: the first of equal ones, whatever rounding makes of them.
+        first = alike.ge(alike.amax(dim=1, keepdim=True) - EQUAL).byte().argmax(dim=1, keepdim=True)
         own = features.gather(1, first[..., None].expand(-1, -1, features.shape[2]))
         nearest = torch.bmm(features, own.transpose(1, 2))[..., 0].masked_fill_(~valid, DONE).scatter_(1, first, DONE)
         hurry = ((one_by_one - ONE_BY_ONE) / HASTE).clamp_(0, 1 - FAR_ENOUGH)
