@@ -19,8 +19,8 @@ from trim_plugin.selection.merging import Merging, merge_dropped
 
 #: Kept shares of the rules that take one, and `top_k_ratio` of the paper's rule, whose union over heads keeps more. What matters
 #: most comes first: a run that is cut off has it.
-SHARES = (0.25, 0.1, 0.05, 0.15, 0.07, 0.5, 0.025)
-RATIOS = (0.25, 0.1, 0.05, 0.02, 0.15, 0.35, 0.03, 0.01)
+SHARES = (0.25, 0.1, 0.5, 0.35, 0.15, 0.05, 0.07, 0.025)
+RATIOS = (0.15, 0.25, 0.1, 0.35, 0.05, 0.02, 0.03, 0.01)
 #: Cosine distances within which every token must find a kept one: the kept share follows the picture.
 RADII = (0.1, 0.2, 0.05)
 
@@ -37,24 +37,22 @@ class Rule:
 
 def all_rules(quick: bool = False) -> list[Rule]:
     """The planned comparison; `quick` leaves most parameters out."""
+    shares, ratios, radii = (SHARES[:2], RATIOS[:2], RADII[:1]) if quick else (SHARES, RATIOS, RADII)
     found = [Rule("exact", 1.0, {"top_k_ratio": 1.0})]
-    for radius in RADII[:1] if quick else RADII:
-        found.append(Rule("k-center radius, merged", radius, {"processors": [KCenter(radius=radius)]}))
-    for share, ratio in itertools.zip_longest(*((SHARES[:2], RATIOS[:2]) if quick else (SHARES, RATIOS))):
-        if ratio is not None:
-            found += [
-                Rule("paper, dropped", ratio, {"top_k_ratio": ratio, "merge": False}),
-                Rule("paper, merged", ratio, {"top_k_ratio": ratio}),
-                Rule("paper, log size only", ratio, {"top_k_ratio": ratio}, log_size_only),
-                Rule("paper, mean only", ratio, {"top_k_ratio": ratio}, mean_only),
-            ]
+    for share, ratio in itertools.zip_longest(shares, ratios):
         if share is not None:
-            found += [
-                Rule("k-center, dropped", share, {"processors": [KCenter(share)], "merge": False}),
-                Rule("k-center, merged", share, {"processors": [KCenter(share)]}),
-                Rule("evenly spaced, merged", share, {"processors": [EvenlySpaced(share)]}),
-                Rule("random, merged", share, {"processors": [RandomTokens(share)]}),
-            ]
+            found.append(Rule("k-center, merged", share, {"processors": [KCenter(share)]}))
+        if ratio is not None:
+            found.append(Rule("paper, merged", ratio, {"top_k_ratio": ratio}))
+    found += [Rule("paper, dropped", ratio, {"top_k_ratio": ratio, "merge": False}) for ratio in ratios]
+    found += [Rule("k-center radius, merged", radius, {"processors": [KCenter(radius=radius)]}) for radius in radii]
+    found += [Rule("k-center, dropped", share, {"processors": [KCenter(share)], "merge": False}) for share in shares]
+    for share in shares:
+        found.append(Rule("evenly spaced, merged", share, {"processors": [EvenlySpaced(share)]}))
+        found.append(Rule("random, merged", share, {"processors": [RandomTokens(share)]}))
+    for ratio in ratios:
+        found.append(Rule("paper, log size only", ratio, {"top_k_ratio": ratio}, log_size_only))
+        found.append(Rule("paper, mean only", ratio, {"top_k_ratio": ratio}, mean_only))
     return found
 
 

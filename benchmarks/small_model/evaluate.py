@@ -149,7 +149,8 @@ def training_lines(record: dict[str, Any]) -> list[str]:
     lines += ["| stage | steps | minutes | answer tokens right | digit patches named right |", "| --- " * 5 + "|"]
     for name, stage in record["stages"].items():
         words = f"{stage['words']:.3f}" if "words" in stage else ""
-        lines.append(f"| {name} | {stage['steps']} | {stage['minutes']} | {words} | {stage['patches']:.3f} |")
+        patches = f"{stage['patches']:.3f}" if "patches" in stage else ""
+        lines.append(f"| {name} | {stage['steps']} | {stage['minutes']} | {words} | {patches} |")
     return [*lines, "", "The last two columns are running means on training scenes, with augmentation.", ""]
 
 
@@ -245,9 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "ways": ways,
     }
-    print(tables(results))
     if not args.dry:
         write_json(args.into / "results" / "evaluation.json", results)
+    print(tables(results))
+    if not args.dry:
         render(args.into / "README.md", results)
 
 
