@@ -1,8 +1,8 @@
-"""Runs the reproductions of docs/upstream.md: where one fails, upstream has been mended and the page has an entry to lose."""
+"""Runs the reproductions of docs/upstream: where one fails, upstream has been mended and the page has an entry to lose."""
 
 from __future__ import annotations
 
-import re
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,24 +11,24 @@ from packaging.version import Version
 
 from trim_plugin.compat import NEWEST
 
-PAGE = Path(__file__).parents[2] / "docs" / "upstream.md"
-SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
-CODE = re.compile(r"^```python\n(.*?)^```", flags=re.M | re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+FILES = sorted((DOCS / "upstream").glob("*.py"))
+
+
+def test_the_files_are_the_page():
+    place = importlib.util.spec_from_file_location("make_reproductions", DOCS / "make_reproductions.py")
+    script = importlib.util.module_from_spec(place)
+    place.loader.exec_module(script)
+    expected = script.reproductions((DOCS / "upstream.md").read_text(encoding="utf-8"))
+    assert {path.name: path.read_text(encoding="utf-8") for path in FILES} == expected
 
 
 @pytest.mark.skipif(
     Version(transformers.__version__).release[:2] != Version(NEWEST).release, reason=f"the page describes {NEWEST}"
 )
-def test_reproductions():
-    (setup,) = CODE.findall(SECTIONS[0])
-    names = {}
-    exec(compile(setup, "setup", "exec"), names)
-    mended = []
-    for section in SECTIONS[1:]:
-        title = section.splitlines()[0]
-        (code,) = CODE.findall(section)
-        try:
-            exec(compile(code, title, "exec"), names)
-        except AssertionError:
-            mended.append(title)
-    assert mended == []
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_reproduction_runs_alone(path):
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), {})
+    except AssertionError as error:
+        raise AssertionError(f"upstream has mended it: {path.stem}") from error

@@ -49,7 +49,7 @@ class KCenter(VisualTokenProcessor):
 
     Cost for a group of N tokens: in every round one product of N × 256 × 256 values and 24 small operations. No N × K matrix
     exists, and the host is read a few times, not in every round. For a page of the 11B model 17 to 20 rounds choose 641
-    of 6,404 tokens, 26 to 30 rounds 3,202. Scratch: 256 float32 values a token (64 MiB of them at a time), and as many beside them.
+    of 6,404 tokens, 26 to 30 rounds 3,202. Scratch: 256 float32 values a token (64 MiB of them at a time), and as many beside.
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
