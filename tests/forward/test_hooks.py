@@ -7,14 +7,8 @@ from transformers import DynamicCache
 import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE, UnsupportedTransformersError
-from trim_plugin.forward.hooks import (
-    after_layer,
-    attach,
-    before_layer,
-    find_text_model,
-    has_cross_attention,
-    has_hooks,
-)
+from trim_plugin.forward.finding import find_text_model, has_cross_attention
+from trim_plugin.forward.hooks import after_layer, attach, before_layer, has_hooks
 
 from ..random_models import PAIR, prefilled
 

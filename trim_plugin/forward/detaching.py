@@ -9,6 +9,7 @@ import torch
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
 from trim_plugin.cache.reading import forget
+from trim_plugin.forward.finding import attaching, attention_of, whole_models
 from trim_plugin.forward.hooks import (
     after_layer,
     after_model,
@@ -16,7 +17,6 @@ from trim_plugin.forward.hooks import (
     before_model,
     open_text_turn,
     open_turn,
-    whole_models,
 )
 from trim_plugin.forward.tower_merging import tower_hooks
 
@@ -33,11 +33,16 @@ def detach(model: torch.nn.Module) -> None:
         >>> any(layer._forward_hooks for layer in model.model.language_model.layers)
         False
     """
+    with attaching:
+        _detach(model)
+
+
+def _detach(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MllamaCrossAttentionDecoderLayer):
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
             _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
-            forget(module.cross_attn)
+            forget(attention_of(module))
     for module in whole_models(model):
         for hook in (before_model, open_turn, open_text_turn):
             _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)

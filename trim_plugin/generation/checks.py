@@ -13,13 +13,9 @@ import torch
 
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.hooks import (
-    ENCODED_AND_PIXELS,
-    TrimmedCache,
-    check_layers_get_caches,
-    find_text_model,
-    has_hooks,
-)
+from trim_plugin.forward.encoded import ENCODED_AND_PIXELS
+from trim_plugin.forward.finding import cross_layers, find_text_model, places_of
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, check_layers_get_caches, has_hooks
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
@@ -42,10 +38,12 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
             over from a forward that failed; or the model's hooks were removed.
     """
     text_model = find_text_model(model)
-    if cache.owner() is not text_model.layers[cache.cross_layers[0]]:
-        raise ValueError(
-            "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
-        )
+    if not cache.owner.bound:
+        cache.bind(model)
+    places = places_of(text_model)
+    layers_changed = (places.cross, places.own) != (cache.cross_layers, cache.self_layers)
+    if cache.owner.layer is not cross_layers(text_model)[0] or layers_changed:
+        raise ValueError(OF_ANOTHER_MODEL)
     if not has_hooks(text_model):
         raise ValueError(
             "This TrimmedCache reached a model whose trim_plugin hooks were removed (trim_plugin.detach). Make a new one, "

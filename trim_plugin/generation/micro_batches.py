@@ -121,6 +121,8 @@ def prefill(model: Any, cache: HeldCache | None = None, **inputs: Any) -> Any:
             f"prefill needs one TrimmedCache, got {len(caches)}. Give it as cache: prefill(model, cache, **inputs)."
         )
     cache = caches[0]
+    if not cache.owner.bound:
+        cache.bind(model)
     text = inputs.get("input_ids")
     text = inputs.get("inputs_embeds") if text is None else text
     if text is None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from trim_plugin.arithmetic import checked_share, picture_tokens, tile_tokens
-from trim_plugin.forward.hooks import find_text_model
-from trim_plugin.forward.tower import find_model, visual_states
+from trim_plugin.forward.finding import cross_layers, find_model, find_text_model
+from trim_plugin.forward.tower import visual_states
 from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.fingerprint import fingerprint
@@ -166,7 +166,7 @@ def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torc
     """
     states = states[None]
     members = torch.ones(1, states.shape[1], dtype=torch.bool, device=states.device)
-    crossing = next(layer for layer in find_text_model(model).layers if hasattr(layer, "cross_attn"))
+    crossing = cross_layers(find_text_model(model))[0]
     features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
     kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, features) != -math.inf).any(dim=1)
     if not bool(kept.any()):

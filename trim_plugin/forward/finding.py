@@ -1,0 +1,203 @@
+"""Finds the parts of a model that carry hooks, looks inside wrappers for them, and puts hooks on.
+
+Others put decoder layers into wrappers (`checkpoint_wrapper`, `torch.compile`, FSDP), remove some and change their order. So an
+entry of `layers` is what lies inside it, and a layer's place in a cache is its attention's `layer_idx`, as for transformers
+itself. Hooks go on the layer inside: there the wrapper has done its work, and its weights are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaModel,
+    MllamaTextCrossAttention,
+    MllamaTextModel,
+)
+
+#: Held by whoever puts hooks on or takes them off: two threads would each find none, and put on two.
+attaching = threading.RLock()
+
+
+class Hook:
+    """A hook of trim_plugin. It does what the function does that it was made of; a pickle of it is a function that does nothing.
+
+    So a model that was saved whole (`torch.save(model)`) with hooks on it can be loaded where trim_plugin is not installed.
+
+    Example:
+        >>> import pickle
+        >>> @Hook
+        ... def forget(module, args, output):
+        ...     return None
+        >>> pickle.loads(pickle.dumps(forget))(None, (), None) is None
+        True
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any) -> Any:
+        """Be called as torch calls hooks of its kind."""
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return self  # a copy of a model in this program has the hooks that the model has
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments, returns None
+
+
+class Owner:
+    """The model that a cache was made for, held weakly. A cache that was read from a file has none until it is bound to one."""
+
+    def __init__(self) -> None:
+        self.bound = False
+        self._model: Any = None
+        self._layer: Any = None
+
+    def bind(self, model: torch.nn.Module, layer: torch.nn.Module) -> None:
+        """Be this model from now on, whose first cross-attention layer is `layer`."""
+        self._model, self._layer, self.bound = weakref.ref(model), weakref.ref(layer), True
+
+    @property
+    def model(self) -> Any:
+        """The model, or its wrapper, as it was given; None if there is none, or none any more."""
+        return self._model and self._model()
+
+    @property
+    def layer(self) -> Any:
+        """Its first cross-attention layer."""
+        return self._layer and self._layer()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        copied = Owner()
+        copied.bound, copied._model, copied._layer = self.bound, self._model, self._layer
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where in a cache the layers of a text model have theirs, in the order in which they run.
+
+    Args:
+        cross: of the cross-attention layers.
+        own: of the self-attention layers.
+    """
+
+    cross: list[int]
+    own: list[int]
+
+
+def find_text_model(model: torch.nn.Module) -> Any:
+    """The `MllamaTextModel` in a model or in a wrapper around one.
+
+    Raises:
+        ValueError: there is none, or it has no cross-attention layer or no self-attention layer.
+    """
+    for module in model.modules():
+        if isinstance(module, MllamaTextModel) and _crosses(module):
+            return module
+    raise ValueError(
+        f"The trimmed cache needs an Mllama model (Llama-3.2-Vision) with cross-attention layers, but {type(model).__name__} "
+        "has none. Use another cache_implementation for it."
+    )
+
+
+def find_model(model: torch.nn.Module) -> Any:
+    """The `MllamaModel`, vision tower and text model together, in a model or in a wrapper around one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, MllamaModel):
+            return module
+    raise ValueError(
+        f"Encoded pictures need an Mllama model with a vision tower (Llama-3.2-Vision), but {type(model).__name__} has none."
+    )
+
+
+def has_cross_attention(model: torch.nn.Module) -> bool:
+    """Whether a model, or what it wraps, can have a `TrimmedCache`."""
+    return any(isinstance(module, MllamaTextModel) and _crosses(module) for module in model.modules())
+
+
+def whole_models(model: torch.nn.Module) -> list[Any]:
+    """The modules around decoder layers that carry hooks."""
+    return [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
+
+
+def decoder_layers(text_model: Any) -> list[Any]:
+    """The decoder layers of an `MllamaTextModel` in the order in which they run, out of their wrappers.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> text_model = load_small_model()[0].model.language_model
+        >>> text_model.layers[0] = torch.nn.Sequential(text_model.layers[0])
+        >>> decoder_layers(text_model)[0] is text_model.layers[0][0]
+        True
+    """
+    found: list[Any] = []
+    for entry in text_model.layers:
+        # By what they have of their own: wrappers hand on the attributes of what they wrap.
+        inside = [one for one in entry.modules() if not {"cross_attn", "self_attn"}.isdisjoint(one._modules)]
+        found += inside
+    return found
+
+
+def cross_layers(text_model: Any) -> list[Any]:
+    """The cross-attention decoder layers among them."""
+    return [layer for layer in decoder_layers(text_model) if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention of a cross-attention decoder layer, out of its wrapper."""
+    attention = layer.cross_attn
+    if isinstance(attention, MllamaTextCrossAttention):
+        return attention
+    return next((one for one in attention.modules() if isinstance(one, MllamaTextCrossAttention)), attention)
+
+
+def places_of(text_model: Any) -> Places:
+    """Where in a cache each layer has its place.
+
+    Raises:
+        ValueError: two layers have the same.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> text_model = load_small_model()[0].model.language_model
+        >>> places = places_of(text_model)
+        >>> sorted(places.cross + places.own) == list(range(len(text_model.layers)))
+        True
+    """
+    places = Places([], [])
+    seen: dict[int, int] = {}
+    for number, layer in enumerate(decoder_layers(text_model)):
+        crosses = isinstance(layer, MllamaCrossAttentionDecoderLayer)
+        place = attention_of(layer).layer_idx if crosses else layer.self_attn.layer_idx
+        if place in seen:
+            raise ValueError(
+                f"Decoder layers {seen[place]} and {number} of this model both say layer_idx={place}, which is their place in a "
+                "cache: each would read what the other has written. Give every layer's attention a layer_idx of its own "
+                "(layer.self_attn.layer_idx, layer.cross_attn.layer_idx)."
+            )
+        seen[place] = number
+        (places.cross if crosses else places.own).append(place)
+    return places
+
+
+def _crosses(text_model: Any) -> bool:
+    return 0 < len(cross_layers(text_model)) < len(decoder_layers(text_model))
