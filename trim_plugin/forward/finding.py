@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from transformers.models.mllama.modeling_mllama import (
 
 #: Held by whoever puts hooks on or takes them off: two threads would each find none, and put on two.
 attaching = threading.RLock()
+
+#: What marks the function that a hook is after pickling.
+_LEFT_BEHIND = "a hook of trim_plugin, pickled"
 
 
 class Hook:
@@ -53,7 +56,34 @@ class Hook:
         return self  # a copy of a model in this program has the hooks that the model has
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments, returns None
+        return getattr, (contextlib.nullcontext(_LEFT_BEHIND), "__exit__")  # takes any arguments, returns None
+
+
+def put_on(module: Any, before: Hook, after: Hook | None = None) -> None:
+    """Register forward hooks, which take keyword arguments, on a module, unless it has them."""
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if after is not None:
+            module.register_forward_hook(after, with_kwargs=True)
+
+
+def take_off(module: Any, *hooks: Hook) -> None:
+    """Remove forward hooks from a module, and what a pickle has made of any."""
+    # torch offers removal only by the handle; a deep-copied model has the hooks but nobody holds its handles.
+    for registered, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [
+            key for key, hook in registered.items() if any(hook is own for own in hooks) or _is_left_behind(hook)
+        ]:
+            del registered[key]
+            with_kwargs.pop(key, None)
+
+
+def _is_left_behind(hook: Any) -> bool:
+    context = getattr(hook, "__self__", None)
+    return isinstance(context, contextlib.nullcontext) and context.enter_result == _LEFT_BEHIND
 
 
 class Owner:
@@ -197,6 +227,28 @@ def places_of(text_model: Any) -> Places:
         seen[place] = number
         (places.cross if crosses else places.own).append(place)
     return places
+
+
+@contextlib.contextmanager
+def whole_weights(model: torch.nn.Module, *parts: torch.nn.Module) -> Iterator[None]:
+    """Within this context parts of a model have their weights whole, as in a forward of the model, though FSDP2 spreads them.
+
+    For parts that run by themselves. All processes have to enter it.
+
+    Example:
+        >>> with whole_weights(torch.nn.Linear(2, 1)):
+        ...     pass
+    """
+    near = {id(inner) for part in parts for inner in part.modules()}
+    spread: list[Any] = [one for one in model.modules() if hasattr(one, "unshard") and hasattr(one, "reshard")]
+    spread = [one for one in spread if not near.isdisjoint(id(inner) for inner in one.modules())]
+    for one in spread:
+        one.unshard()
+    try:
+        yield
+    finally:
+        for one in spread:
+            one.reshard()
 
 
 def _crosses(text_model: Any) -> bool:

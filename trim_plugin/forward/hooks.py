@@ -27,6 +27,8 @@ from trim_plugin.forward.finding import (
     decoder_layers,
     find_text_model,
     places_of,
+    put_on,
+    take_off,
     whole_models,
 )
 from trim_plugin.forward.tower import states_in_micro_batches
@@ -54,18 +56,14 @@ def _attach(model: torch.nn.Module, text_model: Any) -> None:
     if has_hooks(text_model) and all(before_model in one._forward_pre_hooks.values() for one in whole_models(model)):
         return
     check_modules([*whole_models(model), *cross_layers(text_model)])
+    for module in model.modules():
+        take_off(module)  # what is left of them in a model that was saved whole
     for layer in cross_layers(text_model):
-        if before_layer not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(before_layer, with_kwargs=True)
-            layer.register_forward_hook(after_layer, with_kwargs=True)
+        put_on(layer, before_layer, after_layer)
         install(attention_of(layer))
     for module in whole_models(model):
-        if before_model not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(before_model, with_kwargs=True)
-            module.register_forward_hook(after_model, with_kwargs=True)
-        opening = open_turn if isinstance(module, MllamaModel) else open_text_turn
-        if opening not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(opening, with_kwargs=True)
+        put_on(module, before_model, after_model)
+        put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
 
 
 def has_hooks(text_model: Any) -> bool:
