@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.compat import cache_of
 
-from ..random_models import Sample, generate, random_inputs, trimmed
+from ..random_models import Sample, at_once, generate, random_inputs, trimmed
 
 ONE = [Sample((1, (6,), 6))]
 
@@ -73,3 +74,43 @@ def test_use_cache_false_is_stock(model):
 def test_both_kinds_of_cache_at_once_is_refused(model):
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         trimmed(model, random_inputs(model, ONE), None, cache=TrimmedCache(model))
+
+
+def test_threads_that_register_at_once_wrap_once():
+    method = "_prepare_cache_for_generation"
+    trim_plugin.unregister()
+    plain, names = getattr(GenerationMixin, method), configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    assert not hasattr(plain, "_trim_plugin_original")
+    for _ in range(20):
+        at_once(trim_plugin.register)
+        assert getattr(GenerationMixin, method)._trim_plugin_original is plain
+        assert configuration_utils.ALL_CACHE_IMPLEMENTATIONS.count("trimmed") == 1
+        at_once(trim_plugin.unregister)
+        assert getattr(GenerationMixin, method) is plain
+        assert names == configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+        at_once(trim_plugin.register, trim_plugin.unregister)
+        trim_plugin.unregister()
+        assert getattr(GenerationMixin, method) is plain
+
+
+def test_a_slow_wrapper_is_put_on_once(monkeypatch):
+    """Two threads that register at once: the second one waits, whatever the first one takes."""
+    from trim_plugin.generation import registration
+
+    trim_plugin.unregister()
+    plain = GenerationMixin._prefill
+
+    def slowly(original):
+        time.sleep(0.05)
+        return lambda *args, **kwargs: original(*args, **kwargs)
+
+    monkeypatch.setitem(registration._WRAPPERS, "_prefill", slowly)
+    at_once(registration._wrap_methods)
+    assert GenerationMixin._prefill is plain  # not registered: nothing is wrapped
+    trim_plugin.register()
+    trim_plugin.unregister()
+    monkeypatch.setattr(registration, "_wanted", True)
+    at_once(registration._wrap_methods)
+    assert GenerationMixin._prefill._trim_plugin_original is plain
+    trim_plugin.unregister()
+    assert GenerationMixin._prefill is plain

@@ -1,8 +1,10 @@
-"""Finds the parts of a model that carry hooks, looks inside wrappers for them, and puts hooks on.
+"""Finds the parts of a model that carry hooks, looks inside wrappers for them, and puts hooks on them.
 
 Others put decoder layers into wrappers (`checkpoint_wrapper`, `torch.compile`, FSDP), remove some and change their order. So an
 entry of `layers` is what lies inside it, and a layer's place in a cache is its attention's `layer_idx`, as for transformers
 itself. Hooks go on the layer inside: there the wrapper has done its work, and its weights are whole.
+
+Also says which models, as they are now, cannot use a trimmed cache (`check_...`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaTextCrossAttention,
     MllamaTextModel,
 )
+
+from trim_plugin.compat import checkpointing_keeps_caches
 
 #: Held by whoever puts hooks on or takes them off: two threads would each find none, and put on two.
 attaching = threading.RLock()
@@ -227,6 +231,46 @@ def places_of(text_model: Any) -> Places:
         seen[place] = number
         (places.cross if crosses else places.own).append(place)
     return places
+
+
+def check_layers_get_caches(text_model: Any) -> None:
+    """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
+
+    It does so in training mode with gradient checkpointing (from 5.24 on only where gradients are computed), after the hooks have
+    run: nothing is cached, so every token after the first would be read without its past.
+    """
+    if checkpointing_keeps_caches() and not torch.is_grad_enabled():
+        return
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in decoder_layers(text_model)):
+        raise ValueError(
+            "A TrimmedCache was given to a model in training mode with gradient checkpointing, in which transformers passes no "
+            "cache to the layers. Call model.eval() before generating, and model.train() to go on training."
+        )
+
+
+def check_reads_caches(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if a model, or the peft model around it that is generating, does not read the cache that it is given.
+
+    With prefix tuning peft hands on a cache of its own, which holds the prefix.
+    """
+    config = getattr(
+        getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None), "active_peft_config", None
+    )
+    if config is not None and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            "The model has an active prefix-tuning adapter, which is itself a cache: peft puts it in the trimmed one's place. "
+            "Use another cache_implementation for it, LoRA instead of a prefix, or model.disable_adapter()."
+        )
+
+
+def check_attention(model: Any) -> None:
+    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
+    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
+    if implementation is not None and implementation.endswith("flex_attention"):
+        raise ValueError(
+            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
+            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
+        )
 
 
 @contextlib.contextmanager

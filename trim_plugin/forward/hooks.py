@@ -14,7 +14,7 @@ from transformers.models.mllama.modeling_mllama import MllamaModel
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.layers import in_this_thread
 from trim_plugin.cache.reading import NamingOurs, install
-from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
+from trim_plugin.compat import CACHE, cache_of, unsupported
 from trim_plugin.config import TrimConfig
 from trim_plugin.contract import check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
@@ -23,8 +23,10 @@ from trim_plugin.forward.finding import (
     Owner,
     attaching,
     attention_of,
+    check_attention,
+    check_layers_get_caches,
+    check_reads_caches,
     cross_layers,
-    decoder_layers,
     find_text_model,
     places_of,
     put_on,
@@ -71,21 +73,6 @@ def has_hooks(text_model: Any) -> bool:
     return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
-def check_layers_get_caches(text_model: Any) -> None:
-    """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
-
-    It does so in training mode with gradient checkpointing (from 5.24 on only where gradients are computed), after the hooks have
-    run: nothing is cached, so every token after the first would be read without its past.
-    """
-    if checkpointing_keeps_caches() and not torch.is_grad_enabled():
-        return
-    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in decoder_layers(text_model)):
-        raise ValueError(
-            "A TrimmedCache was given to a model in training mode with gradient checkpointing, in which transformers passes no "
-            "cache to the layers. Call model.eval() before generating, and model.train() to go on training."
-        )
-
-
 @Hook
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the models around the layers.
@@ -99,6 +86,7 @@ def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         _check_names(kwargs)
         in_this_thread.lending = False  # a forward that failed may have left it on
         return
+    check_attention(model)
     if isinstance(cache, TrimmedCache) and not cache.owner.bound:
         cache.bind(model)
     if model.training:
@@ -289,6 +277,7 @@ class TrimmedCache(HeldCache):
     ) -> None:
         # The settings first: a wrong one leaves the model without hooks.
         settings, text_model = TrimConfig.of(config), find_text_model(model)
+        check_reads_caches(model)
         places = places_of(text_model)
         super().__init__(places.cross, places.own, settings, max_cache_len)
         self.owner = Owner()

@@ -14,14 +14,28 @@ import torch
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS
-from trim_plugin.forward.finding import cross_layers, find_text_model, places_of
-from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, check_layers_get_caches, has_hooks
+from trim_plugin.forward.finding import (
+    check_attention,
+    check_layers_get_caches,
+    check_reads_caches,
+    cross_layers,
+    find_text_model,
+    places_of,
+)
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, has_hooks
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
 def check_mode(model: torch.nn.Module) -> None:
-    """Raise `ValueError` if the model is in a mode in which its layers get no cache: training with gradient checkpointing."""
-    check_layers_get_caches(find_text_model(model))
+    """Check what a model is and how it runs, whatever it is asked.
+
+    Raises:
+        ValueError: its layers get no cache (training with gradient checkpointing, prefix tuning), or it runs with flex attention.
+    """
+    text_model = find_text_model(model)
+    check_layers_get_caches(text_model)
+    check_reads_caches(model)
+    check_attention(text_model)
 
 
 def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length: int) -> None:
