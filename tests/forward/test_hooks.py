@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from trim_plugin.forward.finding import cross_layers, find_text_model, has_cross
 from trim_plugin.forward.hooks import after_layer, attach, before_layer, has_hooks
 from trim_plugin.forward.tower_merging import attach_to_tower
 
-from ..random_models import PAIR, at_once, prefilled, random_model
+from ..random_models import PAIR, at_once, prefilled
 
 
 def hooks_of(model):
@@ -108,10 +109,14 @@ def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(mod
             before_layer(layer, (torch.zeros(1, 2, 32), *args), kwargs)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_threads_that_attach_at_once_put_on_one_set_of_hooks(seed):
-    model = random_model(seed)
-    tower = model.model.vision_model
+def test_threads_that_attach_at_once_put_on_one_set_of_hooks(model, monkeypatch):
+    tower, register = model.model.vision_model, torch.nn.Module.register_forward_pre_hook
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.01)  # others look meanwhile, and find no hook
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", slowly)
     at_once(lambda: attach(model), lambda: attach_to_tower(tower), lambda: TrimmedCache(model))
     found = [hook for module in model.modules() for hook in all_hooks(module)]
     assert found

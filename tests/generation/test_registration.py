@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.generation.utils import GenerationMixin
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.compat import cache_of
+from trim_plugin.generation import registration
 
 from ..random_models import Sample, at_once, generate, random_inputs, trimmed
 
@@ -93,24 +95,21 @@ def test_threads_that_register_at_once_wrap_once():
         assert getattr(GenerationMixin, method) is plain
 
 
-def test_a_slow_wrapper_is_put_on_once(monkeypatch):
-    """Two threads that register at once: the second one waits, whatever the first one takes."""
-    from trim_plugin.generation import registration
-
+def test_unregistering_waits_for_a_registration_in_another_thread(monkeypatch):
+    """Otherwise what the first thread wraps after the second one has unwrapped would stay wrapped."""
     trim_plugin.unregister()
-    plain = GenerationMixin._prefill
+    plain, begun = GenerationMixin._prefill, threading.Event()
 
     def slowly(original):
-        time.sleep(0.05)
+        begun.set()
+        time.sleep(0.2)
         return lambda *args, **kwargs: original(*args, **kwargs)
 
     monkeypatch.setitem(registration._WRAPPERS, "_prefill", slowly)
-    at_once(registration._wrap_methods)
-    assert GenerationMixin._prefill is plain  # not registered: nothing is wrapped
-    trim_plugin.register()
+    first = threading.Thread(target=trim_plugin.register)
+    first.start()
+    assert begun.wait(timeout=30)
     trim_plugin.unregister()
-    monkeypatch.setattr(registration, "_wanted", True)
-    at_once(registration._wrap_methods)
-    assert GenerationMixin._prefill._trim_plugin_original is plain
-    trim_plugin.unregister()
+    first.join()
     assert GenerationMixin._prefill is plain
+    assert "trimmed" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
