@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+import trim_plugin
 from trim_plugin import KCenter, TrimmedCache, encode_pictures
 from trim_plugin.compat import cache_of
 from trim_plugin.embedded import examples, load_small_model
@@ -238,6 +239,53 @@ def test_removed_layers_hold_nothing_and_wrapped_ones_stay_wrapped(alone):
     assert all(isinstance(layer, FullyShardedDataParallel) for layer in layers_of(model))
 
 
+@pytest.fixture
+def trained():
+    """Puts trained copies of modules beside them in a model, as peft does it with `modules_to_save`."""
+    peft = pytest.importorskip("peft")
+
+    def put(model, *names):
+        config = peft.LoraConfig(r=2, target_modules=r".*language_model.*up_proj", modules_to_save=list(names))
+        model = peft.get_peft_model(model, config).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "modules_to_save" in name and weight.ndim == 2:
+                    weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+        return model
+
+    return put
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(
+    "name", ["cross_attn", "language_model.layers.1", "language_model.layers.0", "layers.3.cross_attn"]
+)
+def test_of_copies_in_one_wrapper_the_one_that_runs_is_read(trained, name, attached):
+    plain = six_layers()
+    if attached:
+        TrimmedCache(plain)
+    model = trained(plain, name)
+    merged = six_layers()
+    merged.load_state_dict(copy.deepcopy(model).merge_and_unload().state_dict())
+    check_answers(model, merged)
+    with model.disable_adapter():
+        check_answers(model, six_layers())
+    trim_plugin.detach(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_encoded_pictures_are_compared_by_the_copy_that_runs(trained):
+    model, processor = load_small_model(torch.float32)
+    model = trained(model, "cross_attn")
+    merged = copy.deepcopy(model).merge_and_unload()
+    pages = [encode_pictures(one, processor, [examples()[0].picture], rule=KCenter(0.2)) for one in (model, merged)]
+    assert torch.equal(pages[0].index, pages[1].index)
+    with model.disable_adapter():
+        other = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.2))
+    assert not torch.equal(other.index, pages[0].index)
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [2, 1, 0, 3, 5, 4]])
 def test_text_alone_in_a_model_with_changed_layers(order):
     model = with_layers(order)
@@ -282,11 +330,12 @@ def test_a_hook_is_itself_in_a_copy_and_nothing_in_a_pickle():
 
 def test_an_owner_is_held_weakly_and_left_out_of_a_pickle():
     owner, layer = Owner(), torch.nn.Linear(1, 1)
-    owner.bind(layer, layer)
+    owner.bind(layer, [layer])
     for copied in (owner, copy.deepcopy(owner)):
         assert copied.bound
-        assert copied.layer is copied.model is layer
+        assert copied.has_first(layer)
+        assert copied.model is layer
     left = pickle.loads(pickle.dumps(owner))  # noqa: S301
-    assert (left.bound, left.layer, left.model) == (False, None, None)
+    assert (left.bound, left.has_first(layer), left.model) == (False, False, None)
     del layer
-    assert (owner.bound, owner.layer, owner.model) == (True, None, None)
+    assert (owner.bound, owner.has_first(torch.nn.Linear(1, 1)), owner.model) == (True, False, None)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from trim_plugin.cache.reading import forget
-from trim_plugin.forward.finding import attaching, attention_of, take_off
+from trim_plugin.forward.finding import attaching, take_off
 from trim_plugin.forward.hooks import (
     after_layer,
     after_model,
@@ -36,6 +36,6 @@ def detach(model: torch.nn.Module) -> None:
 
 def _detach(model: torch.nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, MllamaCrossAttentionDecoderLayer):
-            forget(attention_of(module))
+        if isinstance(module, MllamaTextCrossAttention):
+            forget(module)
         take_off(module, before_layer, after_layer, before_model, after_model, open_turn, open_text_turn, *TOWER_HOOKS)

@@ -2,7 +2,9 @@
 
 Others put decoder layers into wrappers (`checkpoint_wrapper`, `torch.compile`, FSDP), remove some and change their order. So an
 entry of `layers` is what lies inside it, and a layer's place in a cache is its attention's `layer_idx`, as for transformers
-itself. Hooks go on the layer inside: there the wrapper has done its work, and its weights are whole.
+itself. Hooks go on the layer inside: there the wrapper has done its work, and its weights are whole. peft's `modules_to_save`
+puts several copies of a module into one wrapper, of which one runs: each of them gets hooks, and what is read of a module is
+read through the wrapper, which hands on the attributes of the one that runs.
 
 Also says which models, as they are now, cannot use a trimmed cache (`check_...`).
 """
@@ -14,7 +16,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,25 +98,24 @@ class Owner:
     def __init__(self) -> None:
         self.bound = False
         self._model: Any = None
-        self._layer: Any = None
+        self._layers: list[Any] = []
 
-    def bind(self, model: torch.nn.Module, layer: torch.nn.Module) -> None:
-        """Be this model from now on, whose first cross-attention layer is `layer`."""
-        self._model, self._layer, self.bound = weakref.ref(model), weakref.ref(layer), True
+    def bind(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+        """Be this model from now on, whose first cross-attention layer is one of `layers`."""
+        self._model, self._layers, self.bound = weakref.ref(model), [weakref.ref(layer) for layer in layers], True
 
     @property
     def model(self) -> Any:
         """The model, or its wrapper, as it was given; None if there is none, or none any more."""
         return self._model and self._model()
 
-    @property
-    def layer(self) -> Any:
-        """Its first cross-attention layer."""
-        return self._layer and self._layer()
+    def has_first(self, layer: Any) -> bool:
+        """Whether this is the model's first cross-attention layer, or a copy of it in the same wrapper."""
+        return any(own() is layer for own in self._layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         copied = Owner()
-        copied.bound, copied._model, copied._layer = self.bound, self._model, self._layer
+        copied.bound, copied._model, copied._layers = self.bound, self._model, self._layers
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,7 +175,7 @@ def whole_models(model: torch.nn.Module) -> list[Any]:
 
 
 def decoder_layers(text_model: Any) -> list[Any]:
-    """The decoder layers of an `MllamaTextModel` in the order in which they run, out of their wrappers.
+    """The decoder layers of an `MllamaTextModel` in the order in which they run, out of their wrappers, copies among them.
 
     Example:
         >>> from trim_plugin.embedded import load_small_model
@@ -183,25 +184,39 @@ def decoder_layers(text_model: Any) -> list[Any]:
         >>> decoder_layers(text_model)[0] is text_model.layers[0][0]
         True
     """
-    found: list[Any] = []
-    for entry in text_model.layers:
-        # By what they have of their own: wrappers hand on the attributes of what they wrap.
-        inside = [one for one in entry.modules() if not {"cross_attn", "self_attn"}.isdisjoint(one._modules)]
-        found += inside
-    return found
+    return [layer for entry in text_model.layers for layer in _inside(entry)]
 
 
 def cross_layers(text_model: Any) -> list[Any]:
     """The cross-attention decoder layers among them."""
-    return [layer for layer in decoder_layers(text_model) if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
+    return [layer for layer in decoder_layers(text_model) if _is_cross(layer)]
+
+
+def first_cross_layer(text_model: Any) -> Any:
+    """The first cross-attention decoder layer that runs, or a wrapper that hands on its attributes."""
+    for entry in text_model.layers:
+        for layer in _inside(entry):
+            if _is_cross(layer):
+                return entry if hasattr(entry, "cross_attn") else layer
+    raise ValueError(f"{type(text_model).__name__} has no cross-attention layers.")
+
+
+def first_cross_layers(text_model: Any) -> list[Any]:
+    """The same and its copies, out of their wrapper."""
+    layers = cross_layers(text_model)
+    return [layer for layer in layers if attention_of(layer).layer_idx == attention_of(layers[0]).layer_idx]
 
 
 def attention_of(layer: Any) -> Any:
-    """The attention of a cross-attention decoder layer, out of its wrapper."""
-    attention = layer.cross_attn
-    if isinstance(attention, MllamaTextCrossAttention):
-        return attention
-    return next((one for one in attention.modules() if isinstance(one, MllamaTextCrossAttention)), attention)
+    """The attention of a cross-attention decoder layer, or a wrapper that hands on its attributes."""
+    return layer.cross_attn if hasattr(layer.cross_attn, "layer_idx") else attentions_in(layer)[0]
+
+
+def attentions_in(layer: Any) -> list[Any]:
+    """The same and its copies, out of their wrapper."""
+    return [one for one in layer.cross_attn.modules() if isinstance(one, MllamaTextCrossAttention)] or [
+        layer.cross_attn
+    ]
 
 
 def places_of(text_model: Any) -> Places:
@@ -219,17 +234,19 @@ def places_of(text_model: Any) -> Places:
     """
     places = Places([], [])
     seen: dict[int, int] = {}
-    for number, layer in enumerate(decoder_layers(text_model)):
-        crosses = isinstance(layer, MllamaCrossAttentionDecoderLayer)
-        place = attention_of(layer).layer_idx if crosses else layer.self_attn.layer_idx
-        if place in seen:
-            raise ValueError(
-                f"Decoder layers {seen[place]} and {number} of this model both say layer_idx={place}, which is their place in a "
-                "cache: each would read what the other has written. Give every layer's attention a layer_idx of its own "
-                "(layer.self_attn.layer_idx, layer.cross_attn.layer_idx)."
-            )
-        seen[place] = number
-        (places.cross if crosses else places.own).append(place)
+    for number, entry in enumerate(text_model.layers):
+        own = {
+            (attention_of(one) if _is_cross(one) else one.self_attn).layer_idx: _is_cross(one) for one in _inside(entry)
+        }
+        for place, crosses in own.items():
+            if place in seen:
+                raise ValueError(
+                    f"Decoder layers {seen[place]} and {number} of this model both say layer_idx={place}, which is their place "
+                    "in a cache: each would read what the other has written. Give every layer's attention a layer_idx of its own "
+                    "(layer.self_attn.layer_idx, layer.cross_attn.layer_idx)."
+                )
+            seen[place] = number
+            (places.cross if crosses else places.own).append(place)
     return places
 
 
@@ -293,6 +310,15 @@ def whole_weights(model: torch.nn.Module, *parts: torch.nn.Module) -> Iterator[N
     finally:
         for one in spread:
             one.reshard()
+
+
+def _inside(entry: Any) -> list[Any]:
+    """The decoder layers in an entry of `layers`, by what they have of their own: wrappers hand on what the wrapped ones have."""
+    return [one for one in entry.modules() if not {"cross_attn", "self_attn"}.isdisjoint(one._modules)]
+
+
+def _is_cross(layer: Any) -> bool:
+    return isinstance(layer, MllamaCrossAttentionDecoderLayer)
 
 
 def _crosses(text_model: Any) -> bool:

@@ -23,11 +23,13 @@ from trim_plugin.forward.finding import (
     Owner,
     attaching,
     attention_of,
+    attentions_in,
     check_attention,
     check_layers_get_caches,
     check_reads_caches,
     cross_layers,
     find_text_model,
+    first_cross_layers,
     places_of,
     put_on,
     take_off,
@@ -62,10 +64,16 @@ def _attach(model: torch.nn.Module, text_model: Any) -> None:
         take_off(module)  # what is left of them in a model that was saved whole
     for layer in cross_layers(text_model):
         put_on(layer, before_layer, after_layer)
-        install(attention_of(layer))
+        install_in(layer)
     for module in whole_models(model):
         put_on(module, before_model, after_model)
         put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
+
+
+def install_in(layer: Any) -> None:
+    """Let a layer's attention be able to ask for ours."""
+    for attention in attentions_in(layer):
+        install(attention)
 
 
 def has_hooks(text_model: Any) -> bool:
@@ -156,7 +164,7 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         return None
     attention = attention_of(layer)
     if not isinstance(attention.config, NamingOurs) and not torch.compiler.is_compiling():
-        install(attention)  # a copy of a model has its hooks, but the plain configuration
+        install_in(layer)  # a copy of a model has its hooks, but the plain configuration
     first, hidden_states = attention.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
     if kwargs["cross_attention_states"] is None and cache.kept is not None and hidden_states.shape[1] == 1:
         # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
@@ -203,7 +211,7 @@ def _check_names_within(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:
     """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
-    if cache.owner.layer is not layer:
+    if not cache.owner.has_first(layer):
         raise ValueError(OF_ANOTHER_MODEL)
     if cache.turn is not None:
         cache.check_finished()
@@ -281,7 +289,7 @@ class TrimmedCache(HeldCache):
         places = places_of(text_model)
         super().__init__(places.cross, places.own, settings, max_cache_len)
         self.owner = Owner()
-        self.owner.bind(model, cross_layers(text_model)[0])
+        self.owner.bind(model, first_cross_layers(text_model))
         if pictures is not None:
             self.show(pictures)
         attach(model)
@@ -305,11 +313,11 @@ class TrimmedCache(HeldCache):
             >>> cache.bind(model)
         """
         text_model = find_text_model(model)
-        first = cross_layers(text_model)[0]
-        if self.owner.bound and self.owner.layer is not first:
+        first = first_cross_layers(text_model)
+        if self.owner.bound and not self.owner.has_first(first[0]):
             raise ValueError(OF_ANOTHER_MODEL)
         places, held = places_of(text_model), self.layers[self.self_layers[0]].keys
-        attention = attention_of(first)
+        attention = attention_of(first[0])
         shape = (attention.num_key_value_heads, attention.head_dim)
         other_heads = isinstance(held, torch.Tensor) and held.ndim == 4 and (held.shape[1], held.shape[3]) != shape
         if (places.cross, places.own) != (self.cross_layers, self.self_layers) or other_heads:

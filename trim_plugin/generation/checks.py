@@ -56,7 +56,7 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
         cache.bind(model)
     places = places_of(text_model)
     layers_changed = (places.cross, places.own) != (cache.cross_layers, cache.self_layers)
-    if cache.owner.layer is not cross_layers(text_model)[0] or layers_changed:
+    if not cache.owner.has_first(cross_layers(text_model)[0]) or layers_changed:
         raise ValueError(OF_ANOTHER_MODEL)
     if not has_hooks(text_model):
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trim_plugin.arithmetic import checked_share, picture_tokens, tile_tokens
-from trim_plugin.forward.finding import cross_layers, find_model, find_text_model, whole_weights
+from trim_plugin.forward.finding import find_model, find_text_model, first_cross_layer, whole_weights
 from trim_plugin.forward.tower import visual_states
 from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
@@ -113,7 +113,7 @@ def encode_each(
     seen = processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt")
     inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     mark = fingerprint(own)
-    crossing = cross_layers(find_text_model(model))[0]
+    crossing = first_cross_layer(find_text_model(model))
     with torch.no_grad(), whole_weights(model, own.vision_model, own.multi_modal_projector, crossing):
         states = visual_states(own, **inputs, at_a_time=len(pictures), share=tower_share)
         pages = states.reshape(len(pictures), -1, states.shape[-1])
@@ -167,7 +167,7 @@ def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torc
     """
     states = states[None]
     members = torch.ones(1, states.shape[1], dtype=torch.bool, device=states.device)
-    crossing = cross_layers(find_text_model(model))[0]
+    crossing = first_cross_layer(find_text_model(model))
     features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
     kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, features) != -math.inf).any(dim=1)
     if not bool(kept.any()):
