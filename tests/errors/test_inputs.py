@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE, checkpointing_keeps_caches, slices_mask_rows
 from trim_plugin.forward import turn
@@ -209,6 +210,7 @@ def test_prefix_tuning(inputs):
     for settings in ({"cache_implementation": "trimmed"}, {"cache": cache}):
         before_work(ran, ValueError, match, generate, model, inputs, **settings)
     before_work(ran, ValueError, match, TrimmedCache, model)
+    before_work(ran, ValueError, match, trim_plugin.prefill, model, cache, **inputs)
     with model.disable_adapter():
         assert torch.equal(trimmed(model, inputs, {}).sequences, expected)
         assert torch.equal(generate(model, inputs, cache=TrimmedCache(model)).sequences, expected)

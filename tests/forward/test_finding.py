@@ -145,6 +145,36 @@ def test_encoded_pictures_are_read_by_wrapped_layers(alone, name):
     assert largest_difference(*answers) <= 1e-4
 
 
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, fsdp], ids=["checkpoint", "FSDP1"])
+def test_layers_of_the_tower_may_be_wrapped(alone, wrap):
+    inputs, outputs = random_inputs(six_layers(), PAIR), []
+    for wrapped in (False, True):
+        model = six_layers()
+        if wrapped:
+            encoder = model.model.vision_model.transformer
+            for index in range(len(encoder.layers)):
+                encoder.layers[index] = wrap(encoder.layers[index])
+            model.model.vision_model.global_transformer = wrap(model.model.vision_model.global_transformer)
+        outputs.append([trimmed(model, inputs, config) for config in ({}, {"tower_share": 0.5})])
+    for plain, ours in zip(*outputs, strict=True):
+        assert torch.equal(ours.sequences, plain.sequences)
+        assert largest_difference(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_pictures_fit_a_model_whether_its_tower_is_wrapped_or_not(wrapped_first):
+    models = [load_small_model(torch.float32)[0] for _ in range(2)]
+    processor = load_small_model()[1]
+    layers = models[1].model.vision_model.transformer.layers
+    for index in range(len(layers)):
+        layers[index] = checkpoint_wrapper(layers[index])
+    first, second = models[::-1] if wrapped_first else models
+    pictures = encode_pictures(first, processor, [examples()[0].picture])
+    inputs = pictures.inputs(processor, examples()[0].question)
+    answers = [generate(one, inputs, 3, cache=TrimmedCache(one, {}, pictures=pictures)) for one in (first, second)]
+    assert torch.equal(answers[0].sequences, answers[1].sequences)
+
+
 def compiled(layer):
     return torch.compile(layer, backend="eager")
 
