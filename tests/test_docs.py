@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import yaml
 
 import trim_plugin
 from benchmarks.common.results import read_result
-from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
 from trim_plugin.config import DEFAULT_TOP_K_RATIO
-from trim_plugin.embedded import load_small_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -180,14 +177,6 @@ def test_every_test_that_the_page_on_compatibility_names_exists():
         for file, name in named:
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
-
-
-def test_a_cache_cannot_be_pickled_as_the_pages_say():
-    """If it can one day, "Troubleshooting" and "Compatibility" have to say so."""
-    model, _ = load_small_model()
-    with pytest.raises(TypeError) as raised:
-        pickle.dumps(TrimmedCache(model))
-    assert str(raised.value) in (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):

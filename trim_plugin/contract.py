@@ -101,10 +101,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 
 #: Attributes of a cross-attention decoder layer and of its attention, with which queries and keys are worked out again and read.
-LAYER = ("layer_idx", "cross_attn", "input_layernorm")
+LAYER = ("cross_attn", "input_layernorm")
 ATTENTION = (
     *("q_proj", "q_norm", "k_proj", "k_norm", "scaling"),
-    *("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "config"),
+    *("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "config", "layer_idx"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -88,6 +89,16 @@ def test_forward_without_hooks(model, inputs):
     trim_plugin.detach(model)
     with pytest.raises(RuntimeError, match="reached a model that has no trim_plugin hooks"), torch.no_grad():
         model(**inputs, **{CACHE: cache}, use_cache=True)
+
+
+def test_cache_from_a_file(model, inputs):
+    cache = pickle.loads(pickle.dumps(TrimmedCache(model)))  # noqa: S301
+    trim_plugin.detach(model)
+    match = r"read from a file or came from another process, .* Call cache.bind\(model\)"
+    with pytest.raises(RuntimeError, match=match), torch.no_grad():
+        model(**inputs, **{CACHE: cache}, use_cache=True)
+    cache.bind(model)
+    generate(model, inputs, cache=cache)
 
 
 def test_cache_left_over(model, inputs, forwards):

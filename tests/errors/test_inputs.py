@@ -9,13 +9,15 @@ import warnings
 import pytest
 import torch
 
+import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE, checkpointing_keeps_caches, slices_mask_rows
 from trim_plugin.forward import turn
 from trim_plugin.selection import visibility as masks
+from trim_plugin.selection.visibility import padding_of
 
 from ..exactness.conversations import Conversation
-from ..random_models import Sample, generate, random_inputs, trimmed
+from ..random_models import Sample, generate, random_inputs, random_model, trimmed
 from .checks import before_work, in_the_prefill
 
 pytestmark = pytest.mark.usefixtures("generates_as_before")
@@ -176,11 +178,42 @@ def test_gradient_checkpointing(model, inputs, forwards):
         model.zero_grad()
 
 
-def test_flex_attention():
-    from trim_plugin.selection.visibility import padding_of
-
+def test_flex_attention(model, inputs, forwards):
+    text, cache = random_inputs(model, [Sample((4,))]), TrimmedCache(model)
+    match = r"does not work with attn_implementation='flex_attention'.*model.set_attn_implementation\(\"sdpa\"\)"
+    model.set_attn_implementation("flex_attention")
+    try:
+        for given in (inputs, text):
+            forwards.clear()
+            for config in ({}, {"top_k_ratio": 1.0}):
+                before_work(forwards, ValueError, match, trimmed, model, given, config)
+            before_work(forwards, ValueError, match, generate, model, given, cache=cache)
+            before_work(forwards, ValueError, match, model, **given, **{CACHE: cache}, use_cache=True)
+            assert cache.turn is None
+    finally:
+        model.set_attn_implementation("sdpa")
+    generate(model, inputs, cache=cache)
     with pytest.raises(TypeError, match="cannot read padding off an attention mask of type object"):
         padding_of(object(), 0, 3)
+
+
+def test_prefix_tuning(inputs):
+    peft = pytest.importorskip("peft")
+    base = random_model()
+    expected = trimmed(base, inputs, {}).sequences
+    ran, cache = [], TrimmedCache(base)
+    for tower in (base.model.vision_model, base.model.language_model):
+        tower.register_forward_pre_hook(lambda *_: ran.append(1))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(base, config).eval()
+    match = "active prefix-tuning adapter, which is itself a cache"
+    for settings in ({"cache_implementation": "trimmed"}, {"cache": cache}):
+        before_work(ran, ValueError, match, generate, model, inputs, **settings)
+    before_work(ran, ValueError, match, TrimmedCache, model)
+    before_work(ran, ValueError, match, trim_plugin.prefill, model, cache, **inputs)
+    with model.disable_adapter():
+        assert torch.equal(trimmed(model, inputs, {}).sequences, expected)
+        assert torch.equal(generate(model, inputs, cache=TrimmedCache(model)).sequences, expected)
 
 
 def test_chunked_pictures(model, inputs, forwards):

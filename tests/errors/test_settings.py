@@ -12,8 +12,8 @@ from transformers.models.mllama.modeling_mllama import MllamaTextModel
 from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.compat import CACHE, UnsupportedTransformersError, require_supported_transformers
 
-from ..random_models import generate, trimmed
-from .checks import before_work
+from ..random_models import generate, random_inputs, random_model, trimmed
+from .checks import SAMPLES, before_work
 
 pytestmark = pytest.mark.usefixtures("generates_as_before")
 
@@ -109,6 +109,22 @@ def test_no_cross_attention(forwards):
     with pytest.raises(ValueError, match=match):
         TrimmedCache(llama)
     assert torch.equal(expected.sequences, generate(llama, inputs).sequences)
+
+
+def test_two_layers_at_one_place():
+    model = random_model(layers=4)
+    layers, inputs = model.model.language_model.layers, random_inputs(model, SAMPLES)
+    for changed in ([0, 1, 2, 2, 3], [0, 1, 2, 3, 1]):
+        model.model.language_model.layers = torch.nn.ModuleList([layers[index] for index in changed])
+        place = max(set(changed), key=changed.count)
+        first, second = (number for number, index in enumerate(changed) if index == place)
+        match = f"Decoder layers {first} and {second} of this model both say layer_idx={place}"
+        with pytest.raises(ValueError, match=match):
+            trimmed(model, inputs, {})
+        with pytest.raises(ValueError, match=match):
+            TrimmedCache(model)
+    model.model.language_model.layers = layers
+    trimmed(model, inputs, {})
 
 
 def test_both_caches(model, inputs, forwards):

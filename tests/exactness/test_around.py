@@ -15,7 +15,8 @@ from transformers import MllamaForConditionalGeneration
 import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
-from trim_plugin.forward.hooks import after_layer, before_layer, find_text_model
+from trim_plugin.forward.finding import find_text_model
+from trim_plugin.forward.hooks import after_layer, before_layer
 
 from ..random_models import (
     Sample,

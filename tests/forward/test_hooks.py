@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -6,17 +7,13 @@ from transformers import DynamicCache
 
 import trim_plugin
 from trim_plugin import TrimmedCache
+from trim_plugin.cache.reading import NamingOurs, install
 from trim_plugin.compat import CACHE, UnsupportedTransformersError
-from trim_plugin.forward.hooks import (
-    after_layer,
-    attach,
-    before_layer,
-    find_text_model,
-    has_cross_attention,
-    has_hooks,
-)
+from trim_plugin.forward.finding import cross_layers, find_text_model, has_cross_attention
+from trim_plugin.forward.hooks import after_layer, attach, before_layer, has_hooks
+from trim_plugin.forward.tower_merging import attach_to_tower
 
-from ..random_models import PAIR, prefilled
+from ..random_models import PAIR, at_once, prefilled
 
 
 def hooks_of(model):
@@ -110,3 +107,36 @@ def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(mod
     for args, kwargs in (((cache,), {}), ((), {"renamed": cache})):
         with pytest.raises(UnsupportedTransformersError, match=f"a call of MllamaCrossAttention.* with {CACHE}="):
             before_layer(layer, (torch.zeros(1, 2, 32), *args), kwargs)
+
+
+def test_threads_that_attach_at_once_put_on_one_set_of_hooks(model, monkeypatch):
+    tower, register = model.model.vision_model, torch.nn.Module.register_forward_pre_hook
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.01)  # others look meanwhile, and find no hook
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", slowly)
+    at_once(lambda: attach(model), lambda: attach_to_tower(tower), lambda: TrimmedCache(model))
+    found = [hook for module in model.modules() for hook in all_hooks(module)]
+    assert found
+    assert all(len(set(map(id, hooks))) == len(hooks) for hooks in map(all_hooks, model.modules()))
+    assert not any(
+        isinstance(layer.cross_attn.config.real, NamingOurs) for layer in cross_layers(find_text_model(model))
+    )
+    at_once(lambda: trim_plugin.detach(model))
+    assert not any(map(all_hooks, model.modules()))
+    assert not any(isinstance(layer.cross_attn.config, NamingOurs) for layer in cross_layers(find_text_model(model)))
+
+
+def test_threads_that_install_at_once_put_on_one_configuration(model):
+    attention = model.model.language_model.layers[1].cross_attn
+    plain = attention.config
+    for _ in range(20):
+        at_once(lambda: install(attention))
+        assert attention.config.real is plain
+        attention.config = plain
+
+
+def all_hooks(module):
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

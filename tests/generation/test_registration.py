@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers.generation.utils import GenerationMixin
 import trim_plugin
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.compat import cache_of
+from trim_plugin.generation import registration
 
-from ..random_models import Sample, generate, random_inputs, trimmed
+from ..random_models import Sample, at_once, generate, random_inputs, trimmed
 
 ONE = [Sample((1, (6,), 6))]
 
@@ -73,3 +76,40 @@ def test_use_cache_false_is_stock(model):
 def test_both_kinds_of_cache_at_once_is_refused(model):
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         trimmed(model, random_inputs(model, ONE), None, cache=TrimmedCache(model))
+
+
+def test_threads_that_register_at_once_wrap_once():
+    method = "_prepare_cache_for_generation"
+    trim_plugin.unregister()
+    plain, names = getattr(GenerationMixin, method), configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    assert not hasattr(plain, "_trim_plugin_original")
+    for _ in range(20):
+        at_once(trim_plugin.register)
+        assert getattr(GenerationMixin, method)._trim_plugin_original is plain
+        assert configuration_utils.ALL_CACHE_IMPLEMENTATIONS.count("trimmed") == 1
+        at_once(trim_plugin.unregister)
+        assert getattr(GenerationMixin, method) is plain
+        assert names == configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+        at_once(trim_plugin.register, trim_plugin.unregister)
+        trim_plugin.unregister()
+        assert getattr(GenerationMixin, method) is plain
+
+
+def test_unregistering_waits_for_a_registration_in_another_thread(monkeypatch):
+    """Otherwise what the first thread wraps after the second one has unwrapped would stay wrapped."""
+    trim_plugin.unregister()
+    plain, begun = GenerationMixin._prefill, threading.Event()
+
+    def slowly(original):
+        begun.set()
+        time.sleep(0.2)
+        return lambda *args, **kwargs: original(*args, **kwargs)
+
+    monkeypatch.setitem(registration._WRAPPERS, "_prefill", slowly)
+    first = threading.Thread(target=trim_plugin.register)
+    first.start()
+    assert begun.wait(timeout=30)
+    trim_plugin.unregister()
+    first.join()
+    assert GenerationMixin._prefill is plain
+    assert "trimmed" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS

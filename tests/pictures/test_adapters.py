@@ -10,7 +10,7 @@ import torch
 from trim_plugin import TrimConfig, TrimmedCache, encode_pictures, open_picture
 from trim_plugin.compat import CACHE
 from trim_plugin.embedded import ask, examples, load_small_model
-from trim_plugin.forward.tower import find_model
+from trim_plugin.forward.finding import find_model
 from trim_plugin.pictures import fingerprint as fingerprints
 from trim_plugin.pictures.fingerprint import fingerprint, is_other
 from trim_plugin.pictures.recent import RecentPictures

@@ -6,7 +6,6 @@ The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_
 from __future__ import annotations
 
 import html
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,8 @@ class HeldCache(Cache):
     Knows nothing of hooks: they, and the turn of a forward, are given one and fill it. All state of a generation lives here.
 
     Args:
-        text_model: the `MllamaTextModel` whose layers it stands for.
+        cross_layers: the places of the cross-attention layers that it stands for, in the order in which they run.
+        self_layers: those of the self-attention layers.
         config: settings.
         max_cache_len: text tokens that a static cache has room for; the larger of this and the configuration's counts.
 
@@ -45,15 +45,20 @@ class HeldCache(Cache):
     """
 
     layers: list[Any]
+    #: The model that it was made for, see `trim_plugin.forward.finding.Owner`.
+    owner: Any
 
-    def __init__(self, text_model: Any, config: TrimConfig, max_cache_len: int | None = None) -> None:
+    def __init__(
+        self,
+        cross_layers: Sequence[int],
+        self_layers: Sequence[int],
+        config: TrimConfig,
+        max_cache_len: int | None = None,
+    ) -> None:
         self.config = config
         lengths = [length for length in (max_cache_len, config.max_cache_len) if length is not None]
-        self.cross_layers = [index for index, layer in enumerate(text_model.layers) if hasattr(layer, "cross_attn")]
-        self.self_layers = [index for index in range(len(text_model.layers)) if index not in set(self.cross_layers)]
+        self.cross_layers, self.self_layers = list(cross_layers), list(self_layers)
         super().__init__(layers=self.new_layers(config, max(lengths, default=None)))
-        #: The first cross-attention layer of the model that it was made for.
-        self.owner = weakref.ref(text_model.layers[self.cross_layers[0]])
         #: What the cross-attention layers hold; None without a picture.
         self.kept: KeptTokens | Any = None
         #: What the forward in progress brings and decides (`trim_plugin.forward.turn.Turn`). One that is prepared brings what the
@@ -64,10 +69,12 @@ class HeldCache(Cache):
         self._crossed: torch.Tensor | None = None
 
     def new_layers(self, config: TrimConfig, max_cache_len: int | None = None) -> list[Any]:
-        """Empty layers of this cache's kinds in this order, for these settings."""
-        layers: list[Any] = [None] * (len(self.cross_layers) + len(self.self_layers))
-        for index in self.self_layers:
-            layers[index] = _self_layer(config, max_cache_len)
+        """Empty layers of this cache's kinds at their places, for these settings.
+
+        Places that no layer has, since it was removed from the model, stay empty.
+        """
+        places = range(1 + max(*self.cross_layers, *self.self_layers))
+        layers: list[Any] = [_self_layer(config, max_cache_len) for _ in places]
         for index in self.cross_layers:
             layers[index] = CrossAttentionLayer(config.kv_quantization, config.static)
         return layers
@@ -175,7 +182,16 @@ class HeldCache(Cache):
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the causal mask, from a self-attention layer."""
+        """Length and offset of the causal mask, from a self-attention layer.
+
+        Raises:
+            RuntimeError: the cache was read from a file, and nothing has bound it to the model.
+        """
+        if not self.owner.bound:
+            raise RuntimeError(
+                "This TrimmedCache was read from a file or came from another process, and the model has no trim_plugin hooks "
+                "yet. Call cache.bind(model) before the first forward (generate and trim_plugin.prefill do it by themselves)."
+            )
         return self.layers[self.self_layers[0]].get_mask_sizes(query_length)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

@@ -66,6 +66,15 @@ class CrossAttentionLayer(DynamicLayer):
         self._buffers: Store | None = None
         super().__init__()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be read from a file, which `torch.load(map_location=...)` may have put on another device."""
+        self.__dict__.update(state)
+        held = self.held_tensors()
+        if held:
+            self.device = held[0].device
+        for buffer in () if self._buffers is None else self._buffers.tensors:
+            torch._dynamo.mark_static_address(buffer)
+
     # -- what transformers reads -----------------------------------------------------------------------------------
 
     @property

@@ -8,6 +8,7 @@ bytes held.
 
 from __future__ import annotations
 
+import threading
 import typing
 from typing import Any
 
@@ -20,6 +21,7 @@ from trim_plugin.cache.regrouping import padded_columns
 from trim_plugin.selection.visibility import add_log_sizes, open_mask
 
 NAME = "trim_plugin"
+_installing = threading.Lock()  # two threads would put one configuration into another
 
 
 class NamingOurs:
@@ -51,8 +53,9 @@ class NamingOurs:
 
 def install(attention: Any) -> None:
     """Let a cross-attention module be able to ask for ours."""
-    if not isinstance(attention.config, NamingOurs):
-        attention.config = NamingOurs(attention.config)
+    with _installing:
+        if not isinstance(attention.config, NamingOurs):
+            attention.config = NamingOurs(attention.config)
 
 
 def forget(attention: Any) -> None:

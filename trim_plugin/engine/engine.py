@@ -17,7 +17,7 @@ from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room
 from trim_plugin.engine.request import Request, Sampling
 from trim_plugin.engine.scheduler import EngineClosed, Scheduler
-from trim_plugin.forward.hooks import find_text_model
+from trim_plugin.forward.finding import find_text_model
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.recent import DEFAULT_BYTES, RecentPictures

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from trim_plugin.cache.reading import forget
+from trim_plugin.forward.finding import attaching, take_off
 from trim_plugin.forward.hooks import (
     after_layer,
     after_model,
@@ -16,9 +14,8 @@ from trim_plugin.forward.hooks import (
     before_model,
     open_text_turn,
     open_turn,
-    whole_models,
 )
-from trim_plugin.forward.tower_merging import tower_hooks
+from trim_plugin.forward.tower_merging import TOWER_HOOKS
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -33,23 +30,12 @@ def detach(model: torch.nn.Module) -> None:
         >>> any(layer._forward_hooks for layer in model.model.language_model.layers)
         False
     """
+    with attaching:
+        _detach(model)
+
+
+def _detach(model: torch.nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, MllamaCrossAttentionDecoderLayer):
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_layer)
-            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_layer)
-            forget(module.cross_attn)
-    for module in whole_models(model):
-        for hook in (before_model, open_turn, open_text_turn):
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
-        _remove(module._forward_hooks, module._forward_hooks_with_kwargs, after_model)
-    for module, hooks in tower_hooks(model):
-        for hook in hooks:
-            _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook)
-            _remove(module._forward_hooks, module._forward_hooks_with_kwargs, hook)
-
-
-def _remove(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool], own: Callable[..., Any]) -> None:
-    # torch offers removal only by the handle; a deep-copied model has the hooks but nobody holds its handles.
-    for key in [key for key, hook in hooks.items() if hook is own]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
+        if isinstance(module, MllamaTextCrossAttention):
+            forget(module)
+        take_off(module, before_layer, after_layer, before_model, after_model, open_turn, open_text_turn, *TOWER_HOOKS)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trim_plugin.forward.hooks import TrimmedCache, find_text_model
+from trim_plugin.forward.finding import find_text_model, first_cross_layer, whole_weights
+from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.forward.turn import layer_keys
 from trim_plugin.selection.merging import merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessor
@@ -65,7 +66,8 @@ def holders(model: Any, cache: TrimmedCache, recorder: GroupRecorder) -> np.ndar
     positions, _ = pack(kept)
     if not cache.config.merge:
         return torch.where(kept[0], torch.arange(len(kept[0]), device=kept.device), -1).cpu().numpy()
-    layer = find_text_model(model).layers[cache.cross_layers[0]]
-    features = layer_keys(layer, states).transpose(1, 2).flatten(2)
+    layer = first_cross_layer(find_text_model(model))
+    with whole_weights(model, layer):
+        features = layer_keys(layer, states).transpose(1, 2).flatten(2)
     merging = merge_dropped(features, kept, ids, torch.ones_like(ids), positions)
     return torch.where(merging.weights[0] > 0, positions[0, merging.slots[0]], -1).cpu().numpy()

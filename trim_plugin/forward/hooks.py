@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel, MllamaTextModel
+from transformers.models.mllama.modeling_mllama import MllamaModel
 
-from trim_plugin.arithmetic import pictures_at_a_time
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.layers import in_this_thread
 from trim_plugin.cache.reading import NamingOurs, install
-from trim_plugin.compat import CACHE, cache_of, checkpointing_keeps_caches, unsupported
+from trim_plugin.compat import CACHE, cache_of, unsupported
 from trim_plugin.config import TrimConfig
 from trim_plugin.contract import check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
-from trim_plugin.forward.tower import visual_states
+from trim_plugin.forward.finding import (
+    Hook,
+    Owner,
+    attaching,
+    attention_of,
+    attentions_in,
+    check_attention,
+    check_layers_get_caches,
+    check_reads_caches,
+    cross_layers,
+    find_text_model,
+    first_cross_layers,
+    places_of,
+    put_on,
+    take_off,
+    whole_models,
+)
+from trim_plugin.forward.tower import states_in_micro_batches
 from trim_plugin.forward.turn import Turn
 from trim_plugin.selection.visibility import padding_of
 
-_attaching = threading.Lock()  # two threads would each find no hooks, and put on two
+OF_ANOTHER_MODEL = "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
 
 
 def attach(model: torch.nn.Module) -> Any:
@@ -37,7 +51,7 @@ def attach(model: torch.nn.Module) -> Any:
     """
     check_contract()
     text_model = find_text_model(model)
-    with _attaching:
+    with attaching:
         _attach(model, text_model)
     return text_model
 
@@ -45,61 +59,29 @@ def attach(model: torch.nn.Module) -> Any:
 def _attach(model: torch.nn.Module, text_model: Any) -> None:
     if has_hooks(text_model) and all(before_model in one._forward_pre_hooks.values() for one in whole_models(model)):
         return
-    check_modules([*whole_models(model), *_cross_layers(text_model)])
-    for layer in _cross_layers(text_model):
-        if before_layer not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(before_layer, with_kwargs=True)
-            layer.register_forward_hook(after_layer, with_kwargs=True)
-        install(layer.cross_attn)
-    for module in whole_models(model):
-        if before_model not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(before_model, with_kwargs=True)
-            module.register_forward_hook(after_model, with_kwargs=True)
-        opening = open_turn if isinstance(module, MllamaModel) else open_text_turn
-        if opening not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(opening, with_kwargs=True)
-
-
-def find_text_model(model: torch.nn.Module) -> Any:
-    """The `MllamaTextModel` in a model or in a wrapper around one.
-
-    Raises:
-        ValueError: there is none, or it has no cross-attention layer or no self-attention layer.
-    """
+    check_modules([*whole_models(model), *cross_layers(text_model)])
     for module in model.modules():
-        if isinstance(module, MllamaTextModel) and _crosses(module):
-            return module
-    raise ValueError(
-        f"The trimmed cache needs an Mllama model (Llama-3.2-Vision) with cross-attention layers, but {type(model).__name__} "
-        "has none. Use another cache_implementation for it."
-    )
+        take_off(module)  # what is left of them in a model that was saved whole
+    for layer in cross_layers(text_model):
+        put_on(layer, before_layer, after_layer)
+        install_in(layer)
+    for module in whole_models(model):
+        put_on(module, before_model, after_model)
+        put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
 
 
-def has_cross_attention(model: torch.nn.Module) -> bool:
-    """Whether a model, or what it wraps, can have a `TrimmedCache`."""
-    return any(isinstance(module, MllamaTextModel) and _crosses(module) for module in model.modules())
+def install_in(layer: Any) -> None:
+    """Let a layer's attention be able to ask for ours."""
+    for attention in attentions_in(layer):
+        install(attention)
 
 
 def has_hooks(text_model: Any) -> bool:
     """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
-    return all(before_layer in layer._forward_pre_hooks.values() for layer in _cross_layers(text_model))
+    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
-def check_layers_get_caches(text_model: Any) -> None:
-    """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
-
-    It does so in training mode with gradient checkpointing (from 5.24 on only where gradients are computed), after the hooks have
-    run: nothing is cached, so every token after the first would be read without its past.
-    """
-    if checkpointing_keeps_caches() and not torch.is_grad_enabled():
-        return
-    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
-        raise ValueError(
-            "A TrimmedCache was given to a model in training mode with gradient checkpointing, in which transformers passes no "
-            "cache to the layers. Call model.eval() before generating, and model.train() to go on training."
-        )
-
-
+@Hook
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the models around the layers.
 
@@ -107,22 +89,28 @@ def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     """
     if torch.compiler.is_compiling():
         return
-    if not isinstance(_cache_of(kwargs), HeldCache):
+    cache = _cache_of(kwargs)
+    if not isinstance(cache, HeldCache):
         _check_names(kwargs)
         in_this_thread.lending = False  # a forward that failed may have left it on
         return
+    check_attention(model)
+    if isinstance(cache, TrimmedCache) and not cache.owner.bound:
+        cache.bind(model)
     if model.training:
         # Walking through the modules costs more than the rest of the hooks: only where training makes it needful.
         check_layers_get_caches(find_text_model(model))
     in_this_thread.lending = True
 
 
+@Hook
 def after_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the same models: from here on what is held is read as plain tensors."""
     if not torch.compiler.is_compiling():
         in_this_thread.lending = False
 
 
+@Hook
 def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an `MllamaModel`: note who may read what, and let pictures be read a few at a time, or encoded ones."""
     cache = _cache_of(kwargs)
@@ -147,10 +135,11 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             raise ValueError(ENCODED_AND_PIXELS)
         turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype)
         return args, {**kwargs, "cross_attention_states": turn.new.states}
-    states = _states_in_micro_batches(model, cache, kwargs)
+    states = states_in_micro_batches(model, cache, kwargs)
     return None if states is None else (args, {**kwargs, "pixel_values": None, "cross_attention_states": states})
 
 
+@Hook
 def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an `MllamaTextModel`: called by itself, its layers get a mask that does not tell padding."""
     cache = _cache_of(kwargs)
@@ -165,22 +154,7 @@ def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         cache.turn = Turn(padding=padding_of(kwargs.get("attention_mask"), past, rows))
 
 
-def _states_in_micro_batches(model: Any, cache: HeldCache, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The visual states of the forward's pictures; None where transformers may read them as it always does."""
-    pixel_values, ids = kwargs.get("pixel_values"), kwargs.get("aspect_ratio_ids")
-    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
-        return None
-    if pixel_values.ndim != 6 or ids is None:
-        return None  # transformers' own error
-    share, pictures = cache.config.tower_share, pixel_values.shape[0] * pixel_values.shape[1]
-    if share is None and pictures == 1:
-        return None
-    at_a_time = pictures_at_a_time(cache.config.prefill_pictures, model.config.vision_config)
-    if share is None and pictures <= at_a_time:
-        return None
-    return visual_states(model, pixel_values, ids, kwargs.get("aspect_ratio_mask"), at_a_time, share)
-
-
+@Hook
 def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: hand the layer its visual states and mask."""
     cache = kwargs.get(CACHE)
@@ -188,9 +162,10 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         if CACHE not in kwargs:
             _check_names_within(layer, args, kwargs)
         return None
-    if not isinstance(layer.cross_attn.config, NamingOurs) and not torch.compiler.is_compiling():
-        install(layer.cross_attn)  # a copy of a model has its hooks, but the plain configuration
-    first, hidden_states = layer.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
+    attention = attention_of(layer)
+    if not isinstance(attention.config, NamingOurs) and not torch.compiler.is_compiling():
+        install_in(layer)  # a copy of a model has its hooks, but the plain configuration
+    first, hidden_states = attention.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
     if kwargs["cross_attention_states"] is None and cache.kept is not None and hidden_states.shape[1] == 1:
         # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
         if first and not torch.compiler.is_compiling():
@@ -210,6 +185,7 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return args, {**kwargs, "cross_attention_states": cache.turn.states, "cross_attention_mask": cache.turn.mask}
 
 
+@Hook
 def after_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: trim what the layer has cached."""
     cache = kwargs.get(CACHE)
@@ -235,10 +211,8 @@ def _check_names_within(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:
     """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
-    if cache.owner() is not layer:
-        raise ValueError(
-            "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
-        )
+    if not cache.owner.has_first(layer):
+        raise ValueError(OF_ANOTHER_MODEL)
     if cache.turn is not None:
         cache.check_finished()
     batch = hidden_states.shape[0]
@@ -266,19 +240,6 @@ def _argument_names(forward: Any) -> tuple[str, ...]:
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _crosses(text_model: Any) -> bool:
-    return 0 < len(_cross_layers(text_model)) < len(text_model.layers)
-
-
-def _cross_layers(text_model: Any) -> list[Any]:
-    return [layer for layer in text_model.layers if isinstance(layer, MllamaCrossAttentionDecoderLayer)]
-
-
-def whole_models(model: torch.nn.Module) -> list[Any]:
-    """The modules around decoder layers that carry hooks."""
-    return [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
 
 
 class TrimmedCache(HeldCache):
@@ -323,11 +284,45 @@ class TrimmedCache(HeldCache):
         pictures: EncodedSample | Sequence[EncodedSample] | None = None,
     ) -> None:
         # The settings first: a wrong one leaves the model without hooks.
-        settings = TrimConfig.of(config)
-        super().__init__(find_text_model(model), settings, max_cache_len)
-        self._model = weakref.ref(model)
+        settings, text_model = TrimConfig.of(config), find_text_model(model)
+        check_reads_caches(model)
+        places = places_of(text_model)
+        super().__init__(places.cross, places.own, settings, max_cache_len)
+        self.owner = Owner()
+        self.owner.bind(model, first_cross_layers(text_model))
         if pictures is not None:
             self.show(pictures)
+        attach(model)
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Belong to this model, after being read from a file or sent by another process.
+
+        `generate`, `trim_plugin.prefill` and forwards of a model that carries hooks do it by themselves.
+
+        Args:
+            model: the model that the cache was filled by, loaded again, or a wrapper around it.
+
+        Raises:
+            ValueError: the cache is bound to another model, or this one has other layers.
+
+        Example:
+            >>> import pickle
+            >>> from trim_plugin.embedded import load_small_model
+            >>> model, _ = load_small_model()
+            >>> cache = pickle.loads(pickle.dumps(TrimmedCache(model)))
+            >>> cache.bind(model)
+        """
+        text_model = find_text_model(model)
+        first = first_cross_layers(text_model)
+        if self.owner.bound and not self.owner.has_first(first[0]):
+            raise ValueError(OF_ANOTHER_MODEL)
+        places, held = places_of(text_model), self.layers[self.self_layers[0]].keys
+        attention = attention_of(first[0])
+        shape = (attention.num_key_value_heads, attention.head_dim)
+        other_heads = isinstance(held, torch.Tensor) and held.ndim == 4 and (held.shape[1], held.shape[3]) != shape
+        if (places.cross, places.own) != (self.cross_layers, self.self_layers) or other_heads:
+            raise ValueError(OF_ANOTHER_MODEL)
+        self.owner.bind(model, first)
         attach(model)
 
     def show(self, pictures: EncodedSample | Sequence[EncodedSample]) -> None:
@@ -342,7 +337,7 @@ class TrimmedCache(HeldCache):
             TypeError, ValueError: as for the class.
         """
         samples = check_samples(pictures)
-        model = self._model()
+        model = self.owner.model
         known: dict[str, Any] = {}
         if model is not None:
             for sample in samples:

@@ -9,23 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.models.mllama.modeling_mllama import MllamaModel
 
+from trim_plugin.arithmetic import pictures_at_a_time
+from trim_plugin.cache.held import HeldCache
 from trim_plugin.forward.tower_merging import merging_in_tower
-
-
-def find_model(model: torch.nn.Module) -> Any:
-    """The `MllamaModel`, vision tower and text model together, in a model or in a wrapper around one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, MllamaModel):
-            return module
-    raise ValueError(
-        f"Encoded pictures need an Mllama model with a vision tower (Llama-3.2-Vision), but {type(model).__name__} has none."
-    )
 
 
 def visual_states(
@@ -67,3 +54,19 @@ def visual_states(
     if states is None:
         raise ValueError("pixel_values hold no picture. Leave them out for text alone.")
     return states
+
+
+def states_in_micro_batches(model: Any, cache: HeldCache, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The visual states of the forward's pictures; None where transformers may read them as it always does."""
+    pixel_values, ids = kwargs.get("pixel_values"), kwargs.get("aspect_ratio_ids")
+    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
+        return None
+    if pixel_values.ndim != 6 or ids is None:
+        return None  # transformers' own error
+    share, pictures = cache.config.tower_share, pixel_values.shape[0] * pixel_values.shape[1]
+    if share is None and pictures == 1:
+        return None
+    at_a_time = pictures_at_a_time(cache.config.prefill_pictures, model.config.vision_config)
+    if share is None and pictures <= at_a_time:
+        return None
+    return visual_states(model, pixel_values, ids, kwargs.get("aspect_ratio_mask"), at_a_time, share)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from trim_plugin.arithmetic import layers_before
 from trim_plugin.contract import check_contract
+from trim_plugin.forward.finding import Hook, attaching, put_on, take_off
 from trim_plugin.selection.merging import Merging
 from trim_plugin.selection.thinning import kinds_of_tokens, merge_alike
 from trim_plugin.selection.visibility import add_log_sizes, close, take_square
@@ -125,24 +125,20 @@ def attach_to_tower(tower: Any) -> None:
     Raises:
         UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
     """
-    if before_global_layers in tower.global_transformer._forward_pre_hooks.values():
-        return
     check_contract()
-    for layer in tower.transformer.layers:
-        layer.register_forward_pre_hook(before_local_layer, with_kwargs=True)
-    tower.global_transformer.register_forward_pre_hook(before_global_layers, with_kwargs=True)
-    for encoder in (tower.transformer, tower.global_transformer):
-        encoder.register_forward_hook(after_encoder)
+    with attaching:
+        if before_global_layers in tower.global_transformer._forward_pre_hooks.values():
+            return
+        for module in tower.modules():
+            take_off(module)
+        for layer in tower.transformer.layers:
+            put_on(layer, before_local_layer)
+        put_on(tower.global_transformer, before_global_layers)
+        for encoder in (tower.transformer, tower.global_transformer):
+            encoder.register_forward_hook(after_encoder)
 
 
-def tower_hooks(model: torch.nn.Module) -> Iterator[tuple[Any, tuple[Callable[..., Any], ...]]]:
-    """The modules of the vision towers in a model that can carry hooks, each with those that are trim_plugin's."""
-    for tower in model.modules():
-        if isinstance(tower, MllamaVisionModel):
-            for module in (tower.transformer, tower.global_transformer, *tower.transformer.layers):
-                yield module, (before_local_layer, before_global_layers, after_encoder)
-
-
+@Hook
 def before_local_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a local encoder's layer: merge before the first that runs on fewer tokens, hand on the mask after."""
     call = _call.get()
@@ -155,6 +151,7 @@ def before_local_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return args, {**kwargs, name: hidden, "attention_mask": call.mask()}
 
 
+@Hook
 def before_global_layers(
     encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
@@ -166,7 +163,11 @@ def before_global_layers(
     return (hidden, *args[1:]), {**kwargs, "attention_mask": call.mask()}
 
 
+@Hook
 def after_encoder(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of both encoders."""
     call = _call.get()
     return None if call is None else call.spread(encoder, output)
+
+
+TOWER_HOOKS = (before_local_layer, before_global_layers, after_encoder)

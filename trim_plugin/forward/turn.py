@@ -23,6 +23,7 @@ from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.regrouping import padded_columns
 from trim_plugin.cache.stores import take_tokens
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
+from trim_plugin.forward.finding import attention_of
 from trim_plugin.selection.scoring import visual_token_scores
 from trim_plugin.selection.select import Columns, Selection, select
 from trim_plugin.selection.visibility import (
@@ -109,6 +110,7 @@ class Turn:
 
     # -- before the first cross-attention layer --------------------------------------------------------------------
 
+    @torch.compiler.disable  # choosing waits for the host: where layers are compiled, it happens between their graphs
     def begin(self, cache: HeldCache, layer: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Look at what the first cross-attention layer is called with.
 
@@ -208,14 +210,16 @@ class Turn:
 
     # -- after the cross-attention layers --------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def after(self, cache: HeldCache, layer: Any) -> None:
         """Select after the first layer; trim every layer's cache to what decoding can read; the last one ends the turn."""
-        held = cache.layers[layer.layer_idx]
-        if self.columns is not None and layer.layer_idx == cache.cross_layers[0]:
+        place = attention_of(layer).layer_idx
+        held = cache.layers[place]
+        if self.columns is not None and place == cache.cross_layers[0]:
             self._select(cache, layer, held)
         if self.kept is not None:
             held.settle(self.kept, self.picked)
-        if layer.layer_idx == cache.cross_layers[-1]:
+        if place == cache.cross_layers[-1]:
             cache.kept = cache.kept if self.kept is None else self.kept
             cache.turn = None
 
@@ -229,7 +233,9 @@ class Turn:
             # Sizes of earlier turns' columns, as well where all are 1: some columns may only pad a sample.
             log_sizes = columns.sizes.float().log() if self.sized or columns.first_new else None
             queries, self.queries = self.queries.to(keys.device), None
-            scores = visual_token_scores(queries, keys, self.seen, columns.tile_of, layer.cross_attn.scaling, log_sizes)
+            scores = visual_token_scores(
+                queries, keys, self.seen, columns.tile_of, attention_of(layer).scaling, log_sizes
+            )
         chosen = select(scores, keys, self.states, columns, self.groups, config.processor_list, config.merge)
         visible = (columns.sizes * (columns.group >= 0)).sum(dim=1)
         if cache.kept is not None:
@@ -291,7 +297,7 @@ def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     Worked out with the layer's own modules (so LoRA, quantized and offloaded weights count), before its forward: sharded
     weights are put together until then. Costs about 0.1 % of an 11B prefill. Upstream: `MllamaTextCrossAttention.forward`.
     """
-    attention = layer.cross_attn
+    attention = attention_of(layer)
     place = attention.q_norm.weight.device
     with torch.no_grad():
         own = hidden_states if place.type == "meta" else hidden_states.to(place)
@@ -305,7 +311,7 @@ def layer_keys(layer: Any, states: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, key-value heads, tokens, head_dim). Upstream: `MllamaTextCrossAttention.forward`.
     """
-    attention = layer.cross_attn
+    attention = attention_of(layer)
     with torch.no_grad():
         projected = attention.k_proj(states)
         heads = projected.unflatten(-1, (attention.num_key_value_heads, attention.head_dim))

@@ -13,7 +13,8 @@ import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from trim_plugin.compat import CACHE, slices_mask_rows
-from trim_plugin.forward.hooks import TrimmedCache, has_cross_attention
+from trim_plugin.forward.finding import has_cross_attention
+from trim_plugin.forward.hooks import TrimmedCache
 
 _PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 

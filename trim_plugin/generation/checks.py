@@ -13,19 +13,29 @@ import torch
 
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.hooks import (
-    ENCODED_AND_PIXELS,
-    TrimmedCache,
+from trim_plugin.forward.encoded import ENCODED_AND_PIXELS
+from trim_plugin.forward.finding import (
+    check_attention,
     check_layers_get_caches,
+    check_reads_caches,
+    cross_layers,
     find_text_model,
-    has_hooks,
+    places_of,
 )
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, has_hooks
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
 def check_mode(model: torch.nn.Module) -> None:
-    """Raise `ValueError` if the model is in a mode in which its layers get no cache: training with gradient checkpointing."""
-    check_layers_get_caches(find_text_model(model))
+    """Check what a model is and how it runs, whatever it is asked.
+
+    Raises:
+        ValueError: its layers get no cache (training with gradient checkpointing, prefix tuning), or it runs with flex attention.
+    """
+    text_model = find_text_model(model)
+    check_layers_get_caches(text_model)
+    check_reads_caches(model)
+    check_attention(text_model)
 
 
 def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length: int) -> None:
@@ -42,10 +52,12 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
             over from a forward that failed; or the model's hooks were removed.
     """
     text_model = find_text_model(model)
-    if cache.owner() is not text_model.layers[cache.cross_layers[0]]:
-        raise ValueError(
-            "This TrimmedCache was made for another model. Make one for this model: TrimmedCache(model, ...)."
-        )
+    if not cache.owner.bound:
+        cache.bind(model)
+    places = places_of(text_model)
+    layers_changed = (places.cross, places.own) != (cache.cross_layers, cache.self_layers)
+    if not cache.owner.has_first(cross_layers(text_model)[0]) or layers_changed:
+        raise ValueError(OF_ANOTHER_MODEL)
     if not has_hooks(text_model):
         raise ValueError(
             "This TrimmedCache reached a model whose trim_plugin hooks were removed (trim_plugin.detach). Make a new one, "

@@ -18,6 +18,7 @@ from trim_plugin.arithmetic import picture_tokens, pictures_read_together
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
+from trim_plugin.forward.finding import check_reads_caches
 from trim_plugin.forward.turn import Turn
 
 #: What reads one micro-batch: its inputs and its cache, which it fills → the model's output.
@@ -121,6 +122,9 @@ def prefill(model: Any, cache: HeldCache | None = None, **inputs: Any) -> Any:
             f"prefill needs one TrimmedCache, got {len(caches)}. Give it as cache: prefill(model, cache, **inputs)."
         )
     cache = caches[0]
+    check_reads_caches(model)
+    if not cache.owner.bound:
+        cache.bind(model)
     text = inputs.get("input_ids")
     text = inputs.get("inputs_embeds") if text is None else text
     if text is None:

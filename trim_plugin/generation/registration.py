@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -20,6 +21,9 @@ NAME = "trimmed"
 #: Makes what takes a method's place of the method.
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 _wanted = False
+#: Held while methods are wrapped or unwrapped: two threads would each find one unwrapped, and wrap it twice. Nothing is imported
+#: within it, since an import that waits for it may be what another thread waits for.
+_changing = threading.Lock()
 #: Text tokens of the longest static cache that each model has had: a shorter generation takes as long a one, so that it reuses
 #: the compiled graph. Stock keeps this number on the model.
 _longest: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -65,14 +69,15 @@ def unregister() -> None:
         >>> register()
     """
     global _wanted
-    _wanted = False
-    _longest.clear()
-    if _NAMES_IN in sys.modules:
-        module = sys.modules[_NAMES_IN]
-        names = module.ALL_CACHE_IMPLEMENTATIONS
-        module.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)  # type: ignore[attr-defined]
-    _unwrap(_NAMES_IN, "GenerationConfig", _CONFIGURATION_WRAPPERS)
-    _unwrap(_MIXIN_IN, "GenerationMixin", (*_WRAPPERS, "generate"))
+    with _changing:
+        _wanted = False
+        _longest.clear()
+        if _NAMES_IN in sys.modules:
+            module = sys.modules[_NAMES_IN]
+            names = module.ALL_CACHE_IMPLEMENTATIONS
+            module.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)  # type: ignore[attr-defined]
+        _unwrap(_NAMES_IN, "GenerationConfig", _CONFIGURATION_WRAPPERS)
+        _unwrap(_MIXIN_IN, "GenerationMixin", (*_WRAPPERS, "generate"))
 
 
 def is_registered() -> bool:
@@ -82,9 +87,10 @@ def is_registered() -> bool:
 
 def _allow_name() -> None:
     module = sys.modules[_NAMES_IN]
-    names = getattr(module, "ALL_CACHE_IMPLEMENTATIONS", None)
-    if _wanted and isinstance(names, tuple) and NAME not in names:
-        module.ALL_CACHE_IMPLEMENTATIONS = (*names, NAME)  # type: ignore[attr-defined]
+    with _changing:
+        names = getattr(module, "ALL_CACHE_IMPLEMENTATIONS", None)
+        if _wanted and isinstance(names, tuple) and NAME not in names:
+            module.ALL_CACHE_IMPLEMENTATIONS = (*names, NAME)  # type: ignore[attr-defined]
 
 
 def _wrap_configuration() -> None:
@@ -107,12 +113,13 @@ def _wrap_methods() -> None:
 
 def _wrap(module: str, name: str, wrappers: dict[str, _Wrapper]) -> None:
     owner = getattr(sys.modules[module], name, None)
-    for method, wrap in wrappers.items():
-        original = getattr(owner, method, None)
-        if original is not None and not hasattr(original, "_trim_plugin_original"):
-            wrapped: Any = functools.wraps(original)(wrap(original))
-            wrapped._trim_plugin_original = original
-            setattr(owner, method, wrapped)
+    with _changing:
+        for method, wrap in wrappers.items() if _wanted else ():
+            original = getattr(owner, method, None)
+            if original is not None and not hasattr(original, "_trim_plugin_original"):
+                wrapped: Any = functools.wraps(original)(wrap(original))
+                wrapped._trim_plugin_original = original
+                setattr(owner, method, wrapped)
 
 
 def _unwrap(module: str, name: str, methods: Iterable[str]) -> None:

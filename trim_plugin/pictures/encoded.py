@@ -12,7 +12,7 @@ import torch
 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.forward.encoded import EncodedSample
-from trim_plugin.forward.tower import find_model
+from trim_plugin.forward.finding import find_model
 from trim_plugin.pictures import stored
 from trim_plugin.pictures.fingerprint import fingerprint, is_other
 from trim_plugin.pictures.layout import prompt_inputs

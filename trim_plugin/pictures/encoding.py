@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from trim_plugin.arithmetic import checked_share, picture_tokens, tile_tokens
-from trim_plugin.forward.hooks import find_text_model
-from trim_plugin.forward.tower import find_model, visual_states
+from trim_plugin.forward.finding import find_model, find_text_model, first_cross_layer, whole_weights
+from trim_plugin.forward.tower import visual_states
 from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.fingerprint import fingerprint
@@ -70,7 +70,7 @@ def encode_pictures(
         >>> page.tiles, len(page.index), page.total
         ([1], 17, 260)
     """
-    own = find_model(model)
+    find_model(model)
     tower_share = checked_share(tower_share)
     if isinstance(images, str | Path | Image.Image):
         raise ValueError(
@@ -80,7 +80,7 @@ def encode_pictures(
         raise ValueError("No image was given to encode_pictures. Give at least one.")
     _check_rule(rule)
     read = (to_rgb(image) if isinstance(image, Image.Image) else open_picture(image) for image in images)
-    pages = (encode_each(own, processor, [picture], rule, tower_share=tower_share)[0] for picture in read)
+    pages = (encode_each(model, processor, [picture], rule, tower_share=tower_share)[0] for picture in read)
     return functools.reduce(operator.add, pages)
 
 
@@ -113,7 +113,8 @@ def encode_each(
     seen = processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt")
     inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     mark = fingerprint(own)
-    with torch.no_grad():
+    crossing = first_cross_layer(find_text_model(model))
+    with torch.no_grad(), whole_weights(model, own.vision_model, own.multi_modal_projector, crossing):
         states = visual_states(own, **inputs, at_a_time=len(pictures), share=tower_share)
         pages = states.reshape(len(pictures), -1, states.shape[-1])
         # Each has memory of its own: a view would hold that of all others for as long as one of them is held.
@@ -166,7 +167,7 @@ def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torc
     """
     states = states[None]
     members = torch.ones(1, states.shape[1], dtype=torch.bool, device=states.device)
-    crossing = next(layer for layer in find_text_model(model).layers if hasattr(layer, "cross_attn"))
+    crossing = first_cross_layer(find_text_model(model))
     features = layer_keys(crossing, states).transpose(1, 2).flatten(2).to(states.device)
     kept = (VisualTokenProcessorList([rule])(members.float()[:, None], members, features) != -math.inf).any(dim=1)
     if not bool(kept.any()):

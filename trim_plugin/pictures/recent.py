@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from trim_plugin.arithmetic import checked_share
-from trim_plugin.forward.tower import find_model
+from trim_plugin.forward.finding import find_model
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_each
 from trim_plugin.pictures.fingerprint import fingerprint
