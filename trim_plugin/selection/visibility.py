@@ -87,6 +87,25 @@ class Visibility:
         return Visibility(self.open[samples], self.padding[samples], self.tile_tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a forward's masks say of every tile.
+
+    Args:
+        groups: int64 (batch, tiles) on the CPU, their visibility groups, see `Visibility.groups`.
+        readable: bool (batch, tiles) on the CPU: what decoding can read after the forward, kept or not.
+        there: int64 (2, batch, tiles), both on the device, copied at once.
+    """
+
+    groups: torch.Tensor
+    readable: torch.Tensor
+    there: torch.Tensor
+
+    def of_samples(self, samples: slice) -> Tiles:
+        """The same for some samples."""
+        return Tiles(self.groups[samples], self.readable[samples], self.there[:, samples])
+
+
 def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int) -> Visibility:
     """Read what a model is called with, at one look at the device.
 
