@@ -17,7 +17,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.latency import compiled_report, first_token_report, merging_report, reading_report, tower_report
 from benchmarks.latency import pieces_report as pieces_latency_report
 from benchmarks.latency import report as latency_report
-from benchmarks.memory import combined_report, pieces_report
+from benchmarks.memory import combined_report, pieces_report, situations
 from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report, positions_report
 from benchmarks.quality import report as quality_report
@@ -55,10 +55,11 @@ Results = dict[str, dict[str, Any]]
 #: Marker of what a reader decides by → its parts: the result that a part needs, and what makes it from all results at hand.
 KEY: dict[str, list[tuple[str, Callable[[Results], str]]]] = {
     "answers": [("quality", quality_report.answers), ("quality", quality_report.conditions)],
-    "answers-short": [("quality", quality_report.answers_short)],
+    "answers-models": [("quality", quality_report.answers_by_model)],
     "answers-by-type": [("quality-pages", quality_report.by_type)],
     "answers-smallest": [("quality", quality_report.smallest)],
     "encoded-answers": [("encoded", encoded_report.answers)],
+    "helps": [("first_token", situations.helps)],
     "fits": [("combined", combined_report.fits)],
     "peaks": [("pieces", pieces_report.peaks)],
     "decoding": [("latency", latency_report.decoding)],
@@ -102,7 +103,9 @@ def pages(results: Results, docs: Path) -> dict[Path, str]:
     """Pages with markers → their text. Where a folder has no page of a benchmark's figures, they get one of their own."""
     files = [*docs.rglob("*.md"), *(docs.parent.glob("README.md") if docs.name == "docs" else ())]
     texts = {path: path.read_text(encoding="utf-8") for path in files}
-    made = {name: TABLES[name].tables(result) + "\n" + _footer(name, result) for name, result in results.items()}
+    made = {
+        name: folded(TABLES[name].tables(result)) + "\n" + _footer(name, result) for name, result in results.items()
+    }
     for name in made:
         if not any(_marker(name) in text for text in texts.values()):
             texts[docs / "tables" / f"{name}.md"] = f"# {name}\n\n{_marker(name)}\n<!-- end {name} -->\n"
@@ -118,6 +121,29 @@ def pages(results: Results, docs: Path) -> dict[Path, str]:
         if any(_marker(name) in text for name in made):
             changed[path] = new
     return changed
+
+
+def folded(text: str) -> str:
+    """Figures with every section behind a fold, the first one open: a page then shows what there is before it shows all of it.
+
+    Example:
+        >>> print(folded("In short.\\n\\n### bf16\\n\\n| a |\\n"))
+        In short.
+        <BLANKLINE>
+        <details markdown open>
+        <summary>bf16</summary>
+        <BLANKLINE>
+        | a |
+        <BLANKLINE>
+        </details>
+        <BLANKLINE>
+    """
+    before, *sections = re.split(r"^#{3,4} (.+)\n", text, flags=re.M)
+    parts = [before.strip()] if before.strip() else []
+    for number, (title, content) in enumerate(zip(sections[::2], sections[1::2], strict=True)):
+        opened = "" if number else " open"
+        parts.append(f"<details markdown{opened}>\n<summary>{title}</summary>\n\n{content.strip()}\n\n</details>")
+    return "\n\n".join(parts) + "\n"
 
 
 def _marker(name: str) -> str:

@@ -7,6 +7,7 @@ trim_plugin's own scoring enters the sparsity and overlap figures.
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from matplotlib.figure import Figure
 
 import trim_plugin
+from benchmarks.small_model import fine
+from benchmarks.small_model.scenes import draw_scene
 from trim_plugin.embedded import Example, ask, examples, load_small_model
+from trim_plugin.pictures.visualize import picture_as_seen, tile_map_of
 
 ASSETS = Path(__file__).parent / "assets"
 RATIO = 0.25
+#: A scene that keeps about as much as the mean scene does.
+HERO_SEED, HERO_QUESTION = 110, "Read all digits."
 RATIOS = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75)
 
 
@@ -110,8 +116,41 @@ def draw_kept_share(model: Any, processor: Any, chosen: list[Example]) -> None:
     figure.savefig(ASSETS / "kept_share.png", dpi=130)
 
 
+def answered(model: Any, processor: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> str:
+    """The answer's text."""
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, **settings)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def draw_hero() -> None:
+    """The first picture of all: what the model sees, what is kept of it, and that the answer is the same."""
+    model, processor = fine.load()
+    picture = draw_scene(HERO_SEED, scale=2, held_out=True, layout=(2, 2)).image
+    inputs = ask(processor, HERO_QUESTION, picture)
+    cache = trim_plugin.TrimmedCache(model)
+    answers = [answered(model, processor, inputs), answered(model, processor, inputs, cache=cache)]
+    tiles = tile_map_of(model, inputs, 0, 0)
+    seen, kept = picture_as_seen(inputs, 0, tiles), np.zeros(cache.report().total_tokens[0])
+    kept[cache.kept_indices[0].numpy()] = 1
+    shown = np.kron(tiles.patches(kept), np.ones([seen.shape[0] // (tiles.rows * tiles.side)] * 2))[..., None]
+    share = cache.report().kept_share
+
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    titles = ["transformers caches all of it", f"trim_plugin caches {share:.0%} of it"]
+    for axes, image, title, answer in zip(
+        figure.subplots(1, 2), [seen, seen * shown + 0.93 * (1 - shown)], titles, answers, strict=True
+    ):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(title, fontsize=13)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(f"{HERO_QUESTION}\n" + textwrap.fill(answer, 34), fontsize=12, labelpad=8)
+    figure.savefig(ASSETS / "hero.png", dpi=110)
+
+
 def main() -> None:
     """Write all figures."""
+    draw_hero()
     ASSETS.mkdir(exist_ok=True)
     model, processor = load_small_model()
     chosen = examples()

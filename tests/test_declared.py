@@ -130,3 +130,10 @@ def test_the_package_is_found_with_its_types():
     assert (PACKAGE / "py.typed").is_file()
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["trim_plugin"]
     assert importlib.metadata.version("trim-plugin") == trim_plugin.__version__
+
+
+def test_the_version_is_written_alike_everywhere():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {project["version"], cited[1], newest[1]} == {trim_plugin.__version__}

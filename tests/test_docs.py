@@ -1,16 +1,28 @@
-"""Every python block of the tutorials and of the guides that show Python runs as it is written, page by page."""
+"""The pages: their code runs as it is written, tutorials are notebooks too, and what they say holds."""
 
+import ast
+import importlib.util
+import json
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import trim_plugin
+from benchmarks.common.results import read_result
+from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
+from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.embedded import load_small_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "guides").glob("*.md")])
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
+_spec = importlib.util.spec_from_file_location("make_notebooks", DOCS / "make_notebooks.py")
+make_notebooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make_notebooks)
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -28,10 +40,44 @@ def run(page: Path) -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page)], ids=lambda page: page.stem)
 def test_blocks_run_as_written(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path, monkeypatch):
+    """On the small model, cell by cell as Jupyter does it: with that the tutorials' blocks have run as well."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "__main__"}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+
+
+def test_notebooks_are_made_from_the_tutorials():
+    made = make_notebooks.made()
+    assert set(made) == set((DOCS / "notebooks").glob("*.ipynb"))
+    old = [path.name for path, text in made.items() if text != path.read_text(encoding="utf-8")]
+    assert old == [], "make them again: python docs/make_notebooks.py"
+    for path, text in made.items():
+        page = (DOCS / "tutorials" / f"{path.stem}.md").read_text(encoding="utf-8")
+        assert page.splitlines()[2] == make_notebooks.LINK.format(name=path.stem)
+        code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        real = [cell for cell in code if cell.startswith("# The real model")]
+        assert len(real) == 1
+        assert 'MODEL = "meta-llama/Llama-3.2-11B-Vision-Instruct"' in real[0]
+        code.remove(real[0])
+        assert code == [source.strip("\n") for _, source in blocks(DOCS / "tutorials" / f"{path.stem}.md")]
+
+
+def test_links_of_notebooks_lead_somewhere():
+    for path in (DOCS / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""
+            for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+                assert (path.parent / target).is_file(), (path.name, target)
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "tutorials").glob("*.md")), ids=lambda page: page.stem)
@@ -87,6 +133,63 @@ def test_the_same_answers_are_promised_of_exact_mode_alone():
             ]
 
 
+README = ROOT / "README.md"
+
+
+def test_the_first_page_is_short_and_has_its_two_commands():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 460
+    commands = re.findall(r"^```bash\n(.*?)\n```", text, flags=re.M | re.S)
+    assert commands == [
+        "pip install -c constraints.txt -e . && trim-plugin demo",
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]
+
+
+def test_the_example_of_the_first_page_runs_as_written(capsys):
+    ((line, source),) = blocks(README)
+    exec(compile("\n" * line + source, str(README), "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out.strip().endswith("eight")
+    assert '"trimmed"' in source
+    assert "do_sample=False,  # Llama draws at random" in source
+
+
+def test_links_of_the_first_page_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
+        if not target.startswith("https:"):
+            assert (ROOT / target.split("#")[0]).is_file(), target
+
+
+def test_what_the_first_page_says_is_kept_was_measured():
+    said = re.search(r"keeps (\d+)–(\d+) % of a picture here", README.read_text(encoding="utf-8"))
+    kept = [
+        row["kept_share"]
+        for name in ("quality", "quality-fine")
+        for row in read_result(name)["rows"]
+        if (row["where"], row["rule"], row["parameter"]) == ("fresh", "paper, merged", DEFAULT_TOP_K_RATIO)
+    ]
+    assert [f"{100 * share:.0f}" for share in sorted(kept)] == list(said.groups())
+
+
+def test_every_test_that_the_page_on_compatibility_names_exists():
+    rows = re.findall(r"^\| (?!what |---)(.+) \|$", (DOCS / "reference" / "compatibility.md").read_text("utf-8"), re.M)
+    assert len(rows) >= 40
+    for what, state, tests in (re.split(r" (?<!\\)\| ", row) for row in rows):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert bool(named) != state.startswith("untested"), what
+        for file, name in named:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
+
+
+def test_a_cache_cannot_be_pickled_as_the_pages_say():
+    """If it can one day, "Troubleshooting" and "Compatibility" have to say so."""
+    model, _ = load_small_model()
+    with pytest.raises(TypeError) as raised:
+        pickle.dumps(TrimmedCache(model))
+    assert str(raised.value) in (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
 class _Loader(yaml.SafeLoader):
     """mkdocs.yml may hold tags of Python names."""
 
@@ -105,3 +208,9 @@ def test_every_page_is_in_the_navigation():
         return [page for value in values for page in pages(value)]
 
     assert sorted(pages(settings["nav"])) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_the_reference_shows_every_public_name_by_that_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: trim_plugin\.(\w+)$", text, flags=re.M)) - {"embedded", "variants"}
+    assert shown == set(trim_plugin.__all__)

@@ -23,7 +23,11 @@ SETTINGS = {
     ("random, merged", 0.1): "random tokens, merged",
     ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
 }
-SHORT = (("paper, merged", 0.15), ("k-center, merged", 0.1), ("paper, dropped", 0.1))
+#: What the first page shows of every model: setting → its short name, and what is said of it.
+FIRST = {
+    ("paper, merged", 0.15): ("0.15", ("kept", "same answers", "points")),
+    ("k-center, merged", 0.1): ("KCenter(0.1)", ("same answers", "points")),
+}
 PLOTTED = {
     "paper, merged": "default rule (merged)",
     "k-center, merged": "KCenter (merged)",
@@ -54,40 +58,45 @@ def agreement(row: Row) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Every row that was measured, by scenes and conditions."""
-    header = ["rule", "parameter", "kept of visible", "cross KV of stock's", "accuracy", "change, points (95 %)"]
-    header += ["same as stock (95 %)", "follow-up: accuracy", "follow-up: change, points", "follow-up: same as stock"]
+    setting = ["rule", "parameter", "kept"]
+    asked = ["accuracy", "change, points (95 %)", "same as stock (95 %)"]
     parts = []
     for where in dict.fromkeys([*SETS, *(row["where"] for row in result["rows"])]):
         rows = [row for row in result["rows"] if row["where"] == where]
         rows.sort(key=lambda row: (row["rule"] != "stock", row["rule"], -row["kept_share"]))
         if rows:
             about = f", {SETS[where]}" if where in SETS else ""
-            title = f"### {where}{about}\n\n{rows[0]['questions']} questions.\n\n"
-            parts.append(title + table(header, map(_line, rows)))
+            parts.append(f"### {where}{about}\n\n{rows[0]['questions']} questions:\n")
+            first = [[*_setting(row), percent(row["cross_kv_ratio"]), *_turn(row, row)] for row in rows]
+            parts.append(table([*setting, "cross KV of stock's", *asked], first))
+            parts.append("Follow-ups in the same conversation:\n")
+            parts.append(table([*setting, *asked], [[*_setting(row), *_turn(row, row["follow_up"])] for row in rows]))
     return "\n".join(parts)
 
 
-def _line(row: Row) -> list[str]:
-    stock, second = row["rule"] == "stock", row["follow_up"]
+def _setting(row: Row) -> list[str]:
     return [
         row["rule"],
         MISSING if row["parameter"] is None else f"{row['parameter']:g}",
         percent(row["kept_share"]),
-        percent(row["cross_kv_ratio"]),
-        percent(row["accuracy"]),
-        MISSING if stock else points(row),
-        MISSING if stock else agreement(row),
-        percent(second["accuracy"]),
-        MISSING if stock else points(second),
-        MISSING if stock else agreement(second),
     ]
 
 
-def answers(results: Results, settings: tuple[tuple[str, float], ...] = tuple(SETTINGS)) -> str:
-    """Both models side by side: every setting, a line a model."""
+def _turn(row: Row, turn: Row) -> list[str]:
+    """What a question, or the follow-up, shows of a row."""
+    stock = row["rule"] == "stock"
+    return [
+        percent(turn["accuracy"]),
+        MISSING if stock else points(turn),
+        MISSING if stock else agreement(turn),
+    ]
+
+
+def answers(results: Results) -> str:
+    """The models side by side: every setting, a line a model."""
     models = {name: _rows(results[result]) for result, name in MODELS.items() if result in results}
     lines = []
-    for setting in settings:
+    for setting in SETTINGS:
         for name, rows in models.items():
             if row := rows.get(setting):
                 title = SETTINGS[setting] if name == next(iter(models)) else ""
@@ -107,9 +116,24 @@ def _share(value: float) -> str:
     return "> 99.9 %" if 0.9995 <= value < 1 else percent(value)
 
 
-def answers_short(results: Results) -> str:
-    """The same for the first page."""
-    return answers(results, SHORT)
+def answers_by_model(results: Results) -> str:
+    """A line a model, without intervals: for the first page."""
+    lines = []
+    for result, name in MODELS.items():
+        rows = _rows(results[result]) if result in results else {}
+        if all(setting in rows for setting in FIRST):
+            shown = [_cells(rows[setting])[what] for setting, (_, said) in FIRST.items() for what in said]
+            lines.append([name, *shown])
+    named = [(short, what, what == said[0]) for short, said in FIRST.values() for what in said]
+    return table(["model", *(f"{short}: {what}" if first else what for short, what, first in named)], lines)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "kept": percent(row["kept_share"], 0),
+        "same answers": _share(row["agreement"]),
+        "points": f"{100 * row['change']:+.1f}",
+    }
 
 
 def by_type(results: Results) -> str:

@@ -331,7 +331,7 @@ def test_quality_on_pages_is_told_by_type(printed, tmp_path, monkeypatch):
     shutil.copytree(printed / "checkpoint", folder)
     monkeypatch.setattr(quality.rules, "all_rules", lambda quick: [Rule("exact", 1.0, {"top_k_ratio": 1.0})])
     monkeypatch.setattr(quality, "conditions", lambda adapter: [])
-    given = {"scenes": 3, "quick": False, "adapter": None, "model": folder, "resume": False}
+    given = {"scenes": 3, "quick": False, "adapter": None, "model": folder, "resume": False, "positions": False}
     result = quality.run(argparse.Namespace(out=tmp_path, **given))
     assert result["model"] == "printed"
     assert (tmp_path / "quality-printed.json").exists()

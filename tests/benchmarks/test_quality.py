@@ -49,7 +49,7 @@ def test_quality_writes_what_the_report_reads(tmp_path, few):
     assert [row["where"] for row in result["rows"]] == ["evaluation"] * 3 + ["fresh"] * 3 + ["bf16 weights"] * 2
     page, sheet, plot = report.write(tmp_path, tmp_path / "docs")
     text = page.read_text(encoding="utf-8")
-    assert "### bf16 weights\n" in text
+    assert "<summary>bf16 weights</summary>" in text
     assert "| paper, dropped | 0.1 |" in text
     assert len(sheet.read_text(encoding="utf-8").splitlines()) == 1 + len(result["rows"])
     assert plot.stat().st_size < 200_000
@@ -125,3 +125,14 @@ def test_a_loss_on_whole_pages_alone_is_a_loss():
     rows = [row_of("k-center, merged", 0.5, 0.5, -0.01, 0.01, types)]
     assert "| `KCenter(…)` | pages | none |" in quality_report.smallest({"quality-pages": {"rows": rows}})
     assert "| k-center, merged | 0.5 | 50 % |" in quality_report.by_type({"quality-pages": {"rows": rows}})
+
+
+def test_the_first_page_has_a_line_for_every_model_that_was_measured():
+    turn = {"agreement": 0.98, "change": -0.004, "kept_share": 0.1}
+    rows = [{"where": "fresh", "rule": rule, "parameter": value, **turn} for rule, value in quality_report.FIRST]
+    models = {name: {"rows": rows} for name in ("quality", "quality-pages")}
+    header, _, small, pages = quality_report.answers_by_model(models).splitlines()
+    assert header.startswith("| model | 0.15: kept | same answers | points |")
+    assert small == "| small | 10 % | 98.0 % | -0.4 | 98.0 % | -0.4 |"
+    assert pages.startswith("| pages |")
+    assert len(quality_report.answers_by_model({"quality": {"rows": rows[:1]}}).splitlines()) == 2

@@ -67,3 +67,13 @@ def test_pictures_that_no_row_reads_are_said_to_be_unread():
 )
 def test_bytes_change_their_unit_at_1024(count, text):
     assert format_bytes(count) == text
+
+
+def test_a_notebook_shows_a_table():
+    html = TrimReport([6404, 6404], [1601, 6404], [600, 2312], 2**20, 4 * 2**20, 2**10)._repr_html_()
+    assert "<tr><td>1</td><td>2,312</td><td>6,404</td><td>6,404</td></tr>" in html
+    assert "1.0 MiB instead of 4.0 MiB (25.0 % of stock)" in html
+    assert "<th>kept</th>" in html
+    assert TrimReport([0], [0], [0], 0, 0, 2**10)._repr_html_() == (
+        "<p>no visual tokens</p><p>Self-attention KV: 1.0 KiB</p>"
+    )

@@ -38,6 +38,10 @@ def test_penalties_are_of_what_was_written():
     for settings in ({"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.5}):
         drawer = Drawer(Sampling(**settings), [])
         assert [choose([drawer], logits)[0] for _ in range(2)] == [0, 1]
+    twice, once = Drawer(Sampling(frequency_penalty=0.5), []), Drawer(Sampling(presence_penalty=0.5), [])
+    steps = torch.tensor([[2.0, 0.9, 0.0]])
+    assert [choose([twice], steps)[0] for _ in range(4)] == [0, 0, 0, 1]  # 2.0, 1.5, 1.0, 0.5
+    assert [choose([once], steps)[0] for _ in range(4)] == [0, 0, 0, 0]  # 2.0, then 1.5 for good
     of_the_prompt = Drawer(Sampling(repetition_penalty=1.5), [0, 99])  # 99 has no logit, as the image token
     assert choose([of_the_prompt], logits) == [1]
     assert choose([Drawer(Sampling(presence_penalty=0.5), [0])], logits) == [0]

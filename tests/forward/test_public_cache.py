@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trim_plugin import TrimmedCache
+from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.cache.report import format_bytes
 from trim_plugin.compat import CACHE, cache_of
 
@@ -64,3 +64,17 @@ def test_its_repr_without_a_picture(model):
     inputs = random_inputs(model, [Sample((4,))])
     output = trimmed(model, inputs, {}, 1)
     assert repr(cache_of(output)).startswith("TrimmedCache(1 sample: 4 text tokens; no visual tokens; ")
+
+
+def test_a_notebook_shows_what_it_holds(model):
+    class Marked(TopKPerHead):
+        def __repr__(self):
+            return "<b>mine</b>"
+
+    cache = TrimmedCache(model, {"processors": [Marked(0.2)]})
+    assert "<table>" not in cache._repr_html_()
+    generate(model, random_inputs(model, PAIR), 2, cache=cache)
+    html = cache._repr_html_()
+    assert cache.report()._repr_html_() in html
+    assert "<b>" not in html
+    assert "&lt;b&gt;mine&lt;/b&gt;" in html

@@ -133,3 +133,29 @@ def test_what_is_not_allowed(loaded):
         RecentPictures(*loaded, KCenter(0.25), folder="nowhere")
     with pytest.raises(ValueError, match="No picture was given"):
         RecentPictures(*loaded)([])
+
+
+def test_pictures_of_several_samples_go_through_the_tower_together(loaded, pages, calls):
+    recent = RecentPictures(*loaded)
+    recent(pages[:1])
+    calls.clear()
+    found = recent.several([pages[:2], pages[1:3], [pages[3].copy()], pages[3:]], at_a_time=2)
+    assert calls == [2, 1]
+    assert (recent.encoded, recent.reused) == (4, 3)
+    assert found[2] is found[3]
+    for own, one in zip((pages[:2], pages[1:3], pages[3:]), (found[0], found[1], found[3]), strict=True):
+        expected = encode_pictures(*loaded, own)
+        assert one.tiles == expected.tiles
+        torch.testing.assert_close(one.states, expected.states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_encoded_beside_others_holds_no_memory_of_theirs(loaded, pages):
+    recent = RecentPictures(*loaded)
+    found = recent.several([[page] for page in pages], at_a_time=len(pages))
+    assert all(one.states.untyped_storage().nbytes() == one.states.nbytes for one in found)
+    assert recent.nbytes == sum(one.nbytes for one in found)
+
+
+def test_a_sample_without_pictures_is_refused(loaded, pages):
+    with pytest.raises(ValueError, match="No picture was given"):
+        RecentPictures(*loaded).several([pages[:1], []])

@@ -1,3 +1,6 @@
+import base64
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +115,9 @@ def test_a_legend_says_what_the_marks_mean(model):
         1,
         1,
     ]
+
+
+def test_what_visualize_returns_shows_itself_in_a_notebook(model):
+    figure = visualize(model, random_inputs(model, [Sample((1, (1,), 6))]), {"top_k_ratio": 0.2})
+    shown = re.fullmatch(r'<img [^>]*src="data:image/png;base64,([\w+/=]+)">', figure._repr_html_())
+    assert base64.b64decode(shown[1]).startswith(b"\x89PNG")

@@ -26,7 +26,7 @@ class Worker:
     """Answers rows greedily with the trimmed cache: made once, called with as many rows as one likes.
 
     Rows go into an `Engine` as they fit, and results come as they finish. A row that cannot be answered becomes an error in its
-    own result; others that ran beside it when it failed are answered again.
+    own result, and nobody else's.
 
     Args:
         model: an Mllama model or a wrapper around one, in eval mode, on its device. Nobody else may use it
@@ -117,10 +117,6 @@ class Worker:
                 found = run.finished(wait=True)
                 if found:
                     yield found
-            for place in run.again:
-                # Whose failure it was shows alone.
-                refused = run.ask(place)
-                yield run.finished(wait=True, last=True) if refused is None else [(place, refused)]
         finally:
             run.cancel()
 
@@ -171,8 +167,6 @@ class _Run:
         self._worker, self._rows = worker, rows
         #: By their places: the request, and when it went in.
         self.asked: dict[int, tuple[Request, float]] = {}
-        #: Places of rows that failed beside others.
-        self.again: list[int] = []
         self._done: SimpleQueue[tuple[int, float]] = SimpleQueue()
 
     def ask(self, place: int) -> dict[str, Any] | None:
@@ -189,22 +183,18 @@ class _Run:
             return {**_id(self._rows[place]), "error": str(error)}
         return None
 
-    def finished(self, *, wait: bool, last: bool = False) -> list[Placed]:
+    def finished(self, *, wait: bool) -> list[Placed]:
         """Results of rows that are done.
 
         Args:
             wait: until there is one.
-            last: whether failures are results; otherwise such rows are put down to be asked again.
         """
         found: list[Placed] = []
         while self.asked and (wait or not self._done.empty()):
             (place, until), wait = self._done.get(), False
             request, since = self.asked.pop(place)
             result = self._worker.result(request, until - since)
-            if "error" in result and not last:
-                self.again.append(place)
-            else:
-                found.append((place, {**_id(self._rows[place]), **result}))
+            found.append((place, {**_id(self._rows[place]), **result}))
         return found
 
     def cancel(self) -> None:

@@ -5,6 +5,7 @@ The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_
 
 from __future__ import annotations
 
+import html
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -117,6 +118,11 @@ class HeldCache(Cache):
             settings,
         )
         return f"{type(self).__name__}({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """What it says of itself and its report's table, which a notebook shows."""
+        about = f"<p><code>{html.escape(repr(self))}</code></p>"
+        return about + (self.report()._repr_html_() if self.batch_size > 0 else "")
 
     @property
     def batch_size(self) -> int:

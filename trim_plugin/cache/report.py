@@ -69,6 +69,21 @@ class TrimReport:
         lines.append(f"self-attention KV: {format_bytes(self.self_kv_bytes)}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """The same as a table, which a notebook shows."""
+        share = f"{self.cross_kv_ratio:.1%}".replace("%", " %")
+        lines = [["sample", "kept", "visible", "in all"]]
+        for sample, counts in enumerate(zip(self.kept_tokens, self.visible_tokens, self.total_tokens, strict=True)):
+            lines.append([str(sample), *(f"{count:,}" for count in counts)])
+        header, *rows = [f"<td>{'</td><td>'.join(line)}</td>" for line in lines]
+        visual = (
+            f"<table><tr>{header.replace('td>', 'th>')}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+            f"<p>Cross-attention KV: {format_bytes(self.cross_kv_bytes)} instead of "
+            f"{format_bytes(self.stock_cross_kv_bytes)} ({share} of stock)</p>"
+        )
+        seen = visual if sum(self.total_tokens) else "<p>no visual tokens</p>"
+        return f"{seen}<p>Self-attention KV: {format_bytes(self.self_kv_bytes)}</p>"
+
 
 def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of the storages behind the tensors, each storage once: a small view of a large tensor holds all of it.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from trim_plugin.pictures.encoded import Pictures
 
 MOST_STOPS, LONGEST_STOP = 16, 256
 
@@ -120,9 +123,13 @@ class Request:
         listener: Callable[[str | None], None] | None = None,
     ) -> None:
         self.sampling, self.config, self.prompt_tokens = sampling, config, prompt_tokens
+        #: What it draws with, whenever it has to be read again.
+        self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._listener = listener
         #: The prompt as the tokenizer gets it; RGB pictures, or encoded ones.
         self.prompt, self.pictures = prompt, pictures
+        #: How many pictures there are.
+        self.shown = len(pictures.tiles if isinstance(pictures, Pictures) else pictures)
         #: Bytes that it will take while it runs, expected.
         self.needed = needed
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()

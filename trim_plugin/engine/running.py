@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache.joining import cut_left, join_running
+from trim_plugin.cache.joining import cut_left, join_running, part_of
 from trim_plugin.cache.report import held_bytes, stored_tensors
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
@@ -95,25 +95,50 @@ class RunningBatch:
 
         If it fails, what is held is as it was.
         """
-        device = self._mask.device
-        ids = torch.tensor([[row.drawer.tokens[-1]] for row in self.rows], device=device)
-        mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         length = self._mask.shape[1]
         try:
-            with torch.no_grad():
-                output = self._model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                    **{CACHE: self._cache},
-                    use_cache=True,
-                    return_dict=True,
-                )
+            logits, mask = self._forward(self._cache, self._mask, self.rows)
         except BaseException:
             self._take_back(length)
             raise
         self._mask = mask
-        return output.logits[:, -1]
+        return logits
+
+    def failing(self) -> dict[int, BaseException]:
+        """Whose step fails when it is taken alone, and how. What is held stays as it is.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        found: dict[int, BaseException] = {}
+        if self._cache is None:
+            return found
+        for place in range(len(self.rows)):
+            own = slice(place, place + 1)
+            try:
+                self._forward(part_of(self._cache, own), self._mask[own], self.rows[own])
+            except torch.AcceleratorError:
+                raise
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - this request's failure
+                found[place] = error
+        return found
+
+    def _forward(
+        self, cache: TrimmedCache | None, mask: torch.Tensor, rows: Sequence[Running]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits after the last token of each, and the mask with it."""
+        ids = torch.tensor([[row.drawer.tokens[-1]] for row in rows], device=mask.device)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        with torch.no_grad():
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                **{CACHE: cache},
+                use_cache=True,
+                return_dict=True,
+            )
+        return output.logits[:, -1], mask
 
     def _take_back(self, length: int) -> None:
         if self._cache is None:

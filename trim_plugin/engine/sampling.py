@@ -25,6 +25,7 @@ class Drawer:
     Args:
         sampling: the settings.
         prompt: ids of the prompt's tokens, which a repetition penalty reads.
+        seed: what it draws with; None is the settings', or any.
 
     Example:
         >>> drawer = Drawer(Sampling(), [1])
@@ -32,14 +33,15 @@ class Drawer:
         ([1], [1])
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], seed: int | None = None) -> None:
         self.sampling, self.prompt = sampling, list(prompt)
         self.tokens: list[int] = []
         self.generator = torch.Generator()  # on the CPU: the same draw on every device
-        if sampling.seed is None:
+        seed = sampling.seed if seed is None else seed
+        if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(sampling.seed)
+            self.generator.manual_seed(seed)
 
     def penalized(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (1, vocabulary) after the penalties on what has been written."""

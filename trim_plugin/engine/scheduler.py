@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from trim_plugin.arithmetic import pictures_at_a_time, pictures_read_together
 from trim_plugin.asking.answers import Inputs
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room
@@ -44,6 +45,10 @@ class Scheduler:
     ) -> None:
         self._model, self._processor, self._config = model, processor, config
         self._room, self._most, self._pictures = room, most, pictures
+        vision = model.config.vision_config
+        #: Pictures that the tower is given in one call, and those of one micro-batch.
+        self._at_a_time = pictures_at_a_time(config.prefill_pictures, vision)
+        self._read_together = pictures_read_together(config.prefill_pictures, vision)
         self._batch = RunningBatch(model, config)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list | tuple) else {ends}
@@ -135,6 +140,7 @@ class Scheduler:
         with self._changed:
             cancelled = [request for request, _ in self._waiting if request.cancelled]
             self._waiting = collections.deque(one for one in self._waiting if not one[0].cancelled)
+        self.counts["finished_cancelled"] += len(cancelled)
         for request in cancelled:
             Running(request, Drawer(request.sampling, ()), Writer(self._processor.tokenizer), 0, 0, 0).finish(
                 "cancelled"
@@ -156,11 +162,12 @@ class Scheduler:
         if self._batch.rows and len(self._waiting) > free and free < min(self._micro_batch, max(1, self._most // 4)):
             return  # more wait than can run: a few places are let gather, since prompts that are read together cost less
         chosen: list[tuple[Request, int]] = []
-        taken = self._taken()
+        taken, shown = self._taken(), 0
         with self._changed:
             while self._waiting and len(chosen) < min(self._micro_batch, free):
                 request, _ = self._waiting[0]
-                if chosen and not _alike(request, chosen[0][0]):
+                shown += request.shown
+                if chosen and (shown > self._read_together or not _alike(request, chosen[0][0])):
                     break
                 if not self._room.fits(taken, request.needed) and (chosen or self._batch.rows):
                     break
@@ -185,11 +192,7 @@ class Scheduler:
         requests = [request for request, _ in chosen]
         prompts = [request.prompt for request in requests]
         if requests[0].pictures:
-            share = self._config.tower_share
-            encoded = [
-                request.pictures if isinstance(request.pictures, Pictures) else self._pictures(request.pictures, share)
-                for request in requests
-            ]
+            encoded = self._encoded([request.pictures for request in requests])
             inputs = Inputs.about(self._processor, prompts, encoded)
             cache = TrimmedCache(self._model, requests[0].config)
             cache.show(encoded)  # adapters may have been switched since they came
@@ -205,7 +208,7 @@ class Scheduler:
         rows = [
             Running(
                 request,
-                Drawer(request.sampling, own[real.bool()].tolist()),
+                Drawer(request.sampling, own[real.bool()].tolist(), request.seed),
                 Writer(self._processor.tokenizer, tuple(request.sampling.stop)),
                 int(kept),
                 int(visible),
@@ -217,6 +220,12 @@ class Scheduler:
             )
         ]
         return rows, cache, mask, output.logits[:, -1]
+
+    def _encoded(self, pictures: Sequence[Any]) -> list[Pictures]:
+        """Every request's pictures: encoded ones as they came, the others by the tower, those of all requests together."""
+        shown = [own for own in pictures if not isinstance(own, Pictures)]
+        made = iter(self._pictures.several(shown, self._config.tower_share, self._at_a_time) if shown else ())
+        return [own if isinstance(own, Pictures) else next(made) for own in pictures]
 
     def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
         """Reading has failed: for memory it is tried again with fewer at a time or later, else one by one to find whose it is."""
@@ -243,19 +252,34 @@ class Scheduler:
         self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
 
     def _not_stepped(self, error: BaseException) -> None:
-        """A step has failed: for memory the newest is put back to be read again later, else all who run are told."""
-        if is_full(error) and len(self._batch.rows) > 1:
-            (newest,) = self._batch.leave([len(self._batch.rows) - 1])
-            self._full = True
-            self.counts["read_again"] += 1
-            with self._changed:
-                self._waiting.appendleft((newest.request, newest.sent))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """A step has failed: whoever fails alone is told, and the others go on. If nobody does, there were too many at once."""
+        places = range(len(self._batch.rows))
+        lost = isinstance(error, torch.AcceleratorError)
+        if len(places) == 1 or lost:
+            self._fail(dict.fromkeys(places, error))
             return
-        for row in self._batch.leave(range(len(self._batch.rows))):
+        if not is_full(error):
+            try:
+                failing = self._batch.failing()
+            except torch.AcceleratorError as error:
+                failing = dict.fromkeys(places, error)
+            if failing:
+                self._fail(failing)
+                return
+        (newest,) = self._batch.leave([len(places) - 1])
+        self._full = True
+        self.counts["read_again"] += 1
+        with self._changed:
+            self._waiting.appendleft((newest.request, newest.sent))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _fail(self, errors: dict[int, BaseException]) -> None:
+        """Tell requests of the batch what went wrong."""
+        for row, error in zip(self._batch.leave(list(errors)), errors.values(), strict=True):
             row.request.fail(error)
             self.counts["failed"] += 1
+        self._full = False
 
     def _write(self, tokens: Sequence[int], first: int) -> None:
         """Hand new tokens on, from this row of the batch on; who is finished leaves."""

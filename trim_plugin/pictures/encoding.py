@@ -78,32 +78,72 @@ def encode_pictures(
         )
     if not images:
         raise ValueError("No image was given to encode_pictures. Give at least one.")
+    _check_rule(rule)
+    read = (to_rgb(image) if isinstance(image, Image.Image) else open_picture(image) for image in images)
+    pages = (encode_each(own, processor, [picture], rule, tower_share=tower_share)[0] for picture in read)
+    return functools.reduce(operator.add, pages)
+
+
+def encode_each(
+    model: torch.nn.Module,
+    processor: Any,
+    pictures: Sequence[Image.Image],
+    rule: ProcessorLike | None = None,
+    *,
+    tower_share: float | None = None,
+) -> list[Pictures]:
+    """Read pictures with one call of the vision tower; each can be asked about by itself.
+
+    Args:
+        model, processor, rule, tower_share: as for `encode_pictures`, checked.
+        pictures: RGB, at least one, and as many as the tower may be given in one call.
+
+    Raises:
+        ValueError: as for `encode_pictures`.
+
+    Example:
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> pages = [open_picture(example.picture) for example in examples()[:2]]
+        >>> [page.tiles for page in encode_each(*load_small_model(), pages)]
+        [[1], [1]]
+    """
+    _check_rule(rule)
+    own = find_model(model)
+    device = next(own.vision_model.parameters()).device
+    seen = processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt")
+    inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    mark = fingerprint(own)
+    with torch.no_grad():
+        states = visual_states(own, **inputs, at_a_time=len(pictures), share=tower_share)
+        pages = states.reshape(len(pictures), -1, states.shape[-1])
+        # Each has memory of its own: a view would hold that of all others for as long as one of them is held.
+        return [
+            _encoded(own, page if len(pictures) == 1 else page.clone(), int(tiles[0]), rule, mark, tower_share)
+            for page, tiles in zip(pages, seen["num_tiles"], strict=True)
+        ]
+
+
+def _check_rule(rule: ProcessorLike | None) -> None:
     if isinstance(rule, TopKPerHead | TopPPerHead):
         raise ValueError(
             f"{rule!r} chooses by the attention of a prompt, and there is none yet. Use KCenter, or rule=None."
         )
-    pages: list[Pictures] = []
-    for image in images:
-        picture = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
-        seen = processor.image_processor(images=[[picture]], return_tensors="pt")
-        pages.append(_encoded(own, seen, rule, fingerprint(own), tower_share))
-    return functools.reduce(operator.add, pages)
 
 
 def _encoded(
-    model: Any, seen: Any, rule: ProcessorLike | None, mark: torch.Tensor, tower_share: float | None
+    model: Any,
+    states: torch.Tensor,
+    tiles: int,
+    rule: ProcessorLike | None,
+    mark: torch.Tensor,
+    tower_share: float | None,
 ) -> Pictures:
-    """One picture, as the image processor returned it."""
+    """One picture of so many real tiles, from its visual states (tokens, width)."""
     vision = model.config.vision_config
-    tiles = int(seen["num_tiles"][0][0])
-    device = next(model.vision_model.parameters()).device
-    inputs = {name: seen[name].to(device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    with torch.no_grad():
-        states = visual_states(model, **inputs, at_a_time=1, share=tower_share).flatten(0, 1)
-        index = torch.arange(len(states), device=states.device)
-        sizes = torch.ones_like(index)
-        if rule is not None:
-            states, index, sizes = _merged(model, states[: tiles * tile_tokens(vision)], rule)
+    index = torch.arange(len(states), device=states.device)
+    sizes = torch.ones_like(index)
+    if rule is not None:
+        states, index, sizes = _merged(model, states[: tiles * tile_tokens(vision)], rule)
     return Pictures(
         states=states,
         index=index,

@@ -73,6 +73,8 @@ def is_other(first: torch.Tensor, second: torch.Tensor) -> bool | None:
         >>> is_other(mark, mark), is_other(mark, mark * 1.1), is_other(mark, mark * torch.nan)
         (False, True, None)
     """
+    if torch.equal(first, second):  # no NaN among them
+        return False
     if bool(first.isnan().all()) or bool(second.isnan().all()):
         return None
     if first.shape != second.shape or first.shape[1] != COLUMNS:

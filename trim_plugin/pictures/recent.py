@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,15 +14,18 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trim_plugin.arithmetic import checked_share
 from trim_plugin.forward.tower import find_model
 from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.encoding import encode_pictures
+from trim_plugin.pictures.encoding import encode_each
 from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.rgb import to_rgb
 from trim_plugin.selection.processors import ProcessorLike
 
 #: Bytes that are held unless something else is said: 20 whole pictures of the 11B model in bfloat16.
 DEFAULT_BYTES = 2**30
+#: What a picture shows, and how the tower has read it.
+Key = tuple[tuple[int, int], float | None, bytes]
 
 
 class RecentPictures:
@@ -69,7 +73,8 @@ class RecentPictures:
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._held: OrderedDict[tuple[Any, ...], Pictures] = OrderedDict()
+        self._held: OrderedDict[tuple[Key, bytes], Pictures] = OrderedDict()
+        self._nbytes = 0
         #: How often a picture went through the tower.
         self.encoded = 0
         #: How often one that was held, or lay in the folder, was asked for.
@@ -86,44 +91,86 @@ class RecentPictures:
             ValueError: no picture is given, or as for `encode_pictures`.
             OSError: a file of the folder cannot be written.
         """
-        if not pictures:
+        return self.several([pictures], tower_share)[0]
+
+    def several(
+        self, samples: Sequence[Sequence[Image.Image]], tower_share: float | None = None, at_a_time: int = 1
+    ) -> list[Pictures]:
+        """The pictures of several samples, each sample's in a row.
+
+        Args:
+            samples: for every sample its pictures.
+            tower_share: as for `encode_pictures`.
+            at_a_time: most pictures that the vision tower is given in one call.
+
+        Raises:
+            ValueError, OSError: as for a call.
+        """
+        if not all(samples):
             raise ValueError("No picture was given to RecentPictures. Ask about text alone without it.")
-        return functools.reduce(operator.add, [self._one(to_rgb(picture), tower_share) for picture in pictures])
+        shown = [[to_rgb(picture) for picture in own] for own in samples]
+        keys = [[self._key(picture, tower_share) for picture in own] for own in shown]
+        # What is held under one adapter is no answer under another, and is held for when that one comes back.
+        weights = hashlib.blake2b(fingerprint(find_model(self._model)).numpy().tobytes(), digest_size=20).digest()
+        found: dict[Key, Pictures] = {}
+        missing: dict[Key, Image.Image] = {}
+        for key, picture in zip(itertools.chain(*keys), itertools.chain(*shown), strict=True):
+            if key in found or key in missing:
+                self.reused += 1
+                continue
+            held = self._held.get((key, weights))
+            if held is None and self._folder is not None:
+                held = self._stored(self._folder / self._name(picture, tower_share))
+            if held is None:
+                missing[key] = picture
+            else:
+                self.reused += 1
+                self._hold((key, weights), held)
+                found[key] = held
+        waiting = list(missing.items())
+        for first in range(0, len(waiting), at_a_time):
+            part = waiting[first : first + at_a_time]
+            for (key, picture), made in zip(part, self._encode([own for _, own in part], tower_share), strict=True):
+                self._keep(picture, made, tower_share)
+                self._hold((key, weights), made)
+                found[key] = made
+        return [functools.reduce(operator.add, [found[key] for key in own]) for own in keys]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pictures held now."""
-        return sum(picture.nbytes for picture in self._held.values())
+        return self._nbytes
 
     def forget(self) -> None:
         """Hold nothing any more."""
         self._held.clear()
+        self._nbytes = 0
 
-    def _one(self, picture: Image.Image, tower_share: float | None) -> Pictures:
-        # What is held under one adapter is no answer under another, and is held for when that one comes back.
-        weights = hashlib.blake2b(fingerprint(find_model(self._model)).numpy().tobytes(), digest_size=20).digest()
-        shown = hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
-        key = (picture.size, tower_share, shown, weights)
-        held = self._held.get(key)
-        file = None if held is not None or self._folder is None else self._folder / self._name(picture, tower_share)
-        found = held if file is None else self._stored(file)
-        if found is None:
-            made = encode_pictures(self._model, self._processor, [picture], self._rule, tower_share=tower_share)
-            found = made.to("cpu")
-            self.encoded += 1
-            if file is not None:
-                try:
-                    found.save(file)
-                except OSError as error:
-                    said = f"cannot keep encoded pictures here: {error.strerror}"
-                    raise OSError(error.errno, said, str(file.parent)) from None
-        else:
-            self.reused += 1
-        self._held[key] = found
-        self._held.move_to_end(key)
-        while self.nbytes > self._most_bytes:
-            self._held.popitem(last=False)
-        return found
+    def _key(self, picture: Image.Image, tower_share: float | None) -> Key:
+        return picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
+
+    def _encode(self, pictures: Sequence[Image.Image], tower_share: float | None) -> list[Pictures]:
+        share = checked_share(tower_share)
+        made = encode_each(self._model, self._processor, pictures, self._rule, tower_share=share)
+        self.encoded += len(made)
+        return [one.to("cpu") for one in made]
+
+    def _hold(self, key: tuple[Key, bytes], pictures: Pictures) -> None:
+        before = self._held.pop(key, None)
+        self._nbytes += pictures.nbytes - (0 if before is None else before.nbytes)
+        self._held[key] = pictures
+        while self._nbytes > self._most_bytes:
+            self._nbytes -= self._held.popitem(last=False)[1].nbytes
+
+    def _keep(self, picture: Image.Image, made: Pictures, tower_share: float | None) -> None:
+        """In the folder, if there is one."""
+        if self._folder is None:
+            return
+        try:
+            made.save(self._folder / self._name(picture, tower_share))
+        except OSError as error:
+            said = f"cannot keep encoded pictures here: {error.strerror}"
+            raise OSError(error.errno, said, str(self._folder)) from None
 
     def _name(self, picture: Image.Image, tower_share: float | None) -> str:
         """Of the picture's file: what it shows, and what else its encoding depends on."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from trim_plugin.arithmetic import picture_tokens, tile_side
 from trim_plugin.compat import CACHE
@@ -18,7 +21,6 @@ from trim_plugin.selection.processors import TopKPerHead, VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 #: Pixels of a stripe over a dropped patch, of the overlay's longer side, and how much of the picture shows through: 255 none.
@@ -26,6 +28,22 @@ STRIPE, OVERLAY_SIDE, STRIPE_ALPHA = 4, 400, np.uint8(150)
 CLASS_TOKEN = "tab:cyan"
 #: How much of a region's colour lies over the picture.
 TINT = 0.55
+
+
+class KeptFigure(Figure):
+    """A matplotlib figure that a notebook shows where it is a cell's last line; no plotting backend is needed.
+
+    Example:
+        >>> KeptFigure(figsize=(1, 1))._repr_html_()[:32]
+        '<img style="max-width:100%" src='
+    """
+
+    def _repr_html_(self) -> str:
+        """The figure as a PNG within HTML."""
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=80)
+        data = base64.b64encode(file.getvalue()).decode()
+        return f'<img style="max-width:100%" src="data:image/png;base64,{data}">'
 
 
 class ScoreRecorder(VisualTokenProcessor):
@@ -112,7 +130,7 @@ def visualize(
         title: heading of the figure, for instance question and answer.
 
     Returns:
-        A matplotlib figure; save it with `figure.savefig("kept.png")`.
+        A matplotlib figure, which shows itself in a notebook; save it with `figure.savefig("kept.png")`.
 
     Raises:
         ValueError: the inputs hold no such picture, or the configuration is exact (then nothing is chosen).
@@ -182,11 +200,9 @@ def _draw(
     holding: np.ndarray | None,
     title: str | None,
 ) -> Figure:
-    from matplotlib.figure import Figure
-
     height, width = picture.shape[:2]
     panels = 2 if holding is None else 3
-    figure = Figure(figsize=(5.5 * panels, 1.9 + 5 * min(height / width, 2.0)), layout="constrained")
+    figure = KeptFigure(figsize=(5.5 * panels, 1.9 + 5 * min(height / width, 2.0)), layout="constrained")
     left, right, *last = figure.subplots(1, panels)
     patches, class_tokens = tile_map.patches(kept), tile_map.class_tokens(kept)
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
