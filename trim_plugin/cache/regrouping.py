@@ -18,7 +18,15 @@ _Run = tuple[int, int, Callable[[], slice | torch.Tensor | None]]
 
 
 def padded_columns(kept: KeptTokens) -> Columns:
-    """All sources' tokens side by side, in the sources' order: what a later turn goes on from."""
+    """All sources' tokens side by side, in the sources' order: what a later turn goes on from.
+
+    The record holds them: they are not to be changed.
+    """
+    found: Columns = kept.once("padded columns", kept.device, lambda: _padded_columns(kept))
+    return found
+
+
+def _padded_columns(kept: KeptTokens) -> Columns:
     parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
     count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}

@@ -174,7 +174,8 @@ class Turn:
         if not torch.equal(readable, cache.kept.readable[list(cache.kept.order)]):
             cache.unshare()
             columns = padded_columns(cache.kept)
-            columns.readable &= readable.to(columns.index.device).gather(1, columns.index // columns.tile_tokens)
+            still = readable.to(columns.index.device).gather(1, columns.index // columns.tile_tokens)
+            columns = dataclasses.replace(columns, readable=columns.readable & still)
             left = columns.readable.sum(dim=1).tolist()
             self._leave(cache, columns, left, readable, cache.kept.visible, cache.kept.token_bytes, cache.kept.sized)
         kept = cache.kept
