@@ -119,10 +119,8 @@ class Turn:
             )
 
     def note_tiles(self, cache: HeldCache, device: torch.device) -> Tiles:
-        """Every tile's visibility group, and whether decoding can read it after this turn; copied to the device at once.
-
-        Done for all samples before they are cut into micro-batches, or else by the first cross-attention layer.
-        """
+        """Every tile's visibility group, and whether decoding can read it after this turn; copied to the device at once, for all
+        samples before they are cut into micro-batches, or else by the first cross-attention layer."""
         if self.tiles is None:
             old_tiles = 0 if cache.kept is None else cache.kept.readable.shape[1]
             groups, readable = self.seen.groups(old_tiles), self._readable(cache)
