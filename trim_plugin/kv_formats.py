@@ -126,10 +126,13 @@ class FourBits(KVFormat):
 
     def quantize(self, rows: torch.Tensor) -> Quantized:
         """Codes and scales of rows."""
-        from bitsandbytes import functional
+        import bitsandbytes  # noqa: F401 - brings the operator
+        import torch
 
-        codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type=self.kind)
-        return Quantized(codes.view(*rows.shape[:2], -1), state.absmax.view(*rows.shape[:2], -1))
+        # The operator itself: `functional.quantize_4bit` also copies a table of levels to the device, which is not needed here.
+        quantize = torch.ops.bitsandbytes.quantize_4bit.default
+        codes, scales = quantize(rows, BLOCK, self.kind, torch.uint8)
+        return Quantized(codes.view(*rows.shape[:2], -1), scales.view(*rows.shape[:2], -1))
 
     def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
         """The rows again, in `dtype`."""

@@ -11,6 +11,7 @@ import torch
 
 from trim_plugin import TrimmedCache
 from trim_plugin.cache.report import held_bytes
+from trim_plugin.evaluation.peaks import in_use, peak_bytes, reset_peaks
 
 
 def synchronize(device: str) -> None:
@@ -32,12 +33,12 @@ def kv_bytes(model: Any, cache: Any) -> tuple[int, int]:
 
 
 def start_peak(device: str) -> int:
-    """Forget the peak so far; returns the bytes in use now: the process's, or the GPU allocator's."""
+    """Forget the peak so far; returns the bytes in use now: the process's, or all GPUs' allocators'."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        reset_peaks()
+        return in_use()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
@@ -45,7 +46,7 @@ def start_peak(device: str) -> int:
 
 def peak(device: str) -> int:
     """Most bytes in use since `start_peak`."""
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+    return peak_bytes() if device.startswith("cuda") else _status("VmHWM")
 
 
 def _status(name: str) -> int:

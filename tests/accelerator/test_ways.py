@@ -8,10 +8,13 @@ import importlib.util
 import pytest
 import torch
 
+from trim_plugin.cache import kept
 from trim_plugin.cache.held import HeldCache
+from trim_plugin.cache.kept import KeptTokens
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward import turn
+from trim_plugin.selection import visibility
 
 from .emulation import Emulation
 from .ways import ATTENTIONS, NEEDS_BITSANDBYTES, WAYS, WRITES, cpu_place, emulated_place
@@ -95,11 +98,32 @@ def samples_chosen_on_the_first_device(monkeypatch):
     monkeypatch.setattr(HeldCache, "batch_select_indices", batch_select_indices)
 
 
+def an_index_without_device(monkeypatch):
+    """Numbers that follow from what is kept are made where tensors are made by default, not on the record's device."""
+
+    def there(self, device):
+        return torch.tensor([list(self.order)] * 3)
+
+    monkeypatch.setattr(KeptTokens, "_numbers_on", there)
+
+
+def positions_made_on_the_host(monkeypatch):
+    """Which of the columns survive is counted on the host and not brought to the device."""
+    right = visibility.pack
+
+    def pack(chosen, longest=None):
+        return tuple(one.cpu() for one in right(chosen, longest))
+
+    monkeypatch.setattr(kept, "pack", pack)
+
+
 @pytest.mark.parametrize(
     ("mistake", "way", "devices", "message"),
     [
         (a_mask_on_the_cpu, "dropped", 1, "at least two devices, cpu and cuda:0"),
         (decoding_masks_on_the_first_device, "default", 2, "at least two devices, cuda:0 and cuda:1"),
+        (an_index_without_device, "beams, several returned", 1, r"same device as the indexed tensor \(cpu\)"),
+        (positions_made_on_the_host, "dropped", 1, "cpu and cuda:0|index is on cpu"),
         (samples_chosen_on_the_first_device, "by hand", 2, "indices are on cuda:0, the indexed tensor on cuda:1"),
     ],
 )

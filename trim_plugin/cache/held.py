@@ -210,7 +210,7 @@ class HeldCache(Cache):
         if not self.kept.shared or beam_idx.device.type == "cpu":
             self._follow(beam_idx.tolist())
             return
-        source = self.kept.source_of_sample
+        source = self.kept.sources_on(beam_idx.device)
         crossed = (source[beam_idx] != source).any()
         self._crossed = crossed if self._crossed is None else self._crossed | crossed
 

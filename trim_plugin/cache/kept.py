@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -77,6 +78,10 @@ class KeptTokens:
     dtype: torch.dtype
     sized: bool
     bucket: int = 0
+    #: What follows from it and is read on a device, by name and device: held there once, however many layers read it.
+    _there: dict[tuple[str, torch.device], Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     # -- what it says ---------------------------------------------------------------------------------------------
 
@@ -101,36 +106,72 @@ class KeptTokens:
         return max(own.width for own in self.classes)
 
     @functools.cached_property
-    def gather(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where in the batch the samples of the classes are, row by row and copy by copy, int64 (batch,), and the way back.
-
-        None if they follow each other.
-        """
+    def _by_class(self) -> list[int] | None:
+        """The samples class by class, row by row and copy by copy; None if that is the batch's order."""
         readers: dict[int, list[int]] = {}
         for sample, source in enumerate(self.order):
             readers.setdefault(source, []).append(sample)
         samples = [sample for own in self.classes for source in own.sources for sample in readers[source]]
-        if samples == list(range(len(samples))):
-            return None
-        back = sorted(range(len(samples)), key=samples.__getitem__)
-        places = torch.tensor([samples, back], device=self.classes[0].index.device)
-        return places[0], places[1]
+        return None if samples == list(range(len(samples))) else samples
 
-    @functools.cached_property
-    def closed_rows(self) -> torch.Tensor | None:
+    @property
+    def in_order(self) -> bool:
+        """Whether the samples of the classes, row by row and copy by copy, are the batch as it is."""
+        return self._by_class is None
+
+    # -- what of it is read on a device ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was made."""
+        return self.classes[0].index.device
+
+    def once(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made the first time that it is asked for on a device."""
+        if (name, device) not in self._there:
+            self._there[name, device] = make()
+        return self._there[name, device]
+
+    def _numbers_on(self, device: torch.device) -> torch.Tensor:
+        """int64 (1 or 3, batch), copied at once: each sample's source, and what `gather_on` returns."""
+        if device != self.device:
+            return self.once("numbers", device, lambda: self._numbers_on(self.device).to(device))
+        rows, samples = [list(self.order)], self._by_class
+        if samples is not None:
+            rows += [samples, sorted(range(len(samples)), key=samples.__getitem__)]
+        return self.once("numbers", device, lambda: torch.tensor(rows, device=device))
+
+    def sources_on(self, device: torch.device) -> torch.Tensor:
+        """`order` as int64 (batch,)."""
+        return self._numbers_on(device)[0]
+
+    def gather_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where in the batch the samples of the classes are, row by row and copy by copy, int64 (batch,), and the way back.
+
+        None if they follow each other.
+        """
+        return None if self.in_order else tuple(self._numbers_on(device)[1:])
+
+    def masks_on(self, device: torch.device) -> list[torch.Tensor | None]:
+        """Each class's `mask`."""
+        masks = [own.mask for own in self.classes]
+        return self.once("masks", device, lambda: [None if mask is None else mask.to(device) for mask in masks])
+
+    def closed_rows_on(self, device: torch.device) -> torch.Tensor | None:
         """For a decoding step's rows: (batch, 1, 1, 1) of 0 for samples without pictures, which a cross-attention layer leaves as
         they are, and 1 for others; None if there are none such.
         """
         if all(count for own in self.classes for count in own.counts):
             return None
         seen = [float(count > 0) for count in self.counts()]
-        return torch.tensor(seen, dtype=self.dtype, device=self.classes[0].index.device).view(-1, 1, 1, 1)
+        return self.once(
+            "closed rows", device, lambda: torch.tensor(seen, dtype=self.dtype, device=device).view(-1, 1, 1, 1)
+        )
 
     @classmethod
     def without_pictures(cls, sources: int, like: KeptTokens) -> KeptTokens:
         """The record of samples of text alone, to stand beside another one's."""
-        device = like.classes[0].index.device
-        nothing = torch.empty(sources, 0, dtype=torch.long, device=device)
+        nothing = torch.empty(sources, 0, dtype=torch.long, device=like.device)
         numbers = tuple(range(sources))
         return dataclasses.replace(
             like,
@@ -139,11 +180,6 @@ class KeptTokens:
             visible=torch.zeros(sources, dtype=torch.long, device=like.visible.device),
             readable=torch.zeros(sources, like.readable.shape[1], dtype=torch.bool),
         )
-
-    @functools.cached_property
-    def source_of_sample(self) -> torch.Tensor:
-        """`order` as int64 (batch,) on the device."""
-        return torch.tensor(self.order, device=self.classes[0].index.device)
 
     def of_samples(self, name: str) -> list[torch.Tensor]:
         """For every sample what its class's `index` or `sizes` says of the tokens that are kept."""
@@ -188,16 +224,19 @@ class KeptTokens:
             The record, and what of the columns goes into each of its classes.
         """
         found = classify(readable, [1] * len(readable), bucket)
-        uploaded = _Uploaded([source for sources, _ in found for source in sources], readable, columns.index.device)
+        uploaded = Uploaded(columns.index.device)
+        planned = [
+            (uploaded.rows(sources), uploaded.add([readable[source] for source in sources])) for sources, _ in found
+        ]
         classes, picked = [], []
-        for sources, width in found:
-            rows, counts = uploaded.rows(sources), tuple(readable[source] for source in sources)
+        for (sources, width), (rows_there, counts_there) in zip(found, planned, strict=True):
+            rows, counts = rows_there(), tuple(readable[source] for source in sources)
             own = take(columns.readable & columns.valid, rows)
             index, sizes, positions = take(columns.index, rows), take(columns.sizes, rows), None
             if width != own.shape[1] or min(counts) < width:
                 positions = pack(own, longest=width)[0]
                 index, sizes = index.gather(1, positions), sizes.gather(1, positions)
-            valid = None if min(counts) == width else uploaded.valid(sources, width)
+            valid = None if min(counts) == width else first_places(counts_there(), width)
             classes.append(width_class(sources, counts, 1, index, sizes, valid, dtype, sized, bucket))
             picked.append(Picked(rows, positions))
         order = tuple(range(len(readable)))
@@ -229,36 +268,43 @@ def width_class(
     return WidthClass(tuple(sources), counts, copies, index, sizes, mask)
 
 
-def valid_places(counts: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
-    """bool (rows, width): the first places of every row, as many as it keeps."""
-    if min(counts) == width:
-        return torch.ones(len(counts), width, dtype=torch.bool, device=device)
-    return torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+def first_places(counts: torch.Tensor, width: int) -> torch.Tensor:
+    """bool (rows, width): the first places of every row, as many as it keeps, int64 (rows,)."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
-class _Uploaded:
-    """Sources, class by class, and their counts, copied to the device at once where anything there needs them."""
+class Uploaded:
+    """Lists of whole numbers that are copied to a device together, once any of them is needed there.
 
-    def __init__(self, sources: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
-        self._sources = list(sources)
-        self._counts = [counts[source] for source in sources]
+    Example:
+        >>> uploaded = Uploaded(torch.device("cpu"))
+        >>> counts, neighbours, others = uploaded.add([5, 7]), uploaded.rows([1, 2]), uploaded.rows([0, 2])
+        >>> counts(), neighbours(), others()
+        (tensor([5, 7]), slice(1, 3, None), tensor([0, 2]))
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._numbers: list[int] = []
         self._tensor: torch.Tensor | None = None
 
-    def _of(self, sources: Sequence[int], which: int) -> torch.Tensor:
-        if self._tensor is None:
-            self._tensor = torch.tensor([self._sources, self._counts], device=self._device)
-        start = self._sources.index(sources[0])
-        return self._tensor[which, start : start + len(sources)]
+    def add(self, numbers: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """Note a list, before the first is needed; returns what gives it on the device."""
+        start, end = len(self._numbers), len(self._numbers) + len(numbers)
+        self._numbers += numbers
 
-    def rows(self, sources: Sequence[int]) -> slice | torch.Tensor:
-        """Where these sources lie in a tensor of all."""
-        follow = list(sources) == list(range(sources[0], sources[0] + len(sources)))
-        return slice(sources[0], sources[0] + len(sources)) if follow else self._of(sources, 0)
+        def there() -> torch.Tensor:
+            if self._tensor is None:
+                self._tensor = torch.tensor(self._numbers, device=self._device)
+            return self._tensor[start:end]
 
-    def valid(self, sources: Sequence[int], width: int) -> torch.Tensor:
-        """bool (sources, width): the first places of every row, as many as it keeps."""
-        return torch.arange(width, device=self._device) < self._of(sources, 1)[:, None]
+        return there
+
+    def rows(self, rows: Sequence[int]) -> Callable[[], slice | torch.Tensor]:
+        """The same for rows of a tensor: a slice where they follow each other, which needs no copy."""
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return lambda: slice(rows[0], rows[0] + len(rows))
+        return self.add(rows)
 
 
 def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:

@@ -154,9 +154,9 @@ class CrossAttentionLayer(DynamicLayer):
         """All sources' tokens in one store, in the sources' order."""
         if self.kept is None:
             raise ValueError("This layer holds no picture.")
-        if len(self.stores) == 1 and self.kept.gather is None:
+        if len(self.stores) == 1 and self.kept.in_order:
             return self.stores[0]
-        return _assembled([self.stores], side_by_side(self.kept), self.kept.width)
+        return _assembled([self.stores], side_by_side(self.kept, self.device), self.kept.width)
 
     def _encoded(self, store: Store) -> Store:
         return Blocks.of(store, self.format) if self.format is not None and isinstance(store, Plain) else store
@@ -186,8 +186,9 @@ class CrossAttentionLayer(DynamicLayer):
             stores = [self._buffered(*stores)]
         self.kept, self.stores = kept, stores
         self.places = sum(own.index.numel() for own in kept.classes)
-        self.masks = [None if own.mask is None else own.mask.to(self.device) for own in kept.classes]
-        self.gather = None if kept.gather is None else (kept.gather[0].to(self.device), kept.gather[1].to(self.device))
+        if kept.shared:
+            kept.sources_on(self.device)  # copied now, not at the first step
+        self.masks, self.gather = kept.masks_on(self.device), kept.gather_on(self.device)
 
     def _buffered(self, store: Store) -> Store:
         """The store in buffers: those that there are if they fit, else new ones."""
@@ -259,9 +260,9 @@ def of_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
         return of_sources
     if kept.sources == 1:
         return of_sources.expand(len(kept.order), *[-1] * (of_sources.ndim - 1))
-    if kept.gather is None and len(kept.classes) == 1:
+    if kept.in_order and len(kept.classes) == 1:
         return of_sources.repeat_interleave(kept.classes[0].copies, dim=0)
-    return of_sources.index_select(0, kept.source_of_sample.to(of_sources.device))
+    return of_sources.index_select(0, kept.sources_on(of_sources.device))
 
 
 def _assembled(sources: Sequence[Sequence[Store]], parts: Parts, width: int) -> Store:

@@ -112,11 +112,14 @@ def _read_once(layer: CrossAttentionLayer, query: torch.Tensor, shared: int, sca
 def _padded_mask(layer: CrossAttentionLayer) -> torch.Tensor | None:
     """What a decoding step's row may read of the padded tensors, (batch, 1, 1, tokens); None if everything."""
     kept, device = layer.kept, layer.stores[0].tensors[0].device
-    if len(kept.classes) == 1 and kept.gather is None:
+    if len(kept.classes) == 1 and kept.in_order:
         return None if layer.masks[0] is None else of_samples(layer.masks[0], kept)
-    columns = padded_columns(kept)
-    mask = add_log_sizes(open_mask(columns.valid, 1, kept.dtype), columns.sizes)
-    return of_samples(mask.to(device), kept)
+
+    def made() -> torch.Tensor:
+        columns = padded_columns(kept)
+        return add_log_sizes(open_mask(columns.valid, 1, kept.dtype), columns.sizes).to(device)
+
+    return of_samples(kept.once("padded mask", device, made), kept)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from trim_plugin.arithmetic import classify
-from trim_plugin.cache.kept import KeptTokens, take, valid_places, width_class
+from trim_plugin.cache.kept import KeptTokens, Uploaded, first_places, take, width_class
 from trim_plugin.cache.stores import padded_join
 from trim_plugin.selection.select import Columns
 
 #: A width class put together from held ones: (which cache, which of its classes, rows; None for all of them) in order.
 Parts = list[tuple[int, int, slice | torch.Tensor | None]]
+#: The same before the rows have been copied to the device.
+_Run = tuple[int, int, Callable[[], slice | torch.Tensor | None]]
 
 
 def padded_columns(kept: KeptTokens) -> Columns:
-    """All sources' tokens side by side, in the sources' order: what a later turn goes on from."""
-    parts, width = side_by_side(kept), kept.width
+    """All sources' tokens side by side, in the sources' order: what a later turn goes on from.
+
+    The record holds them: they are not to be changed.
+    """
+    found: Columns = kept.once("padded columns", kept.device, lambda: _padded_columns(kept))
+    return found
+
+
+def _padded_columns(kept: KeptTokens) -> Columns:
+    parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
     count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}
-    valid = valid_places([count_of[source] for source in range(kept.sources)], width, index.device)
+    counts = [count_of[source] for source in range(kept.sources)]
+    # One copy for both: how many tokens each has, and which tiles it can read.
+    numbers = torch.cat([torch.tensor(counts)[:, None], kept.readable], dim=1).to(device)
+    valid = first_places(numbers[:, 0], width)
     return Columns(
         index=index,
         valid=valid,
         sizes=sizes,
         group=torch.full_like(index, -1),
-        readable=kept.readable.to(index.device).gather(1, index // kept.tile_tokens) & valid,
+        readable=(numbers[:, 1:].gather(1, index // kept.tile_tokens) != 0) & valid,
         first_new=width,
         tile_tokens=kept.tile_tokens,
     )
 
 
-def side_by_side(kept: KeptTokens) -> Parts:
-    """All sources in their order, as one class."""
-    return _runs([(0, source) for source in range(kept.sources)], [kept])
+def side_by_side(kept: KeptTokens, device: torch.device) -> Parts:
+    """All sources in their order, as one class; rows are told where they are read."""
+
+    def made() -> Parts:
+        uploaded = Uploaded(device)
+        runs = _runs([(0, source) for source in range(kept.sources)], [kept], uploaded)
+        return [(record, number, rows()) for record, number, rows in runs]
+
+    found: Parts = kept.once("side by side", device, made)
+    return found
 
 
 def regrouped(
@@ -63,12 +83,16 @@ def regrouped(
     ]
     counts = [count_of[record][source] for record, source in sources]
     first, sized = records[0], any(record.sized for record in records)
-    classes, recipe = [], []
+    uploaded, planned = Uploaded(first.device), []
     for members, width in classify(counts, copies, bucket):
-        parts = _runs([sources[source] for source in members], records)
-        index, sizes = (_assembled(records, parts, name, width, fill) for name, fill in (("index", 0), ("sizes", 1)))
+        runs = _runs([sources[source] for source in members], records, uploaded)
         own = tuple(counts[source] for source in members)
-        valid = None if min(own) == width else valid_places(own, width, index.device)
+        planned.append((members, width, own, runs, uploaded.add(own)))
+    classes, recipe = [], []
+    for members, width, own, runs, counts_there in planned:
+        parts = [(record, number, rows()) for record, number, rows in runs]
+        index, sizes = (_assembled(records, parts, name, width, fill) for name, fill in (("index", 0), ("sizes", 1)))
+        valid = None if min(own) == width else first_places(counts_there(), width)
         classes.append(width_class(members, own, copies[members[0]], index, sizes, valid, first.dtype, sized, bucket))
         recipe.append((parts, width))
     visible = torch.stack([records[record].visible[source] for record, source in sources])
@@ -89,7 +113,7 @@ def regrouped(
     ), recipe
 
 
-def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens]) -> Parts:
+def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens], uploaded: Uploaded) -> list[_Run]:
     """Where sources, (record, source), lie: neighbours in one class are one part."""
     place_of = [
         {source: (number, row) for number, own in enumerate(record.classes) for row, source in enumerate(own.sources)}
@@ -102,12 +126,15 @@ def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens]) -> P
             runs[-1][2].append(row)
         else:
             runs.append((record, number, [row]))
-    parts: Parts = []
+    found: list[_Run] = []
     for record, number, rows in runs:
-        own = records[record].classes[number]
-        whole = rows == list(range(len(own.sources)))
-        parts.append((record, number, None if whole else _rows(rows, own.index.device)))
-    return parts
+        whole = rows == list(range(len(records[record].classes[number].sources)))
+        found.append((record, number, _everything if whole else uploaded.rows(rows)))
+    return found
+
+
+def _everything() -> None:
+    """All rows of a class."""
 
 
 def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: int, fill: int = 0) -> torch.Tensor:
@@ -117,10 +144,3 @@ def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: in
         tensor = getattr(records[record].classes[number], name)
         tensors.append(tensor if rows is None else take(tensor, rows))
     return padded_join([tensor.to(tensors[0].device) for tensor in tensors], width, dim=1, fill=fill)
-
-
-def _rows(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
-    """Rows of a tensor: a slice where they follow each other, which needs no copy to the device."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)

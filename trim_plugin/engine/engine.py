@@ -14,7 +14,7 @@ from typing import Any
 
 from trim_plugin.asking.prompts import decoded, read_prompt
 from trim_plugin.config import TrimConfig
-from trim_plugin.engine.memory import Room
+from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.request import Request, Sampling
 from trim_plugin.engine.scheduler import EngineClosed, Scheduler
 from trim_plugin.forward.finding import find_text_model
@@ -55,7 +55,8 @@ class Engine:
             meanwhile.
         processor: its `MllamaProcessor`.
         config: of the trimmed caches; a dict of `TrimConfig`'s fields does as well.
-        memory: bytes that keys and values of running requests may take; None takes what the model's device has free.
+        memory: bytes that keys and values of running requests may take, on all devices together; None takes most of what each
+            GPU has free that holds a part of the model, and counts on each what its layers keep there.
         max_running: requests that run at once.
         picture_bytes: bytes of encoded pictures that are held, in main memory, for requests that ask about them again.
         picture_folder: where they are kept on disk as well, for later runs; None keeps none.
@@ -150,11 +151,12 @@ class Engine:
             prompt = read_prompt(self._processor, row, Path(), most, sampling.max_new_tokens)
             text, tokens, tiles = prompt.text, prompt.tokens, prompt.tiles
             own = [decoded(picture) for picture in prompt.pictures]
-        needed = self._room.text_bytes(tokens + sampling.max_new_tokens) + self._room.visual_bytes(tiles)
-        if not self._room.fits(0, needed):
+        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), self._room.visual_bytes(tiles))
+        lacking = self._room.lacking(Taken(), needed)
+        if lacking is not None:
             raise ValueError(
-                f"This request may take {needed} bytes of keys and values, but the engine has {self._room.memory} in all. Ask "
-                "for fewer new tokens or about fewer pictures, keep fewer visual tokens, or give the engine more memory."
+                f"This request may take {lacking}. Ask for fewer new tokens or about fewer pictures, keep fewer visual tokens, "
+                "or give the engine more memory."
             )
         request = Request(text, own, sampling, config, tokens, needed, listener)
         self._scheduler.put(request)

@@ -1,18 +1,62 @@
-"""How many bytes a request takes while it runs, and how many there are."""
+"""How many bytes a request takes while it runs, and how many there are, on every device."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.config import TrimConfig
+from trim_plugin.forward.hooks import find_text_model
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning.planner import expected_kept_share
 
 #: Share of a device's free memory that running requests may take; the rest is for the forwards' own work.
 OF_FREE_MEMORY = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """Bytes of keys and values in all layers: of text in self-attention layers, of visual tokens in cross-attention layers.
+
+    Example:
+        >>> (Taken(text=10, visual=5) + Taken(visual=1)).total
+        16
+    """
+
+    text: int = 0
+    visual: int = 0
+
+    def __add__(self, other: Taken) -> Taken:
+        return Taken(self.text + other.text, self.visual + other.visual)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.text + self.visual
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A device's part of a model: how many of its layers keep keys and values there, and the bytes for them.
+
+    Args:
+        device: where.
+        text: share of all self-attention layers.
+        visual: share of all cross-attention layers.
+        memory: bytes that running requests may take there; None sets no limit.
+    """
+
+    device: torch.device
+    text: float
+    visual: float
+    memory: int | None
+
+    def bytes_of(self, taken: Taken) -> int:
+        """What of it lies here."""
+        return int(self.text * taken.text + self.visual * taken.visual)
 
 
 class Room:
@@ -24,7 +68,8 @@ class Room:
     Args:
         model: the model.
         config: of the trimmed cache.
-        memory: bytes; None takes a share of what the model's device has free, and on a CPU sets no limit.
+        memory: bytes, on all devices together; None takes a share of what each GPU has free that holds a part of the model, and
+            counts on each what lies there. A CPU sets no limit.
 
     Example:
         >>> from trim_plugin.embedded import load_small_model
@@ -47,9 +92,9 @@ class Room:
         self._visual = kept * crossing
         self._tile_tokens = tile_tokens(vision)
         self._kept_share = 1.0 if config.top_k_ratio is None else expected_kept_share(config.top_k_ratio)
-        if memory is None and model.device.type == "cuda":
-            memory = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(model.device)[0])
         self.memory = memory
+        #: What each device holds; empty where `memory` is given.
+        self.parts = [] if memory is not None else parts_of(model)
 
     def text_bytes(self, tokens: int) -> int:
         """Of a text of so many tokens."""
@@ -63,6 +108,49 @@ class Room:
         """Of visual tokens that are kept."""
         return kept * self._visual
 
-    def fits(self, taken: int, needed: int) -> bool:
+    def fits(self, taken: Taken, needed: Taken) -> bool:
         """Whether so many bytes more can be taken."""
-        return self.memory is None or taken + needed <= self.memory
+        return self.lacking(taken, needed) is None
+
+    def lacking(self, taken: Taken, needed: Taken) -> str | None:
+        """What there is too little of for so many bytes more; None if they fit."""
+        both = taken + needed
+        if self.memory is not None and both.total > self.memory:
+            return f"{needed.total} bytes of keys and values, but the engine has {self.memory} in all"
+        for part in self.parts:
+            if part.memory is not None and part.bytes_of(both) > part.memory:
+                own = part.bytes_of(needed)
+                return f"{own} bytes of keys and values on {part.device}, but the engine has {part.memory} there"
+        return None
+
+
+def parts_of(model: Any) -> list[Part]:
+    """Where a model's layers keep keys and values, and how many bytes running requests may take there.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> parts_of(load_small_model()[0])
+        [Part(device=device(type='cpu'), text=1.0, visual=1.0, memory=None)]
+    """
+    text_model = find_text_model(model)
+    crossing = set(text_model.config.cross_attention_layers)
+    sides: tuple[list[torch.device], list[torch.device]] = ([], [])
+    for number, layer in enumerate(text_model.layers):
+        sides[number in crossing].append(device_of(layer))
+    text, visual = sides
+    return [
+        Part(device, text.count(device) / max(1, len(text)), visual.count(device) / max(1, len(visual)), _free(device))
+        for device in dict.fromkeys(text + visual)
+    ]
+
+
+def device_of(layer: torch.nn.Module) -> torch.device:
+    """Where a layer runs: accelerate may keep its weights elsewhere meanwhile."""
+    device: Any = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return next(layer.parameters()).device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _free(device: torch.device) -> int | None:
+    return int(OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

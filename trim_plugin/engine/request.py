@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from trim_plugin.engine.memory import Taken
 from trim_plugin.pictures.encoded import Pictures
 
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -119,7 +120,7 @@ class Request:
         sampling: Sampling,
         config: Any,
         prompt_tokens: int,
-        needed: int,
+        takes: Taken,
         listener: Callable[[str | None], None] | None = None,
     ) -> None:
         self.sampling, self.config, self.prompt_tokens = sampling, config, prompt_tokens
@@ -130,8 +131,8 @@ class Request:
         self.prompt, self.pictures = prompt, pictures
         #: How many pictures there are.
         self.shown = len(pictures.tiles if isinstance(pictures, Pictures) else pictures)
-        #: Bytes that it will take while it runs, expected.
-        self.needed = needed
+        #: What it will take while it runs, expected; and its bytes in all.
+        self.takes, self.needed = takes, takes.total
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._done = threading.Event()
         self._cancelled = threading.Event()

@@ -13,7 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from trim_plugin.arithmetic import pictures_at_a_time, pictures_read_together
 from trim_plugin.asking.answers import Inputs
 from trim_plugin.config import TrimConfig
-from trim_plugin.engine.memory import Room
+from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.request import Request
 from trim_plugin.engine.running import Running, RunningBatch
 from trim_plugin.engine.sampling import Drawer, Writer, choose
@@ -146,12 +146,12 @@ class Scheduler:
                 "cancelled"
             )
 
-    def _taken(self) -> int:
+    def _taken(self) -> Taken:
         longest = sum(
             self._room.text_bytes(row.request.prompt_tokens + row.request.sampling.max_new_tokens)
             for row in self._batch.rows
         )
-        return longest + sum(row.visual_bytes for row in self._batch.rows)
+        return Taken(longest, sum(row.visual_bytes for row in self._batch.rows))
 
     def _admit(self) -> None:
         """Read at most one micro-batch of those who have waited longest, all with pictures or all without."""
@@ -169,9 +169,9 @@ class Scheduler:
                 shown += request.shown
                 if chosen and (shown > self._read_together or not _alike(request, chosen[0][0])):
                     break
-                if not self._room.fits(taken, request.needed) and (chosen or self._batch.rows):
+                if not self._room.fits(taken, request.takes) and (chosen or self._batch.rows):
                     break
-                taken += request.needed
+                taken += request.takes
                 chosen.append(self._waiting.popleft())
         if not chosen:
             return

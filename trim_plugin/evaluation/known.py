@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 
 from trim_plugin.evaluation.log import Answer
+from trim_plugin.evaluation.peaks import peak_bytes, reset_peaks
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.recent import RecentPictures
@@ -55,10 +55,10 @@ class KnownPictures:
             self._warm = True
         before, start = self._recent.encoded, time.perf_counter()
         if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            reset_peaks()
         found = self._recent(pictures, tower_share)
         if self._recent.encoded > before:
-            peak = torch.cuda.max_memory_allocated() if self._on_gpu else 0
+            peak = peak_bytes() if self._on_gpu else 0
             self._costs[question.pictures, tower_share] = time.perf_counter() - start, peak
         return found
 

@@ -15,6 +15,7 @@ from trim_plugin.asking.rows import Row
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.evaluation.known import KnownPictures
 from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
+from trim_plugin.evaluation.peaks import peak_bytes, reset_peaks
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.encoded import Pictures
@@ -128,7 +129,7 @@ def _generate(model: Any, processor: Any, asked: _Asked) -> Answer:
     on_gpu = inputs["input_ids"].is_cuda
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        reset_peaks()
     start = time.perf_counter()
     if asked.encoded is not None:
         settings = {CACHE: TrimmedCache(model, variant.config, pictures=asked.encoded)}
@@ -144,7 +145,7 @@ def _generate(model: Any, processor: Any, asked: _Asked) -> Answer:
         text=processor.decode(new, skip_special_tokens=True).strip(),
         seconds=seconds,
         new_tokens=len(new),
-        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+        peak_bytes=peak_bytes() if on_gpu else 0,
     )
     if variant.config is None:
         return answer

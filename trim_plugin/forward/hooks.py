@@ -170,10 +170,9 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
         if first and not torch.compiler.is_compiling():
             _check_cache(layer, cache, hidden_states)
-        given = {**kwargs, "cross_attention_mask": None}
-        if not torch.compiler.is_compiling() and cache.kept.closed_rows is not None:
-            given["full_text_row_masked_out_mask"] = cache.kept.closed_rows.to(hidden_states.device)
-        return args, given
+        closed = None if torch.compiler.is_compiling() else cache.kept.closed_rows_on(hidden_states.device)
+        rows = {} if closed is None else {"full_text_row_masked_out_mask": closed}
+        return args, {**kwargs, "cross_attention_mask": None, **rows}
     if first:
         _check_cache(layer, cache, hidden_states)
         cache.turn = cache.turn or Turn()

@@ -28,6 +28,7 @@ from trim_plugin.selection.scoring import visual_token_scores
 from trim_plugin.selection.select import Columns, Selection, select
 from trim_plugin.selection.visibility import (
     LOST_TOKENS,
+    Tiles,
     Visibility,
     add_log_sizes,
     check_columns,
@@ -59,6 +60,8 @@ class Turn:
     tile_tokens: int = 1
     #: Whether `seen` and `padding` are there already for the next forward.
     looked: bool = False
+    #: What follows from `seen` for every tile, see `note_tiles`.
+    tiles: Tiles | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
     new: EncodedBatch | None = None
     #: Set when the first cross-attention layer is about to run: from then on a failure leaves the cache neither old nor new.
@@ -74,6 +77,8 @@ class Turn:
     columns: Columns | Any = None
     groups: int = 0
     readable: torch.Tensor | Any = None
+    #: How many columns of every sample decoding could read if all were kept, where that is known without counting.
+    all_readable: list[int] | None = None
     sized: bool = False
     open_mask: torch.Tensor | Any = None
     #: What the cache holds after the turn, and which of the columns these are; None if that is what it held before.
@@ -88,7 +93,13 @@ class Turn:
             padding=None if self.padding is None else self.padding[samples],
             tile_tokens=self.tile_tokens,
             looked=self.looked,
+            tiles=None if self.tiles is None else self.tiles.of_samples(samples),
         )
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether it is known that no text row is padding."""
+        return self.seen is not None and not bool(self.seen.padding.any())
 
     def look(
         self,
@@ -100,13 +111,22 @@ class Turn:
     ) -> None:
         """Read what a model is called with: `cross_attention_mask` and `attention_mask` of `rows` text rows."""
         self.tile_tokens, self.looked = tile_tokens(vision_config), True
-        self.seen = None
+        self.seen = self.tiles = None
         past = int(cache.get_seq_length())
         self.padding = padding_of(attention_mask, past, rows)
         if mask is not None and mask.ndim == 4:
             self.seen = of_tiles(
                 mask if mask.shape[1] == rows else mask[:, past : past + rows], self.padding, self.tile_tokens
             )
+
+    def note_tiles(self, cache: HeldCache, device: torch.device) -> Tiles:
+        """Every tile's visibility group, and whether decoding can read it after this turn; copied to the device at once, for all
+        samples before they are cut into micro-batches, or else by the first cross-attention layer."""
+        if self.tiles is None:
+            old_tiles = 0 if cache.kept is None else cache.kept.readable.shape[1]
+            groups, readable = self.seen.groups(old_tiles), self._readable(cache)
+            self.tiles = Tiles(groups, readable, torch.stack([groups, readable.long()]).to(device))
+        return self.tiles
 
     # -- before the first cross-attention layer --------------------------------------------------------------------
 
@@ -154,14 +174,17 @@ class Turn:
         if not torch.equal(readable, cache.kept.readable[list(cache.kept.order)]):
             cache.unshare()
             columns = padded_columns(cache.kept)
-            columns.readable &= readable.to(columns.index.device).gather(1, columns.index // columns.tile_tokens)
+            still = readable.to(columns.index.device).gather(1, columns.index // columns.tile_tokens)
+            columns = dataclasses.replace(columns, readable=columns.readable & still)
             left = columns.readable.sum(dim=1).tolist()
             self._leave(cache, columns, left, readable, cache.kept.visible, cache.kept.token_bytes, cache.kept.sized)
         kept = cache.kept
         columns = padded_columns(kept)
         index, valid, sizes = columns.index, columns.valid, columns.sizes
         if kept.shared:
-            index, valid, sizes = (tensor.index_select(0, kept.source_of_sample) for tensor in (index, valid, sizes))
+            index, valid, sizes = (
+                tensor.index_select(0, kept.sources_on(index.device)) for tensor in (index, valid, sizes)
+            )
         self.mask = open_mask(valid, rows, kept.dtype) if mask is None else take_columns(mask, index, valid)
         if kept.sized:
             self.mask = add_log_sizes(self.mask, sizes)
@@ -175,9 +198,9 @@ class Turn:
             new = torch.arange(self.states.shape[1], device=device).expand(len(self.states), -1)
             sizes, valid, complete = torch.ones_like(new), torch.ones_like(new, dtype=torch.bool), True
         old_tiles = 0 if held is None else held.readable.shape[1]
-        self.readable, groups = self._readable(cache), self.seen.groups(old_tiles)
-        self.groups = int(groups.max()) + 1
-        group_of_tile, readable = torch.stack([groups, self.readable.long()]).to(device)  # one copy for both
+        tiles = self.note_tiles(cache, device)
+        self.readable, self.groups = tiles.readable, int(tiles.groups.max()) + 1
+        group_of_tile, readable = tiles.there.to(device)
         index = new + old_tiles * of_tile if old_tiles else new
         tile = index // of_tile
         self.columns = Columns(
@@ -192,6 +215,8 @@ class Turn:
         if held is not None:
             self.columns = padded_columns(held).followed_by(self.columns, readable != 0)
         self.sized = not complete or (held is not None and held.sized)
+        if held is None and complete:
+            self.all_readable = (self.readable.sum(dim=1) * of_tile).tolist()
         if mask is None:
             _warn_without_mask()
             self.open_mask = open_mask(self.columns.valid, rows, self.states.dtype)
@@ -236,7 +261,9 @@ class Turn:
             scores = visual_token_scores(
                 queries, keys, self.seen, columns.tile_of, attention_of(layer).scaling, log_sizes
             )
-        chosen = select(scores, keys, self.states, columns, self.groups, config.processor_list, config.merge)
+        chosen = select(
+            scores, keys, self.states, columns, self.groups, config.processor_list, config.merge, self.all_readable
+        )
         visible = (columns.sizes * (columns.group >= 0)).sum(dim=1)
         if cache.kept is not None:
             visible = visible + cache.kept.visible

@@ -92,23 +92,20 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         ValueError: something does not fit; the message names the argument and what to do.
     """
     attention_mask = inputs.get("attention_mask")
-    if attention_mask is not None and not bool(attention_mask.any(dim=-1).all()):
-        sample = int((~attention_mask.any(dim=-1)).nonzero()[0])
-        raise ValueError(
-            f"attention_mask is 0 for every token of sample {sample}: there is no text to go on from. Give the mask that "
-            "the processor returns, 1 for text and 0 for padding, or leave the sample out."
-        )
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
-        _check_pictures(pixel_values, inputs, batch, finite=not cache.config.exact)
+        _check_pictures(pixel_values, inputs, batch)
     if cache.pictures is not None:
         _check_encoded(model, cache, pixel_values, batch // copies)
     # Without a vision config it is a text model that is given prepared states and an additive mask.
-    if mask is not None and hasattr(model.config, "vision_config"):
+    of_tiles = mask is not None and hasattr(model.config, "vision_config")
+    if mask is not None and of_tiles:
         _check_mask(mask, batch)
         _check_mask_rows(mask, cache, inputs)
-        if pixel_values is not None or cache.pictures is not None or cache.kept is not None:
-            _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask)
+    _check_values(attention_mask, None if cache.config.exact else pixel_values, mask if of_tiles else None)
+    shows = pixel_values is not None or cache.pictures is not None or cache.kept is not None
+    if mask is not None and of_tiles and shows:
+        _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask)
 
 
 def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
@@ -131,7 +128,43 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
         )
 
 
-def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch: int, finite: bool) -> None:
+def _check_values(
+    attention_mask: torch.Tensor | None, pixel_values: torch.Tensor | None, mask: torch.Tensor | None
+) -> None:
+    """Check the values of what is given, at one look at the device."""
+    # Per message, the flag of every sample, True where something is wrong.
+    found: list[tuple[str, torch.Tensor]] = []
+    if attention_mask is not None:
+        found.append((NO_TEXT, ~attention_mask.any(dim=-1).flatten()))
+    if pixel_values is not None:
+        found.append((NOT_FINITE, ~pixel_values.isfinite().all()[None]))
+    if mask is not None:
+        found.append((NOT_A_MASK, ~((mask == 0) | (mask == 1)).all()[None]))
+    if not found:
+        return
+    device = found[0][1].device
+    wrong = torch.cat([flags.to(device) for _, flags in found]).tolist()
+    for message, flags in found:
+        own, wrong = wrong[: len(flags)], wrong[len(flags) :]
+        if any(own):
+            raise ValueError(message.format(sample=own.index(True)))
+
+
+NO_TEXT = (
+    "attention_mask is 0 for every token of sample {sample}: there is no text to go on from. Give the mask that the processor "
+    "returns, 1 for text and 0 for padding, or leave the sample out."
+)
+NOT_FINITE = (
+    "pixel_values hold NaN or inf: no head could choose visual tokens. Mend the picture or its preprocessing; top_k_ratio=1.0 "
+    "chooses nothing and does what transformers does with such a picture."
+)
+NOT_A_MASK = (
+    "cross_attention_mask holds values other than 0 and 1. It is not additive: 1 lets a text token read a tile, 0 does not. Pass "
+    "what the processor returns."
+)
+
+
+def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch: int) -> None:
     if inputs.get("aspect_ratio_ids") is None:
         raise ValueError(
             "pixel_values were given without aspect_ratio_ids, which say how each picture is tiled. Pass everything that "
@@ -141,11 +174,6 @@ def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch
         raise ValueError(
             f"pixel_values must have the shape ({batch} samples, pictures, tiles, channels, height, width) here, got "
             f"{tuple(pixel_values.shape)}. Pass what the processor returns."
-        )
-    if finite and not bool(pixel_values.isfinite().all()):
-        raise ValueError(
-            "pixel_values hold NaN or inf: no head could choose visual tokens. Mend the picture or its preprocessing; "
-            "top_k_ratio=1.0 chooses nothing and does what transformers does with such a picture."
         )
 
 
@@ -168,11 +196,6 @@ def _check_mask(mask: torch.Tensor, batch: int) -> None:
         raise ValueError(
             f"cross_attention_mask must have the shape ({batch} samples, text tokens, pictures, tiles) here, got "
             f"{tuple(mask.shape)}. Pass what the processor returns."
-        )
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "cross_attention_mask holds values other than 0 and 1. It is not additive: 1 lets a text token read a tile, 0 does "
-            "not. Pass what the processor returns."
         )
 
 

@@ -197,7 +197,10 @@ def read_in_micro_batches(
     for samples in how.slices:
         part = part_of(cache, samples)
         part.turn = whole.of_samples(samples)
-        output = read(_rows(inputs, batch, how.copies, samples), part)
+        own = _rows(inputs, batch, how.copies, samples)
+        if part.turn.unpadded and part.batch_size <= 0:
+            own["attention_mask"] = None  # stock would wait for the device to find that it says nothing
+        output = read(own, part)
         kind = type(output)
         outputs.append({name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)})
         parts.append(part)
@@ -220,6 +223,11 @@ def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_
     rows = text.shape[1] - past if text.ndim == 2 and past and text.shape[1] > past else text.shape[1]
     if cache.pictures is not None or inputs.get("pixel_values") is not None:
         turn.look(cache, rows, mask, attention_mask, vision_config)
+        earlier = 0 if cache.kept is None else cache.kept.readable.shape[1]
+        if (
+            mask is not None and turn.seen is not None and turn.seen.open.shape[2] >= earlier
+        ):  # else the forward says what is wrong
+            turn.note_tiles(cache, mask.device)
     return turn
 
 

@@ -66,7 +66,9 @@ def visual_token_scores(
     blocks = [slice(first, first + together) for first in range(0, batch, together)]
     spans = [_span(scoring[some].any(dim=0)) for some in blocks]
     alike = all(bool(reads[some, rows].all()) for some, rows in zip(blocks, spans, strict=True))
-    on_device = None if alike else reads.to(device)  # the one copy to the device, and only where some row reads a part
+    on_device = (
+        None if alike else seen.reads_on(device)
+    )  # the one copy to the device, and only where some row reads a part
     scratch = _Scratch(max(row, min(BLOCK_BYTES // 4, together * each)), keys)
     with full_float32(device):
         for some, rows in zip(blocks, spans, strict=True):

@@ -103,11 +103,12 @@ def select(
     groups: int,
     processors: VisualTokenProcessorList,
     merge: bool,
+    readable: list[int] | None = None,
 ) -> Selection:
     """Let the processors choose in every visibility group; the union over heads is kept, and the rest merged or forgotten.
 
     A sample without any query row keeps everything: its rows are fully masked, which read all tokens in stock's attention.
-    Reads the host once, for counts and checks together.
+    Waits for the device once, for counts and checks together; not at all where nothing is chosen and `readable` is known.
 
     Args:
         scores: float32 (batch, heads, columns), see `scoring.visual_token_scores`; None keeps everything (exact mode).
@@ -119,6 +120,7 @@ def select(
         processors: the chain that decides, called for every sample's first group, then for their second ones, and so on. A sample
             that has fewer is given its first group again, and what is chosen then is ignored.
         merge: whether a dropped token joins the kept token of its group that is most like it.
+        readable: how many columns of every sample decoding can read, if all are kept and somebody knows; None: counted here.
 
     Raises:
         TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
@@ -135,6 +137,8 @@ def select(
         ([[0, 3]], [[3, 1]], [2])
     """
     valid, group = columns.valid[:, columns.first_new :], columns.group[:, columns.first_new :]
+    if scores is None and readable is not None:
+        return Selection(None, valid, None, readable)
     checks = _Checks(processors)
     kept, read = valid, group >= 0
     if scores is not None:

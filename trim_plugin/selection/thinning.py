@@ -20,8 +20,6 @@ PATCH, PADDING, CLASS = 0, 1, 2
 
 def farthest_first(states: torch.Tensor, members: torch.Tensor, kept_share: float) -> torch.Tensor:
     """bool (pictures, tokens): this share of the members, chosen so that no member is far from a chosen one; see `KCenter`."""
-    if not bool(members.any()):  # a picture may have no real tile, and nothing needs to be padding
-        return members
     return KCenter(kept_share).choose(states, members)
 
 
@@ -69,7 +67,11 @@ def merge_alike(
         ([[0, 2, 3]], [[1, 2, 2]])
     """
     kept = kinds == CLASS
-    kept |= farthest_first(states, kinds == PATCH, kept_share)
-    kept |= farthest_first(states, kinds == PADDING, PADDING_SHARE)
+    shares = ((kinds == PATCH, kept_share), (kinds == PADDING, PADDING_SHARE))
+    # A picture may have no real tile, and nothing needs to be padding. One look at the device for both.
+    there = torch.stack([members.any() for members, _ in shares]).tolist()
+    for (members, share), some in zip(shares, there, strict=True):
+        if some:
+            kept |= farthest_first(states, members, share)
     positions, valid = pack(kept)
     return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid

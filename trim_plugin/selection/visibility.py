@@ -26,16 +26,31 @@ class Visibility:
         open: bool (batch, text rows, tiles): the row may read the tile. All False for a fully masked row.
         padding: bool (batch, text rows): rows that are padding.
         tile_tokens: visual tokens of a tile.
+        within: the batch that these samples are some of, and which; None if they are all.
     """
 
     open: torch.Tensor
     padding: torch.Tensor
     tile_tokens: int
+    within: tuple[Visibility, slice] | None = dataclasses.field(default=None, repr=False, compare=False)
+    #: What `reads_on` has copied, by device.
+    _there: dict[torch.device, torch.Tensor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def query_rows(self) -> torch.Tensor:
         """bool (batch, text rows): rows that may read something and are not padding; only these score."""
         return self.open.any(dim=-1) & ~self.padding
+
+    def reads_on(self, device: torch.device) -> torch.Tensor:
+        """bool (batch, text rows, tiles): the row scores and reads the tile. Copied once, for the whole batch that this is of."""
+        if self.within is not None:
+            whole, samples = self.within
+            return whole.reads_on(device)[samples]
+        if device not in self._there:
+            self._there[device] = (self.open & self.query_rows[..., None]).to(device)
+        return self._there[device]
 
     def readable(self, exact: bool = False) -> torch.Tensor:
         """What the last text row may read: bool (batch, tiles). Decoding can read nothing else.
@@ -84,7 +99,26 @@ class Visibility:
 
     def of_samples(self, samples: slice) -> Visibility:
         """The same for some samples."""
-        return Visibility(self.open[samples], self.padding[samples], self.tile_tokens)
+        return Visibility(self.open[samples], self.padding[samples], self.tile_tokens, (self, samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a forward's masks say of every tile.
+
+    Args:
+        groups: int64 (batch, tiles) on the CPU, their visibility groups, see `Visibility.groups`.
+        readable: bool (batch, tiles) on the CPU: what decoding can read after the forward, kept or not.
+        there: int64 (2, batch, tiles), both on the device, copied at once.
+    """
+
+    groups: torch.Tensor
+    readable: torch.Tensor
+    there: torch.Tensor
+
+    def of_samples(self, samples: slice) -> Tiles:
+        """The same for some samples."""
+        return Tiles(self.groups[samples], self.readable[samples], self.there[:, samples])
 
 
 def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int) -> Visibility:
