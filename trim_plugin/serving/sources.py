@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -103,13 +104,15 @@ def _fetched(address: urllib.parse.SplitResult, limits: Limits) -> bytes:
 
     if address.hostname not in limits.hosts:
         raise RequestError(400, f"this server fetches pictures only from {', '.join(sorted(limits.hosts))}")
-    data = bytearray()
+    data, end = bytearray(), time.monotonic() + FETCH_SECONDS
     try:
         with httpx.stream("GET", address.geturl(), timeout=FETCH_SECONDS, follow_redirects=False) as response:
             if response.status_code != 200:
                 raise RequestError(400, f"a picture's address answers with status {response.status_code}")
             for chunk in response.iter_bytes():
                 data += chunk
+                if time.monotonic() > end:
+                    raise RequestError(400, f"a picture's address took more than {FETCH_SECONDS:g} seconds")
                 if len(data) > limits.body_bytes:
                     raise RequestError(413, f"a picture's file has more than {limits.body_bytes} bytes")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
