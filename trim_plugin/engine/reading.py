@@ -17,6 +17,7 @@ from trim_plugin.engine.sampling import Drawer, Writer
 from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.generation.micro_batches import prefill
 from trim_plugin.pictures.encoded import Pictures
+from trim_plugin.pictures.fingerprint import weights_stay
 from trim_plugin.pictures.recent import RecentPictures
 
 
@@ -49,6 +50,12 @@ class Reader:
             The rows, what is held for them, their attention mask (requests, text tokens) and the logits (requests, vocabulary)
             after their last tokens.
         """
+        with weights_stay():
+            return self._read(chosen)
+
+    def _read(
+        self, chosen: Sequence[tuple[Request, int]]
+    ) -> tuple[list[Running], TrimmedCache, torch.Tensor, torch.Tensor]:
         requests = [request for request, _ in chosen]
         prompts = [request.prompt for request in requests]
         if requests[0].pictures:
