@@ -15,9 +15,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.cost import Counts, seconds
 from benchmarks.common.results import RESULTS, read_result, write_result
-from benchmarks.gpu.counted import Counts
-from benchmarks.gpu.predicted import seconds
 from trim_plugin.engine.memory import OF_FREE_MEMORY
 from trim_plugin.planning.configuration import ModelNumbers, built_in_config
 from trim_plugin.planning.model_sizes import cross_kv_bytes, self_kv_bytes, weight_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from trim_plugin.embedded import examples
 from trim_plugin.serving.limits import Limits
@@ -206,6 +208,41 @@ def test_much_text_elsewhere(client, field):
         answer = received(own)
     assert answer.startswith(b"HTTP/1.1 4" if field != "user" else b"HTTP/1.1 200")
     assert len(answer) < 2000
+
+
+def test_pixels_of_those_who_wait_are_bounded():
+    """Small files that are large pictures: those that would not fit are told, and later they do."""
+    file = io.BytesIO()
+    Image.new("L", (1000, 1000)).save(file, "PNG")
+    messages = chat(data_uri(file.getvalue()), "?")
+    with running(Limits(pictures=1, pixels=2 * 10**6), endless=True, max_running=1) as client:
+        client.pause = 0.05
+        statuses, told = [], []
+
+        def one():
+            try:
+                ask(client, messages, max_tokens=20)
+                statuses.append(200)
+            except openai.APIStatusError as error:
+                statuses.append(error.status_code)
+                told.append(error.body["message"])
+
+        threads = [threading.Thread(target=one) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(set(statuses)) == [200, 429]
+        assert statuses.count(200) >= 4
+        assert all("pixels already" in message for message in told)
+        for _ in range(6):
+            ask(client, messages, max_tokens=1)
+        for _ in range(6):  # nor is what those had who left
+            with ask(client, messages, stream=True, max_tokens=400):
+                pass
+        until(lambda: client.app.inside == 0)
+        client.pause = 0.0
+        ask(client, messages, max_tokens=1)
 
 
 # -- clients that leave ------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ class Answer:
         leave: called once, when nothing of it is in the engine any more.
     """
 
-    def __init__(self, name: str, metrics: Metrics, started: float, leave: Callable[[], None]) -> None:
+    def __init__(self, name: str, metrics: Metrics, started: float, leave: Callable[[Answer], None]) -> None:
         self._name, self._metrics, self._started = name, metrics, started
-        self._leave: Callable[[], None] | None = leave
+        self._leave: Callable[[Answer], None] | None = leave
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._request: Request | None = None
@@ -40,6 +40,8 @@ class Answer:
         self.created = int(time.time())
         #: Whether it is to come in parts, and to end with its usage.
         self.stream = self.include_usage = False
+        #: Pixels of its pictures, which are held until it is done.
+        self.pixels = 0
         #: Whether nobody waits for it any more.
         self.ended = False
 
@@ -66,7 +68,7 @@ class Answer:
     def _left(self) -> None:
         leave, self._leave = self._leave, None
         if leave is not None:
-            leave()
+            leave(self)
 
     def end(self) -> None:
         """Nobody waits for it: the engine stops at its next step."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,8 @@ ROUTES = "POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics"
 READERS = 2
 #: Requests for whose pictures other hosts are asked at a time.
 FETCHERS = 16
+#: Pixels that all requests together may have decoded, in requests with as many and as large pictures as one may have.
+REQUESTS_OF_PIXELS = 2
 #: A body so many times larger than the limit is not read to its end.
 MUCH_LARGER = 4
 
@@ -56,7 +60,8 @@ class Server:
         self.engine, self.processor, self.name, self.limits = engine, processor, name, limits
         self.local, self.api_key, self.cors = local, api_key, cors
         self.metrics = Metrics(engine, name)
-        self._inside = 0
+        self._inside = self._pixels = 0
+        self._lock = threading.Lock()
         self._stopping = asyncio.Event()
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="trim_plugin-fetcher")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="trim_plugin-reader")
@@ -201,7 +206,8 @@ class Server:
         if answer.ended:
             return
         try:
-            asked = read_request(parsed(data), self.processor, self.limits, pictures)
+            take = functools.partial(self._take_pixels, answer)
+            asked = read_request(parsed(data), self.processor, self.limits, pictures, take)
             check_model(asked, self.name)
             answer.stream, answer.include_usage = asked.stream, asked.include_usage
             request = self.engine.submit(
@@ -221,8 +227,22 @@ class Server:
             raise RequestError(500, f"the request cannot be read: {type(error).__name__}") from error
         answer.follow(request)
 
-    def _leave(self) -> None:
+    def _take_pixels(self, answer: Answer, pixels: int) -> None:
+        """Before a picture is decoded: its file may be small. Called by a reader's thread."""
+        most = REQUESTS_OF_PIXELS * self.limits.pictures * self.limits.pixels
+        with self._lock:
+            if answer.ended:
+                raise RequestError(499, "the client has left")
+            if self._pixels + pixels > most:
+                raise RequestError(429, f"pictures of those who wait have {self._pixels} pixels already. Try again")
+            self._pixels += pixels
+            answer.pixels += pixels
+
+    def _leave(self, answer: Answer) -> None:
         self._inside -= 1
+        with self._lock:
+            self._pixels -= answer.pixels
+            answer.pixels = 0
 
     @property
     def inside(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,13 @@ def fetched_pictures(data: bytes, limits: Limits) -> dict[str, bytes]:
     return {url: picture_bytes(url, limits) for url in dict.fromkeys(urls) if url.lower().startswith("http")}
 
 
-def read_request(body: Any, processor: Any, limits: Limits, fetched: Mapping[str, bytes] | None = None) -> ChatRequest:
+def read_request(
+    body: Any,
+    processor: Any,
+    limits: Limits,
+    fetched: Mapping[str, bytes] | None = None,
+    take: Callable[[int], None] | None = None,
+) -> ChatRequest:
     """Check a request's body.
 
     Args:
@@ -126,6 +132,7 @@ def read_request(body: Any, processor: Any, limits: Limits, fetched: Mapping[str
         processor: an `MllamaProcessor`.
         limits: bounds.
         fetched: files of pictures that are there already, by their addresses.
+        take: called with a picture's pixels before it is decoded; may raise `RequestError`.
 
     Raises:
         RequestError: something about it is wrong or not allowed.
@@ -157,7 +164,7 @@ def read_request(body: Any, processor: Any, limits: Limits, fetched: Mapping[str
     settings.pop("cache_config", None)
     there = fetched or {}
     files = (there[url] if url in there else picture_bytes(url, limits) for url in urls)
-    pictures = tuple(checked_picture(file, limits) for file in files)
+    pictures = tuple(checked_picture(file, limits, take) for file in files)
     try:
         prompt = read_prompt(processor, {"images": pictures, "messages": messages}, Path(), limits.tokens)
     except RowError as error:

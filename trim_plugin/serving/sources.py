@@ -7,6 +7,7 @@ import binascii
 import re
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -58,8 +59,13 @@ def picture_bytes(url: str, limits: Limits) -> bytes:
     raise RequestError(400, f"this server takes pictures only as {' or '.join(allowed)}")
 
 
-def checked_picture(data: bytes, limits: Limits) -> Image.Image:
+def checked_picture(data: bytes, limits: Limits, take: Callable[[int], None] | None = None) -> Image.Image:
     """The picture of a file, as RGB, once its size is known to be within bounds.
+
+    Args:
+        data: the file.
+        limits: bounds.
+        take: called with the number of its pixels before it is decoded; may raise.
 
     Raises:
         RequestError: it is no picture, is cut off, or has too many pixels.
@@ -75,6 +81,8 @@ def checked_picture(data: bytes, limits: Limits) -> Image.Image:
         raise RequestError(
             413, f"a picture of {width} x {height} has more than {limits.pixels} pixels, this server's most"
         )
+    if take is not None:
+        take(width * height)
     try:
         return decoded(data)
     except RowError:
