@@ -22,6 +22,7 @@ from benchmarks.memory import report as memory_report
 from benchmarks.quality import encoded_report, positions_report
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import tower_report as tower_quality_report
+from benchmarks.throughput import predicted_report as throughput_predicted_report
 from benchmarks.throughput import report as throughput_report
 
 #: Name of a result, and of the marker of all its figures → the module with its `tables`.
@@ -42,6 +43,7 @@ TABLES: dict[str, Any] = {
     "merging": merging_report,
     "reading": reading_report,
     "throughput": throughput_report,
+    "throughput_predicted": throughput_predicted_report,
     "compiled": compiled_report,
     "pieces_latency": pieces_latency_report,
     "first_token": first_token_report,

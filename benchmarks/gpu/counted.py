@@ -5,7 +5,6 @@ Works on tensors without values (``device="meta"``), so that the 11B model's sha
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
+
+from benchmarks.common.cost import Counts
 
 #: Operations that start nothing on a device: views, and asking for room.
 FREE = frozenset(
@@ -48,28 +49,6 @@ FREE = frozenset(
 ROWS = frozenset(["gather", "index", "index_select", "embedding", "take_along_dim"])
 #: A sort is several kernels, and passes over what it sorts.
 SORTS, PASSES = frozenset(["sort", "topk", "argsort"]), 8
-
-
-@dataclasses.dataclass
-class Counts:
-    """What was counted.
-
-    Example:
-        >>> one = Counts(1, 2.0, 3.0)
-        >>> (one + one).times(2)
-        Counts(launches=4, bytes=8.0, operations=12.0)
-    """
-
-    launches: int = 0
-    bytes: float = 0.0
-    operations: float = 0.0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.launches + other.launches, self.bytes + other.bytes, self.operations + other.operations)
-
-    def times(self, many: int) -> Counts:
-        """So many of these."""
-        return Counts(self.launches * many, self.bytes * many, self.operations * many)
 
 
 class Counting(TorchDispatchMode):

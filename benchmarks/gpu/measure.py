@@ -342,5 +342,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--tiny", action="store_true", help="gpu: a tiny configuration, on any device, as a test")
-    parser.add_argument("--predicted", action="store_true", help="gpu: count what a GPU would do, without one")
+    parser.add_argument(
+        "--predicted", action="store_true", help="gpu, throughput: count what a GPU would do, without one"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="gpu: time for the whole run")

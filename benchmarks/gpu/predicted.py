@@ -21,18 +21,16 @@ from transformers.initialization import no_init_weights
 
 import trim_plugin.forward.turn
 import trim_plugin.selection.select
+from benchmarks.common.cost import DEVICES, Counts, seconds
 from benchmarks.common.decoding import stock_cache
 from benchmarks.common.models import transformers_config
 from benchmarks.common.results import write_result
-from benchmarks.gpu.counted import Counting, Counts, OnPaper
+from benchmarks.gpu.counted import Counting, OnPaper
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
 from trim_plugin.arithmetic import PADDING_SHARE, tile_tokens, tokens_left
 from trim_plugin.forward.tower_merging import TowerCall, merging_in_tower
 from trim_plugin.selection.merging import Merging
 
-LAUNCH_SECONDS = 4e-6
-#: Device → bytes and floating-point operations (bf16) a second.
-DEVICES = {"H100": (3e12, 400e12), "4090": (1e12, 165e12)}
 ROWS, TILES = 128, 4
 #: Name of a way → the share that is kept, and whether k-center chooses.
 WAYS: dict[str, tuple[float, bool]] = {
@@ -44,17 +42,6 @@ WAYS: dict[str, tuple[float, bool]] = {
 TOWER_SHARES = (0.75, 0.6, 0.5)
 _CHOOSE = KCenter.choose
 _TOWER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-
-
-def seconds(counts: Counts, device: str) -> float:
-    """Predicted seconds.
-
-    Example:
-        >>> round(seconds(Counts(1000, 3e9, 4e11), "H100"), 6)
-        0.006
-    """
-    bandwidth, speed = DEVICES[device]
-    return counts.launches * LAUNCH_SECONDS + counts.bytes / bandwidth + counts.operations / speed
 
 
 def model_on_paper() -> Any:

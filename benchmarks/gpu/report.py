@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.common.cost import DEVICES
 from benchmarks.common.tables import milliseconds, percent, table
-from benchmarks.gpu.predicted import DEVICES
 
 OWN = ("scoring", "choosing", "merging", "own work")
 

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.common.arithmetic import tower_operations
+from benchmarks.common.cost import Counts
 from benchmarks.gpu import predicted, report
-from benchmarks.gpu.counted import Counts
 from benchmarks.gpu.measure import FIGURES
 
 

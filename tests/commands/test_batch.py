@@ -58,7 +58,8 @@ def one_by_one(rows, folder):
     return answers
 
 
-def test_killed_three_times_every_row_is_answered_once_and_as_alone(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_again_and_again_every_row_is_answered_once_and_as_alone(tmp_path, kills):
     good = scene_rows(tmp_path, 300)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[:-100])
@@ -70,9 +71,9 @@ def test_killed_three_times_every_row_is_answered_once_and_as_alone(tmp_path):
         rows.insert(29 * place + 3, row)
     write(tmp_path, rows)
     chance = random.Random(0)
-    for kill in range(3):
+    for kill in range(kills):
         process, out = start(tmp_path)
-        target = (kill + chance.random()) * 70
+        target = (kill + chance.random()) * 210 / kills
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if out.exists() and out.read_bytes().count(b"\n") > target:

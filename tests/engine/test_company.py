@@ -152,14 +152,18 @@ def drawn(small, draw: random.Random, config: TrimConfig, most_pictures: int = 3
     return asked
 
 
-def check(small, seed: int, number: int, running: int, config: TrimConfig, memory: int | None = None) -> int:
-    """Ask from three threads at once, cancel some; how many were compared whole."""
+def check(small, seed: int, number: int, running: int, config: TrimConfig, memory: int | None = None, on=None) -> int:
+    """Ask from three threads at once, cancel some; how many were compared whole.
+
+    Args:
+        on: another model and processor that the engine has; the reference is `small` all the same.
+    """
     draw = random.Random(seed)
     asked = [drawn(small, draw, config) for _ in range(number)]
     cancelled = {place for place in range(number) if draw.random() < 0.2}
     pauses = [draw.choice([0, 0, 0.01, 0.03]) for _ in asked]
     requests: dict[int, Any] = {}
-    with Engine(*small, config, max_running=running, memory=memory) as engine:
+    with Engine(*(on or small), config, max_running=running, memory=memory) as engine:
 
         def ask(first: int) -> None:
             for place in range(first, number, 3):

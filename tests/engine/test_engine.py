@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from trim_plugin import Engine, KCenter, TrimConfig, TrimmedCache, encode_pictures
 from trim_plugin.asking.answers import Inputs
+from trim_plugin.compat import CACHE
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.engine.engine import EngineClosed
 from trim_plugin.engine.request import Sampling
@@ -118,7 +119,7 @@ def test_encoded_pictures_and_conversations(small):
     pictures = encode_pictures(model, processor, [PICTURES[0]], rule=KCenter(0.25))
     inputs = pictures.inputs(processor, EXAMPLES[0].question)
     cache = TrimmedCache(model, CONFIG, pictures=pictures)
-    expected = model.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False)[
+    expected = model.generate(**inputs, **{CACHE: cache}, max_new_tokens=8, do_sample=False)[
         0, inputs["input_ids"].shape[1] :
     ]
     messages = [

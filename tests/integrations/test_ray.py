@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import psutil
 import pytest
@@ -82,7 +83,11 @@ def test_an_actor_that_is_killed_midway(rows):
     for batch in answer_rows(asked, str(SMALL_MODEL), actors=2, num_cpus=0.5, folder=folder, **SETTINGS):
         answers += batch
         if not killed:
-            actors = [one for one in psutil.Process().children(recursive=True) if _is_actor(one)]
+            # The second may still be starting, those of an earlier test may still be ending.
+            deadline, actors = time.monotonic() + 120, []
+            while len(actors) != 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+                actors = [one for one in psutil.Process().children(recursive=True) if _is_actor(one)]
             assert len(actors) == 2
             actors[0].kill()
             killed = actors[0].pid

@@ -101,5 +101,10 @@ MESSAGES = {
         "a part of a message must be a text, or an image_url",
     ),
     "pictures-not-named": ([{"role": "user", "content": "<|image|> ?"}], 400, "the prompt names 1 pictures"),
+    "too-much-text": (
+        [{"role": "user", "content": "d" * 20_000}],
+        400,
+        "is too long: 512 tokens are this server's most",
+    ),
     "too-long, question": ([{"role": "user", "content": "digit " * 600}], 400, "more than 512, this server's most"),
 }

@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
         raise UserError(f"--allow-folder: no such folder: {arguments.allow_folder}")
+    if arguments.api_key == "":
+        raise UserError("--api-key is empty: leave it out to let everybody ask")
     memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
     if arguments.port > 65535:
         raise UserError(f"--port: {arguments.port} is no port; they end at 65535")
@@ -108,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from trim_plugin.engine.engine import Engine
     from trim_plugin.serving.app import LOCAL_NAMES, build_app
+    from trim_plugin.serving.listening import Listener
 
     config = rule.config or TrimConfig()
     model, processor = load_model(arguments)
@@ -121,28 +124,23 @@ def run(arguments: argparse.Namespace) -> None:
                 name,
                 _limits(arguments).for_model(model),
                 local=arguments.host.lower() in LOCAL_NAMES,
-                api_key=arguments.api_key or os.environ.get(API_KEY),
+                api_key=arguments.api_key or os.environ.get(API_KEY) or None,
                 cors=arguments.enable_cors,
             )
         except ValueError:
             engine.close(cancel=True)
             raise
 
-    class Server(uvicorn.Server):
-        """Says where it answers once it does."""
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                Console(stderr=True).print(
-                    f"{name} answers at http://{arguments.host}:{arguments.port}/v1, {arguments.max_running} requests at once. "
-                    "Ctrl-C ends it.",
-                    highlight=False,
-                    markup=False,
-                )
+    def announce() -> None:
+        Console(stderr=True).print(
+            f"{name} answers at http://{arguments.host}:{arguments.port}/v1, {arguments.max_running} requests at once. "
+            "Ctrl-C ends it.",
+            highlight=False,
+            markup=False,
+        )
 
     settings = {"host": arguments.host, "port": arguments.port, "log_level": arguments.log_level}
-    Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS, **settings)).run()
+    Listener(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS, **settings), announce).run()
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:

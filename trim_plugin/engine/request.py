@@ -133,6 +133,8 @@ class Request:
         self.shown = len(pictures.tiles if isinstance(pictures, Pictures) else pictures)
         #: What it will take while it runs, expected; and its bytes in all.
         self.takes, self.needed = takes, takes.total
+        #: How often it was read again because what is held for all had broken.
+        self.starts = 0
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._done = threading.Event()
         self._cancelled = threading.Event()
@@ -192,7 +194,7 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Hand on what went wrong."""
-        self._error = error
+        self._error = self._error or error
         self._end()
 
     def _end(self) -> None:
@@ -203,7 +205,11 @@ class Request:
     def _put(self, piece: str | None) -> None:
         self._pieces.put(piece)
         if self._listener is not None:
-            self._listener(piece)
+            try:
+                self._listener(piece)
+            except BaseException as error:  # noqa: BLE001 - a caller's mistake is told to that caller, and ends its request alone
+                self._listener, self._error = None, error
+                self.cancel()
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -119,7 +119,7 @@ class RunningBatch:
                 self._forward(part_of(self._cache, own), self._mask[own], self.rows[own])
             except torch.AcceleratorError:
                 raise
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - this request's failure
+            except BaseException as error:  # noqa: BLE001 - this request's failure
                 found[place] = error
         return found
 
@@ -147,13 +147,19 @@ class RunningBatch:
             layer = self._cache.layers[index]
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
+    def forget(self) -> list[Running]:
+        """Let everybody go, and all that is held."""
+        rows, self.rows = self.rows, []
+        self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long)
+        return rows
+
     def leave(self, places: Sequence[int]) -> list[Running]:
         """Let these rows go."""
         gone = [self.rows[place] for place in places]
         stay = [place for place in range(len(self.rows)) if place not in set(places)]
         self.rows = [self.rows[place] for place in stay]
         if not stay:
-            self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long)
+            self.forget()
         elif places and self._cache is not None:
             chosen = torch.tensor(stay)
             self._cache.batch_select_indices(chosen)

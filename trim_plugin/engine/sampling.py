@@ -61,13 +61,34 @@ class Drawer:
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
 
-def choose(drawers: Sequence[Drawer], logits: torch.Tensor) -> list[int]:
-    """The next token of each, which is added to its own. Rows with equal settings are worked on together.
+def choose(drawers: Sequence[Drawer], logits: torch.Tensor) -> list[int | BaseException]:
+    """The next token of each, which is added to its own; or why there is none. Rows with equal settings are worked on together.
 
     Args:
         drawers: of the requests that run.
         logits: (requests, vocabulary).
     """
+    try:
+        tokens = _chosen(drawers, logits)
+    except BaseException as error:  # noqa: BLE001 - whose failure it is shows when each chooses alone
+        if len(drawers) == 1:
+            return [error]
+        return [choose([drawer], logits[row : row + 1])[0] for row, drawer in enumerate(drawers)]
+    return [_drawn(drawer, token) for drawer, token in zip(drawers, tokens, strict=True)]
+
+
+def _drawn(drawer: Drawer, token: int | torch.Tensor) -> int | BaseException:
+    """The token, drawn if there are probabilities."""
+    try:
+        found = token if isinstance(token, int) else drawer.draw(token)
+    except BaseException as error:  # noqa: BLE001 - logits that are no numbers are one request's failure
+        return error
+    drawer.tokens.append(found)
+    return found
+
+
+def _chosen(drawers: Sequence[Drawer], logits: torch.Tensor) -> list[int | torch.Tensor]:
+    """For each the likeliest token, or probabilities (vocabulary,) to draw from, on the CPU. Nothing is drawn yet."""
     logits = logits.float()
     if any(drawer.sampling.penalizes for drawer in drawers):
         rows = [
@@ -81,14 +102,12 @@ def choose(drawers: Sequence[Drawer], logits: torch.Tensor) -> list[int]:
         if not drawer.sampling.greedy:
             own = drawer.sampling
             groups.setdefault((own.temperature, own.top_k, own.top_p, own.min_p), []).append(row)
-    tokens = likeliest.tolist()  # one look at the device for all
+    tokens: list[int | torch.Tensor] = likeliest.tolist()  # one look at the device for all
     for settings, members in groups.items():
         warped = warpers(*settings)(None, logits[members])
         probabilities = warped.softmax(dim=-1).cpu()
         for row, own in zip(members, probabilities, strict=True):
-            tokens[row] = drawers[row].draw(own)
-    for drawer, token in zip(drawers, tokens, strict=True):
-        drawer.tokens.append(token)
+            tokens[row] = own
     return tokens
 
 

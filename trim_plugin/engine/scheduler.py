@@ -10,20 +10,18 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from trim_plugin.arithmetic import pictures_at_a_time, pictures_read_together
-from trim_plugin.asking.answers import Inputs
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room, Taken
+from trim_plugin.engine.reading import Reader
 from trim_plugin.engine.request import Request
 from trim_plugin.engine.running import Running, RunningBatch
 from trim_plugin.engine.sampling import Drawer, Writer, choose
-from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.generation.micro_batches import prefill
-from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.recent import RecentPictures
 
 #: Prompts that are read at a time.
 MICRO_BATCH = 8
+#: How often a request starts over because what is held for all has broken; the next time is its failure.
+MOST_STARTS = 3
 
 
 class EngineClosed(RuntimeError):
@@ -43,12 +41,9 @@ class Scheduler:
     def __init__(
         self, model: Any, processor: Any, config: TrimConfig, room: Room, most: int, pictures: RecentPictures
     ) -> None:
-        self._model, self._processor, self._config = model, processor, config
+        self._tokenizer = processor.tokenizer
         self._room, self._most, self._pictures = room, most, pictures
-        vision = model.config.vision_config
-        #: Pictures that the tower is given in one call, and those of one micro-batch.
-        self._at_a_time = pictures_at_a_time(config.prefill_pictures, vision)
-        self._read_together = pictures_read_together(config.prefill_pictures, vision)
+        self._reader = Reader(model, processor, config, room, pictures)
         self._batch = RunningBatch(model, config)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list | tuple) else {ends}
@@ -60,6 +55,8 @@ class Scheduler:
         #: Nothing more is read until somebody has left: the device was full.
         self._full = False
         self._micro_batch = MICRO_BATCH
+        #: Requests that run at once where fewer than `most` have turned out to fit; one more for each that ends.
+        self._fitting = most
         self.counts: collections.Counter[str] = collections.Counter()
         self._held: dict[str, int] = {"held_bytes": 0, "picture_bytes": 0}
         self.thread = threading.Thread(target=self._run, name="trim_plugin-engine", daemon=True)
@@ -140,11 +137,8 @@ class Scheduler:
         with self._changed:
             cancelled = [request for request, _ in self._waiting if request.cancelled]
             self._waiting = collections.deque(one for one in self._waiting if not one[0].cancelled)
-        self.counts["finished_cancelled"] += len(cancelled)
         for request in cancelled:
-            Running(request, Drawer(request.sampling, ()), Writer(self._processor.tokenizer), 0, 0, 0).finish(
-                "cancelled"
-            )
+            self._finish(Running(request, Drawer(request.sampling, ()), Writer(self._tokenizer), 0, 0, 0), "cancelled")
 
     def _taken(self) -> Taken:
         longest = sum(
@@ -158,7 +152,7 @@ class Scheduler:
         if self._full and self._batch.rows:
             return
         self._full = False
-        free = self._most - len(self._batch.rows)
+        free = min(self._most, self._fitting) - len(self._batch.rows)
         if self._batch.rows and len(self._waiting) > free and free < min(self._micro_batch, max(1, self._most // 4)):
             return  # more wait than can run: a few places are let gather, since prompts that are read together cost less
         chosen: list[tuple[Request, int]] = []
@@ -167,7 +161,7 @@ class Scheduler:
             while self._waiting and len(chosen) < min(self._micro_batch, free):
                 request, _ = self._waiting[0]
                 shown += request.shown
-                if chosen and (shown > self._read_together or not _alike(request, chosen[0][0])):
+                if chosen and (shown > self._reader.together or not _alike(request, chosen[0][0])):
                     break
                 if not self._room.fits(taken, request.takes) and (chosen or self._batch.rows):
                     break
@@ -176,63 +170,22 @@ class Scheduler:
         if not chosen:
             return
         try:
-            rows, cache, mask, logits = self._read(chosen)
-        except Exception as error:  # noqa: BLE001 - one request's failure is that request's
+            rows, cache, mask, logits = self._reader.read(chosen)
+        except BaseException as error:  # noqa: BLE001 - one request's failure is that request's, whatever it is
             self._not_read(chosen, error)
             return
-        except SystemExit as error:
-            self._not_read(chosen, error)
+        try:
+            self._batch.join(rows, cache, mask)
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._start_over(error, chosen)
             return
-        self._batch.join(rows, cache, mask)
         self._write(choose([row.drawer for row in rows], logits), first=len(self._batch.rows) - len(rows))
-
-    def _read(
-        self, chosen: Sequence[tuple[Request, int]]
-    ) -> tuple[list[Running], TrimmedCache, torch.Tensor, torch.Tensor]:
-        requests = [request for request, _ in chosen]
-        prompts = [request.prompt for request in requests]
-        if requests[0].pictures:
-            encoded = self._encoded([request.pictures for request in requests])
-            inputs = Inputs.about(self._processor, prompts, encoded)
-            cache = TrimmedCache(self._model, requests[0].config)
-            cache.show(encoded)  # adapters may have been switched since they came
-        else:
-            inputs = Inputs.of(self._processor, prompts, [[] for _ in prompts])
-            cache = TrimmedCache(self._model, requests[0].config)
-        tensors = {name: tensor.to(self._model.device) for name, tensor in inputs.tensors.items()}
-        mask = tensors["attention_mask"]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = prefill(self._model, cache, **tensors, position_ids=positions)
-        report, ids = cache.report(), inputs.tensors["input_ids"]
-        counts = list(zip(report.kept_tokens, report.visible_tokens, strict=True))
-        rows = [
-            Running(
-                request,
-                Drawer(request.sampling, own[real.bool()].tolist(), request.seed),
-                Writer(self._processor.tokenizer, tuple(request.sampling.stop)),
-                int(kept),
-                int(visible),
-                self._room.kept_bytes(int(kept)),
-                already,
-            )
-            for (request, already), own, real, (kept, visible) in zip(
-                chosen, ids, inputs.tensors["attention_mask"], counts, strict=True
-            )
-        ]
-        return rows, cache, mask, output.logits[:, -1]
-
-    def _encoded(self, pictures: Sequence[Any]) -> list[Pictures]:
-        """Every request's pictures: encoded ones as they came, the others by the tower, those of all requests together."""
-        shown = [own for own in pictures if not isinstance(own, Pictures)]
-        made = iter(self._pictures.several(shown, self._config.tower_share, self._at_a_time) if shown else ())
-        return [own if isinstance(own, Pictures) else next(made) for own in pictures]
 
     def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
         """Reading has failed: for memory it is tried again with fewer at a time or later, else one by one to find whose it is."""
         full = is_full(error)
         if len(chosen) == 1 and not (full and self._batch.rows):
-            chosen[0][0].fail(error)
-            self.counts["failed"] += 1
+            self._failed(chosen[0][0], error)
             self._micro_batch = MICRO_BATCH
             return
         self._full = full and bool(self._batch.rows) and len(chosen) == 1
@@ -245,7 +198,7 @@ class Scheduler:
             return
         try:
             logits = self._batch.step()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - who runs is told, the engine goes on
+        except BaseException as error:  # noqa: BLE001 - who runs is told, the engine goes on
             self._not_stepped(error)
             return
         self._write(choose([row.drawer for row in self._batch.rows], logits), first=0)
@@ -266,7 +219,7 @@ class Scheduler:
             if failing:
                 self._fail(failing)
                 return
-        (newest,) = self._batch.leave([len(places) - 1])
+        (newest,) = self._gone([len(places) - 1])
         self._full = True
         self.counts["read_again"] += 1
         with self._changed:
@@ -274,34 +227,76 @@ class Scheduler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _start_over(self, error: BaseException, chosen: Sequence[tuple[Request, int]] = ()) -> None:
+        """What is held has broken while requests joined or left: everybody is read again, fewer at once."""
+        again = [(row.request, row.sent) for row in self._batch.forget()]
+        self._fitting = max(1, len(again) // 2 if again else len(chosen) // 2)
+        stay = []
+        running = {id(request) for request, _ in again}
+        for request, already in (*again, *(one for one in chosen if id(one[0]) not in running)):
+            request.starts += 1
+            if request.starts > MOST_STARTS:
+                self._failed(request, error)
+            else:
+                stay.append((request, already))
+                self.counts["read_again"] += 1
+        with self._changed:
+            self._waiting.extendleft(reversed(stay))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _gone(self, places: Sequence[int]) -> list[Running]:
+        """Rows that leave the batch."""
+        gone = [self._batch.rows[place] for place in places]
+        try:
+            self._batch.leave(places)
+        except BaseException as error:  # noqa: BLE001 - those who leave have theirs already
+            self._start_over(error)
+        self._fitting = min(self._most, self._fitting + len(gone))
+        self._full = False
+        return gone
+
     def _fail(self, errors: dict[int, BaseException]) -> None:
         """Tell requests of the batch what went wrong."""
-        for row, error in zip(self._batch.leave(list(errors)), errors.values(), strict=True):
-            row.request.fail(error)
-            self.counts["failed"] += 1
-        self._full = False
+        for row, error in zip(self._gone(list(errors)), errors.values(), strict=True):
+            self._failed(row.request, error)
 
-    def _write(self, tokens: Sequence[int], first: int) -> None:
-        """Hand new tokens on, from this row of the batch on; who is finished leaves."""
-        self.counts["tokens"] += len(tokens)
-        ended: dict[int, str] = {}
+    def _failed(self, request: Request, error: BaseException) -> None:
+        request.fail(error)
+        self.counts["failed"] += 1
+
+    def _finish(self, row: Running, reason: str) -> None:
+        """Hand a whole answer on."""
+        try:
+            row.finish(reason)
+        except BaseException as error:  # noqa: BLE001 - this request's failure
+            self._failed(row.request, error)
+            return
+        self.counts[f"finished_{reason}"] += 1
+
+    def _write(self, tokens: Sequence[int | BaseException], first: int) -> None:
+        """Hand new tokens on, from this row of the batch on; who is finished leaves, and whose token could not be had."""
+        ended: list[int] = []
         for place, token in enumerate(tokens, start=first):
-            reason = self._batch.rows[place].write(token, self._ends)
+            row = self._batch.rows[place]
+            try:
+                if isinstance(token, BaseException):
+                    raise token
+                reason = row.write(token, self._ends)
+                self.counts["tokens"] += 1
+            except BaseException as error:  # noqa: BLE001 - this request's failure
+                self._failed(row.request, error)
+                ended.append(place)
+                continue
             if reason is not None:
-                ended[place] = reason
-        for reason in dict.fromkeys(ended.values()):
-            for place in (place for place, own in ended.items() if own == reason):
-                self._batch.rows[place].finish(reason)
-                self.counts[f"finished_{reason}"] += 1
+                self._finish(row, reason)
+                ended.append(place)
         if ended:
-            self._batch.leave(list(ended))
-            self._full = False
+            self._gone(ended)
 
     def _leave(self, places: Sequence[int], reason: str) -> None:
-        for row in self._batch.leave(places) if places else ():
-            row.finish(reason)
-            self.counts[f"finished_{reason}"] += 1
-        self._full = self._full and not places
+        for row in self._gone(places) if places else ():
+            self._finish(row, reason)
 
 
 def _alike(one: Request, other: Request) -> bool:

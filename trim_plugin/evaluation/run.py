@@ -39,6 +39,9 @@ def evaluate(
 ) -> None:
     """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
 
+    Not with an `Engine`: what a question takes alone, its seconds and its peak memory, is a part of the result, and so is which
+    visual tokens are kept; one of the variants is transformers' own cache.
+
     A picture that cannot be read, or a chat that does not fit the model, is logged as its question's error; the others are
     answered. Pictures that several questions ask about are encoded once, whole, for all trimmed variants of one `tower_share`,
     which changes no answer; each question is charged its part of the time.

@@ -6,10 +6,11 @@ their scales. An adapter and the same adapter merged into the weights are the sa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _LOOKED_AT = 8
 
 _known: weakref.WeakKeyDictionary[Any, OrderedDict[Hashable, torch.Tensor]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_still = threading.local()
 
 
 def fingerprint(model: Any) -> torch.Tensor:
@@ -46,6 +48,34 @@ def fingerprint(model: Any) -> torch.Tensor:
         >>> fingerprint(model.model) is fingerprint(model.model)
         True
     """
+    looked_at: dict[int, torch.Tensor] | None = getattr(_still, "marks", None)
+    if looked_at is None:
+        return _looked_up(model)
+    if id(model) not in looked_at:
+        looked_at[id(model)] = _looked_up(model)
+    return looked_at[id(model)]
+
+
+@contextlib.contextmanager
+def weights_stay() -> Iterator[None]:
+    """Look at a model's weights once, for all that this thread does meanwhile: nobody changes them.
+
+    Example:
+        >>> from trim_plugin.embedded import load_small_model
+        >>> model, _ = load_small_model()
+        >>> with weights_stay():
+        ...     fingerprint(model.model) is fingerprint(model.model)
+        True
+    """
+    before = getattr(_still, "marks", None)
+    _still.marks = {} if before is None else before
+    try:
+        yield
+    finally:
+        _still.marks = before
+
+
+def _looked_up(model: Any) -> torch.Tensor:
     parts = [model.vision_model, model.multi_modal_projector]
     now = _state(parts)
     with _lock:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import functools
 import hmac
-import json
+import logging
+import threading
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,22 +17,28 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from trim_plugin.engine.engine import Engine, EngineClosed
-from trim_plugin.engine.request import Request
-from trim_plugin.serving.answers import chunk, last_chunk, usage_chunk, whole
+from trim_plugin.serving.answering import Answer, Events, first_of, left
 from trim_plugin.serving.limits import Limits, RequestError
 from trim_plugin.serving.metrics import Metrics
-from trim_plugin.serving.requests import ChatRequest, check_model, read_request
+from trim_plugin.serving.requests import check_model, fetched_pictures, parsed, read_request
 
+LOG = logging.getLogger(__name__)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 #: What a page of another site can send without asking first; nobody else sends it.
 FOREIGN_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 ROUTES = "POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics"
 #: Requests whose pictures are decoded and whose texts are tokenized at a time: decoded pictures are large.
 READERS = 2
+#: Requests for whose pictures other hosts are asked at a time.
+FETCHERS = 16
+#: Pixels that all requests together may have decoded, in requests with as many and as large pictures as one may have.
+REQUESTS_OF_PIXELS = 2
+#: A body so many times larger than the limit is not read to its end.
+MUCH_LARGER = 4
 
 
 class Server:
@@ -54,7 +60,10 @@ class Server:
         self.engine, self.processor, self.name, self.limits = engine, processor, name, limits
         self.local, self.api_key, self.cors = local, api_key, cors
         self.metrics = Metrics(engine, name)
-        self._inside = 0
+        self._inside = self._pixels = 0
+        self._lock = threading.Lock()
+        self._stopping = asyncio.Event()
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="trim_plugin-fetcher")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="trim_plugin-reader")
         self.created = int(time.time())
 
@@ -69,6 +78,8 @@ class Server:
         try:
             self.check(http)
             route = routes.get((http.method, http.url.path))
+            if route is None and http.method == "GET" and http.url.path == f"/v1/models/{self.name}":
+                route = self.model
             if route is None:
                 raise RequestError(404, f"this server answers {ROUTES}")
             return await route(http)
@@ -77,6 +88,10 @@ class Server:
             return JSONResponse(error.as_dict(), error.status, headers=headers)
         except ClientDisconnect:
             return Response(status_code=499)
+        except Exception as error:
+            LOG.exception("a request failed")
+            found = RequestError(500, f"the server failed: {type(error).__name__}")
+            return JSONResponse(found.as_dict(), found.status)
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -88,24 +103,36 @@ class Server:
         if self._inside >= self.limits.waiting:
             raise RequestError(429, f"{self._inside} requests are waiting already, this server's most. Try again")
         self._inside += 1
-        inside = contextlib.ExitStack()
-        inside.callback(self._leave)
+        answer = Answer(self.name, self.metrics, started, self._leave)
+        leaving = asyncio.ensure_future(left(http.receive))
         try:
-            loop = asyncio.get_running_loop()
-            answer = Answer(self, started, loop)
-            await loop.run_in_executor(self._readers, functools.partial(self._submit, body, answer))
-            inside.callback(answer.request.cancel)
-            if answer.asked.stream:
-                sent = answer.stream(inside.pop_all())
-                return StreamingResponse(sent, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-            return await answer.whole(http)
-        finally:
-            inside.close()
+            await first_of(leaving, self._read(body, answer))
+            if not answer.stream:
+                return await answer.whole(leaving)
+        except BaseException:
+            answer.end()
+            leaving.cancel()
+            raise
+        return Events(answer, leaving, self.limits.body_seconds)
+
+    async def _read(self, data: bytes, answer: Answer) -> None:
+        """Check a request and hand it to the engine, in threads: others shall be heard meanwhile."""
+        loop = asyncio.get_running_loop()
+        pictures = None
+        if self.limits.hosts:  # who waits for another host keeps nobody from being read
+            pictures = await loop.run_in_executor(self._fetchers, fetched_pictures, data, self.limits)
+        await loop.run_in_executor(self._readers, self._submit, data, answer, pictures)
 
     async def models(self, http: HttpRequest) -> Response:
         """`GET /v1/models`."""
-        own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "trim-plugin"}
-        return JSONResponse({"object": "list", "data": [own]})
+        return JSONResponse({"object": "list", "data": [self._own()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """`GET /v1/models/...`, of the one that there is."""
+        return JSONResponse(self._own())
+
+    def _own(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "trim-plugin"}
 
     async def health(self, http: HttpRequest) -> Response:
         """`GET /health`: 503 once the engine's thread is dead."""
@@ -128,8 +155,10 @@ class Server:
         if http.headers.get("origin") is not None and not self.cors:
             raise RequestError(403, "this server answers no web pages (--enable-cors lets them ask)")
         if self.api_key is not None and http.url.path != "/health":
-            given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(given, self.api_key.encode()):
+            scheme, _, given = http.headers.get("authorization", "").partition(" ")
+            # Headers are bytes, which starlette shows as Latin-1.
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
                 raise RequestError(401, "this server asks for an API key: Authorization: Bearer ...")
 
     def _check_type(self, http: HttpRequest) -> None:
@@ -138,127 +167,91 @@ class Server:
             raise RequestError(415, "the request's content-type must be application/json")
 
     async def _body(self, http: HttpRequest) -> bytes:
-        data = bytearray()
+        said = f"the request did not come within {self.limits.body_seconds:g} seconds"
+        reading, stopping = asyncio.ensure_future(self._read_body(http)), asyncio.ensure_future(self._stopping.wait())
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                async for part in http.stream():
-                    data += part
-                    if len(data) > self.limits.body_bytes:
-                        raise RequestError(
-                            413,
-                            f"the request has more than {self.limits.body_bytes} bytes, this server's most",
-                            close=True,
-                        )
-        except TimeoutError:
-            said = f"the request did not come within {self.limits.body_seconds:g} seconds"
-            raise RequestError(408, said, close=True) from None
+            await asyncio.wait(
+                {reading, stopping}, timeout=self.limits.body_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if reading.done():
+                return reading.result()
+            if stopping.done():
+                raise RequestError(503, "this server is about to end", close=True)
+            raise RequestError(408, said, close=True)
+        finally:
+            reading.cancel()
+            stopping.cancel()
+
+    async def _read_body(self, http: HttpRequest) -> bytes:
+        """The body. One that is too large is read to its end if there is one soon, so that its sender sees the answer."""
+        most, data, size = self.limits.body_bytes, bytearray(), 0
+        too_large = f"the request has more than {most} bytes, this server's most"
+        said = http.headers.get("content-length", "")
+        if said.isdecimal() and int(said[:20]) > MUCH_LARGER * most:
+            raise RequestError(413, too_large, close=True)
+        async for part in http.stream():
+            size += len(part)
+            if size > MUCH_LARGER * most:
+                raise RequestError(413, too_large, close=True)
+            if size <= most:
+                data += part
+            else:
+                data.clear()
+        if size > most:
+            raise RequestError(413, too_large)
         return bytes(data)
 
-    def _submit(self, data: bytes, answer: Answer) -> None:
-        """Check the request and hand it to the engine, in a thread: others shall be heard meanwhile."""
+    def _submit(self, data: bytes, answer: Answer, pictures: Mapping[str, bytes] | None) -> None:
+        """Check the request and hand it to the engine, unless its client has left meanwhile."""
+        if answer.ended:
+            return
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise RequestError(400, "the request is not JSON") from None
-        asked = read_request(body, self.processor, self.limits)
-        check_model(asked, self.name)
-        answer.asked = asked
-        try:
-            answer.request = self.engine.submit(
+            take = functools.partial(self._take_pixels, answer)
+            asked = read_request(parsed(data), self.processor, self.limits, pictures, take)
+            check_model(asked, self.name)
+            answer.stream, answer.include_usage = asked.stream, asked.include_usage
+            request = self.engine.submit(
                 asked.messages,
                 images=asked.pictures,
                 cache_config=asked.cache_config,
                 listener=answer.heard,
                 **asked.sampling,
             )
+        except RequestError:
+            raise
         except (ValueError, TypeError) as error:
             raise RequestError(400, str(error)) from None
         except EngineClosed as error:
             raise RequestError(503, str(error)) from None
+        except BaseException as error:
+            raise RequestError(500, f"the request cannot be read: {type(error).__name__}") from error
+        answer.follow(request)
 
-    def _leave(self) -> None:
+    def _take_pixels(self, answer: Answer, pixels: int) -> None:
+        """Before a picture is decoded: its file may be small. Called by a reader's thread."""
+        most = REQUESTS_OF_PIXELS * self.limits.pictures * self.limits.pixels
+        with self._lock:
+            if answer.ended:
+                raise RequestError(499, "the client has left")
+            if self._pixels + pixels > most:
+                raise RequestError(429, f"pictures of those who wait have {self._pixels} pixels already. Try again")
+            self._pixels += pixels
+            answer.pixels += pixels
+
+    def _leave(self, answer: Answer) -> None:
         self._inside -= 1
+        with self._lock:
+            self._pixels -= answer.pixels
+            answer.pixels = 0
 
+    @property
+    def inside(self) -> int:
+        """Requests that are being answered or wait."""
+        return self._inside
 
-class Answer:
-    """One answer on its way to a client."""
-
-    asked: ChatRequest
-    request: Request
-
-    def __init__(self, server: Server, started: float, loop: asyncio.AbstractEventLoop) -> None:
-        self._server, self._started, self._loop = server, started, loop
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-
-    def heard(self, piece: str | None) -> None:
-        """Called by the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-    async def _texts(self) -> AsyncIterator[str]:
-        first = True
-        while (piece := await self._pieces.get()) is not None:
-            if first:
-                self._server.metrics.first_token(time.monotonic() - self._started)
-                first = False
-            yield piece
-
-    async def whole(self, http: HttpRequest) -> Response:
-        """The whole answer at once. A client that leaves ends it."""
-        leaving = asyncio.ensure_future(_left(http))
-        reading = asyncio.ensure_future(self._read_all())
-        try:
-            await asyncio.wait({leaving, reading}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise ClientDisconnect
-        finally:
-            for task in (leaving, reading):
-                task.cancel()
-        finished = self._result()
-        self._server.metrics.finished(finished, time.monotonic() - self._started)
-        return Response(whole(self.id, self.created, self._server.name, finished), media_type="application/json")
-
-    async def _read_all(self) -> None:
-        async for _ in self._texts():
-            pass
-
-    def _result(self) -> Any:
-        try:
-            return self.request.result(0)
-        except EngineClosed as error:
-            raise RequestError(503, str(error)) from None
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - this request's own failure
-            raise RequestError(
-                500, f"the generation failed: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from None
-
-    async def stream(self, inside: contextlib.ExitStack) -> AsyncIterator[str]:
-        """Server-sent events, to the end. A client that leaves ends it."""
-        about = (self.id, self.created, self._server.name)
-        with inside:
-            yield chunk(*about, "", first=True)
-            async for piece in self._texts():
-                yield chunk(*about, piece)
-            try:
-                finished = self._result()
-            except RequestError as error:
-                yield f"data: {json.dumps(error.as_dict())}\n\n"
-                return
-            self._server.metrics.finished(finished, time.monotonic() - self._started)
-            yield last_chunk(*about, finished)
-            if self.asked.include_usage:
-                yield usage_chunk(*about, finished)
-            yield "data: [DONE]\n\n"
-
-
-async def _left(http: HttpRequest) -> None:
-    """Wait until the client has left."""
-    while True:
-        message = await http.receive()
-        if message["type"] == "http.disconnect":
-            return
+    def stop(self) -> None:
+        """Wait no longer for requests that have not come whole: the server is about to end. Called in the loop's thread."""
+        self._stopping.set()
 
 
 def build_app(

@@ -6,11 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+#: A sentence about a request shows this much of it.
+MOST_CHARACTERS = 500
+
 
 class RequestError(Exception):
     """What is wrong with a request: an HTTP status and a sentence for whoever sent it."""
 
     def __init__(self, status: int, message: str, close: bool = False) -> None:
+        if len(message) > MOST_CHARACTERS:
+            message = f"{message[:MOST_CHARACTERS]} …"
+        message = message.encode("utf-8", errors="replace").decode()  # half a character cannot be sent
         super().__init__(message)
         self.status = status
         #: Whether the connection cannot be used any further: a part of the request has not been read.
@@ -32,7 +38,7 @@ class Limits:
         pixels: most pixels of a picture; what its file says is checked before it is decoded.
         tokens: most text tokens of a request, prompt and answer together.
         body_bytes: most bytes of a request.
-        body_seconds: how long a request may take to come.
+        body_seconds: how long a request may take to come, and a client to receive a part of an answer.
         waiting: most requests that are answered or wait at a time.
         folder: files under it may be named as pictures; None: no files.
         hosts: hosts that pictures may be fetched from, by http or https.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ WHOLE = ("seed", "top_k")
 #: What would change the answer, and cannot be had; a value that asks for nothing is taken.
 REFUSED = (
     *("logit_bias", "tools", "functions", "logprobs", "top_logprobs", "audio", "prediction", "web_search_options"),
-    *("response_format", "modalities", "tool_choice", "function_call"),
+    *("response_format", "modalities", "tool_choice", "function_call", "moderation"),
 )
 #: Values of these that ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -47,6 +47,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "logprobs": (False,),
+    "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
@@ -54,7 +55,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 #: Fields of OpenAI's clients that change nothing here.
 WITHOUT_EFFECT = (
     *("user", "metadata", "store", "service_tier", "reasoning_effort", "parallel_tool_calls", "safety_identifier"),
-    *("prompt_cache_key", "prompt_cache_retention", "verbosity"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "verbosity"),
 )
 KNOWN = {
     *NUMBERS,
@@ -63,6 +64,8 @@ KNOWN = {
     *("stream", "stream_options", "max_tokens", "max_completion_tokens", "cache_config", "generation_config"),
     *("model", "n", "stop"),
 }
+#: Longest text of a request, in characters for each token that it may have. Only endless repetition has more.
+CHARACTERS_OF_A_TOKEN = 32
 #: Logits divided by less are no numbers any more.
 LEAST_TEMPERATURE = 0.01
 
@@ -92,13 +95,44 @@ class ChatRequest:
     model: str | None
 
 
-def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
+def parsed(data: bytes) -> Any:
+    """A request's body as JSON.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise RequestError(400, "the request is not JSON") from None
+
+
+def fetched_pictures(data: bytes, limits: Limits) -> dict[str, bytes]:
+    """The files of a request's pictures that other hosts have, by their addresses.
+
+    Raises:
+        RequestError: an address is not allowed, or leads to nothing.
+    """
+    body = parsed(data)
+    _, urls = _chat(body.get("messages") if isinstance(body, Mapping) else None, limits)
+    return {url: picture_bytes(url, limits) for url in dict.fromkeys(urls) if url.lower().startswith("http")}
+
+
+def read_request(
+    body: Any,
+    processor: Any,
+    limits: Limits,
+    fetched: Mapping[str, bytes] | None = None,
+    take: Callable[[int], None] | None = None,
+) -> ChatRequest:
     """Check a request's body.
 
     Args:
         body: the parsed JSON.
         processor: an `MllamaProcessor`.
         limits: bounds.
+        fetched: files of pictures that are there already, by their addresses.
+        take: called with a picture's pixels before it is decoded; may raise `RequestError`.
 
     Raises:
         RequestError: something about it is wrong or not allowed.
@@ -115,6 +149,7 @@ def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
         raise RequestError(400, "the request must be a JSON object")
     fields = {str(name): value for name, value in body.items()}
     messages, urls = _chat(fields.get("messages"), limits)
+    _check_characters(messages, limits)
     fields.pop("messages", None)
     _check_others(fields)
     settings = {**_generation(fields.get("generation_config")), **{n: v for n, v in fields.items() if n in NUMBERS}}
@@ -127,7 +162,9 @@ def read_request(body: Any, processor: Any, limits: Limits) -> ChatRequest:
     )
     cache_config = {} if cache_config is None else _cache_config(cache_config)
     settings.pop("cache_config", None)
-    pictures = tuple(checked_picture(picture_bytes(url, limits), limits) for url in urls)
+    there = fetched or {}
+    files = (there[url] if url in there else picture_bytes(url, limits) for url in urls)
+    pictures = tuple(checked_picture(file, limits, take) for file in files)
     try:
         prompt = read_prompt(processor, {"images": pictures, "messages": messages}, Path(), limits.tokens)
     except RowError as error:
@@ -181,9 +218,10 @@ def _sampling(settings: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, 
 def _include_usage(options: Any) -> bool:
     if options is None:
         return False
-    if not isinstance(options, Mapping) or not isinstance(options.get("include_usage", False), bool):
+    wanted = options.get("include_usage") if isinstance(options, Mapping) else options
+    if not isinstance(options, Mapping) or not isinstance(wanted, bool | None):
         raise RequestError(400, "'stream_options' must be an object such as {'include_usage': true}")
-    return bool(options.get("include_usage"))
+    return bool(wanted)
 
 
 def _short(value: Any) -> str:
@@ -192,6 +230,8 @@ def _short(value: Any) -> str:
         return repr(value)[:80]
     except ValueError:
         return "a number of thousands of digits"
+    except RecursionError:
+        return "a value that is nested too deeply"
 
 
 def check_model(request: ChatRequest, name: str) -> None:
@@ -225,6 +265,18 @@ def _chat(messages: Any, limits: Limits) -> tuple[list[dict[str, Any]], list[str
     return chat, urls
 
 
+def _check_characters(messages: list[dict[str, Any]], limits: Limits) -> None:
+    """Refuse what is far too long before anything reads it: some tokenizers take a minute for it."""
+    most = CHARACTERS_OF_A_TOKEN * limits.tokens
+    found = sum(len(message["role"]) for message in messages)
+    found += sum(len(part.get("text", "")) for message in messages for part in message["content"])
+    if found > most or len(messages) > limits.tokens:
+        said = f"a prompt of {found} characters in {len(messages)} messages"
+        raise RequestError(
+            400, f"{said} is too long: {limits.tokens} tokens are this server's most, and {most} characters"
+        )
+
+
 def _part_url(part: Any) -> str | None:
     """The address of a part that is a picture, None for a text."""
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -255,7 +307,7 @@ def _check_others(fields: Mapping[str, Any]) -> None:
     if fields.get("n") not in (None, 1):
         raise RequestError(400, "'n' must be 1: this server gives one answer to a request")
     for name in sorted(set(fields) - KNOWN):
-        raise RequestError(400, f"unknown field {name!r}")
+        raise RequestError(400, f"unknown field {_short(name)}")
     for name in REFUSED:
         if fields.get(name) is not None and fields[name] not in NOTHING.get(name, ()):
             raise RequestError(400, f"{name!r} is not offered by this server")
@@ -271,11 +323,11 @@ def _generation(given: Any) -> dict[str, Any]:
         raise RequestError(400, f"'generation_config' is not JSON: {_short(error)}") from None
     unknown = sorted(set(generation) - set(OPEN_GENERATION)) if isinstance(generation, Mapping) else ["no object"]
     if unknown:
-        raise RequestError(400, f"generation_config: {unknown[0]!r}. Allowed: {', '.join(OPEN_GENERATION)}")
+        raise RequestError(400, f"generation_config: {_short(unknown[0])}. Allowed: {', '.join(OPEN_GENERATION)}")
     found = dict(generation)
     if found.pop("cache_implementation", None) not in (None, "trimmed"):
         raise RequestError(400, "'cache_implementation' must be 'trimmed'; {'top_k_ratio': 1} answers as stock does")
-    if not isinstance(found.get("do_sample", False), bool):
+    if not isinstance(found.get("do_sample"), bool | None):
         raise RequestError(400, "'do_sample' must be true or false")
     return found
 
@@ -289,5 +341,7 @@ def _cache_config(config: Any) -> dict[str, Any]:
         raise RequestError(400, str(error)) from None
     closed = sorted(set(config) - set(OPEN_FIELDS))
     if closed:
-        raise RequestError(400, f"cache_config: {closed[0]!r} is the operator's. Allowed: {', '.join(OPEN_FIELDS)}")
+        raise RequestError(
+            400, f"cache_config: {_short(closed[0])} is the operator's. Allowed: {', '.join(OPEN_FIELDS)}"
+        )
     return dict(config)

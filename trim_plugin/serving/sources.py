@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -57,8 +59,13 @@ def picture_bytes(url: str, limits: Limits) -> bytes:
     raise RequestError(400, f"this server takes pictures only as {' or '.join(allowed)}")
 
 
-def checked_picture(data: bytes, limits: Limits) -> Image.Image:
+def checked_picture(data: bytes, limits: Limits, take: Callable[[int], None] | None = None) -> Image.Image:
     """The picture of a file, as RGB, once its size is known to be within bounds.
+
+    Args:
+        data: the file.
+        limits: bounds.
+        take: called with the number of its pixels before it is decoded; may raise.
 
     Raises:
         RequestError: it is no picture, is cut off, or has too many pixels.
@@ -74,6 +81,8 @@ def checked_picture(data: bytes, limits: Limits) -> Image.Image:
         raise RequestError(
             413, f"a picture of {width} x {height} has more than {limits.pixels} pixels, this server's most"
         )
+    if take is not None:
+        take(width * height)
     try:
         return decoded(data)
     except RowError:
@@ -103,13 +112,15 @@ def _fetched(address: urllib.parse.SplitResult, limits: Limits) -> bytes:
 
     if address.hostname not in limits.hosts:
         raise RequestError(400, f"this server fetches pictures only from {', '.join(sorted(limits.hosts))}")
-    data = bytearray()
+    data, end = bytearray(), time.monotonic() + FETCH_SECONDS
     try:
         with httpx.stream("GET", address.geturl(), timeout=FETCH_SECONDS, follow_redirects=False) as response:
             if response.status_code != 200:
                 raise RequestError(400, f"a picture's address answers with status {response.status_code}")
             for chunk in response.iter_bytes():
                 data += chunk
+                if time.monotonic() > end:
+                    raise RequestError(400, f"a picture's address took more than {FETCH_SECONDS:g} seconds")
                 if len(data) > limits.body_bytes:
                     raise RequestError(413, f"a picture's file has more than {limits.body_bytes} bytes")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
