@@ -156,6 +156,19 @@ def test_encoded_pictures_that_wait_are_in_the_file():
     same_answers(*(generate(model, inputs, 4, cache=cache) for cache in caches))
 
 
+@pytest.mark.parametrize("config", [{}, {"static": True, "max_cache_len": 64}], ids=str)
+def test_a_cache_is_read_onto_another_device(model, config):
+    _, cache = begun(model, config)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False, map_location="meta")
+    for index in cache.cross_layers:
+        layer = read.layers[index]
+        assert {tensor.device.type for tensor in layer.held_tensors()} == {"meta"}
+        assert layer.device.type == "meta"
+
+
 WITHOUT_THE_PLUGIN = """
     import sys
 
