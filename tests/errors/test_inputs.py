@@ -12,7 +12,6 @@ import torch
 import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE, checkpointing_keeps_caches, slices_mask_rows
-from trim_plugin.forward import turn
 from trim_plugin.selection import visibility as masks
 from trim_plugin.selection.visibility import padding_of
 
@@ -126,7 +125,7 @@ def test_mask_reads_lost_tokens(model, forwards):
 
 
 def test_no_mask(model, inputs, monkeypatch):
-    monkeypatch.setattr(turn, "_warned_without_mask", False)
+    monkeypatch.setattr(masks, "_warned_without_mask", False)
     del inputs["cross_attention_mask"]
     with pytest.warns(UserWarning, match="A picture was given without cross_attention_mask"):
         ours = trimmed(model, inputs, {"top_k_ratio": 1.0})

@@ -57,9 +57,9 @@ def test_exact_mode_lays_keys_and_values_out_as_decoding_reads_them(model):
 
 
 def test_pictures_without_a_mask_are_read_whole_and_warned_about_once(model, monkeypatch):
-    from trim_plugin.forward import turn
+    from trim_plugin.selection import visibility
 
-    monkeypatch.setattr(turn, "_warned_without_mask", False)
+    monkeypatch.setattr(visibility, "_warned_without_mask", False)
     inputs = random_inputs(model, [Sample(((6,), 6))])
     whole = dict(inputs, cross_attention_mask=torch.ones_like(inputs["cross_attention_mask"]))
     del inputs["cross_attention_mask"]

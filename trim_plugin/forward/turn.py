@@ -11,7 +11,6 @@ drops what decoding cannot read; a turn without pictures reads what is held, and
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -38,9 +37,8 @@ from trim_plugin.selection.visibility import (
     open_mask,
     padding_of,
     take_columns,
+    warn_without_mask,
 )
-
-_warned_without_mask = False
 
 
 @dataclasses.dataclass
@@ -218,7 +216,7 @@ class Turn:
         if held is None and complete:
             self.all_readable = (self.readable.sum(dim=1) * of_tile).tolist()
         if mask is None:
-            _warn_without_mask()
+            warn_without_mask()
             self.open_mask = open_mask(self.columns.valid, rows, self.states.dtype)
         elif held is None and complete:
             self.open_mask = mask
@@ -343,15 +341,3 @@ def layer_keys(layer: Any, states: torch.Tensor) -> torch.Tensor:
         projected = attention.k_proj(states)
         heads = projected.unflatten(-1, (attention.num_key_value_heads, attention.head_dim))
         return attention.k_norm(heads.transpose(1, 2))
-
-
-def _warn_without_mask() -> None:
-    global _warned_without_mask
-    if not _warned_without_mask:
-        _warned_without_mask = True
-        warnings.warn(
-            "A picture was given without cross_attention_mask: every text row may read every visual token. (Stock "
-            "sdpa attention would read them causally, as if they were text.) The processor makes the mask.",
-            UserWarning,
-            stacklevel=2,
-        )

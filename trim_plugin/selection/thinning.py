@@ -18,11 +18,6 @@ from trim_plugin.selection.visibility import pack
 PATCH, PADDING, CLASS = 0, 1, 2
 
 
-def farthest_first(states: torch.Tensor, members: torch.Tensor, kept_share: float) -> torch.Tensor:
-    """bool (pictures, tokens): this share of the members, chosen so that no member is far from a chosen one; see `KCenter`."""
-    return KCenter(kept_share).choose(states, members)
-
-
 def kinds_of_tokens(tiles: torch.Tensor, patches: int, tokens: int) -> torch.Tensor:
     """What every token of the tower is: `PATCH`, `PADDING` or `CLASS`.
 
@@ -67,11 +62,8 @@ def merge_alike(
         ([[0, 2, 3]], [[1, 2, 2]])
     """
     kept = kinds == CLASS
-    shares = ((kinds == PATCH, kept_share), (kinds == PADDING, PADDING_SHARE))
-    # A picture may have no real tile, and nothing needs to be padding. One look at the device for both.
-    there = torch.stack([members.any() for members, _ in shares]).tolist()
-    for (members, share), some in zip(shares, there, strict=True):
-        if some:
-            kept |= farthest_first(states, members, share)
+    # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
+    kept |= KCenter(kept_share).choose(states, kinds == PATCH)
+    kept |= KCenter(PADDING_SHARE).choose(states, kinds == PADDING)
     positions, valid = pack(kept)
     return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid

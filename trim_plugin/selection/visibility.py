@@ -8,6 +8,7 @@ rows, 1), which is 0 for fully masked rows. Such a row's mask is all zeros, like
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 
@@ -334,3 +335,16 @@ LOST_TOKENS = (
     "cross_attention_mask lets this turn's text read visual tokens that the end of an earlier turn could not read: the trimmed "
     "cache has dropped them. Give the picture again (pixel_values), or start with a new cache and the whole conversation."
 )
+_warned_without_mask = False
+
+
+def warn_without_mask() -> None:
+    """Say once what a picture without `cross_attention_mask` means."""
+    global _warned_without_mask
+    if not _warned_without_mask:
+        _warned_without_mask = True
+        warnings.warn(
+            "A picture was given without cross_attention_mask: every text row may read every visual token. (Stock sdpa "
+            "attention would read them causally, as if they were text.) The processor makes the mask.",
+            stacklevel=2,
+        )
