@@ -13,20 +13,18 @@ from benchmarks.common.tables import percent, table
 MODELS = {"quality": "small", "quality-fine": "fine", "quality-pages": "pages"}
 #: Scene sets, the one that the pages show first.
 SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
-#: What both models are compared on: rule and parameter → how a user writes it.
+#: What the models are compared on: rule and parameter → how a user writes it.
 SETTINGS = {
     ("paper, merged", 0.15): "`top_k_ratio=0.15`, the default",
-    ("paper, merged", 0.1): "`top_k_ratio=0.1`",
     ("k-center, merged", 0.25): "`KCenter(0.25)`",
     ("k-center, merged", 0.1): "`KCenter(0.1)`",
-    ("k-center, merged", 0.05): "`KCenter(0.05)`",
     ("random, merged", 0.1): "random tokens, merged",
-    ("paper, dropped", 0.1): "`top_k_ratio=0.1, merge=False`",
+    ("paper, dropped", 0.15): "`top_k_ratio=0.15, merge=False`",
 }
 #: What the first page shows of every model: setting → its short name, and what is said of it.
 FIRST = {
     ("paper, merged", 0.15): ("0.15", ("kept", "same answers", "points")),
-    ("k-center, merged", 0.1): ("KCenter(0.1)", ("same answers", "points")),
+    ("k-center, merged", 0.25): ("KCenter(0.25)", ("same answers", "points")),
 }
 PLOTTED = {
     "paper, merged": "default rule (merged)",

@@ -46,17 +46,13 @@ def test_the_page_to_decide_by_is_short_and_shows_plots():
 
 
 def answered(results, setting, where="fresh"):
-    """Of each model: its row of a setting."""
-    rule, parameter = setting
-    return {
-        name: next(
-            row
-            for row in results[result]["rows"]
-            if (row["where"], row["rule"], row["parameter"]) == (where, rule, parameter)
-        )
-        for result, name in MODELS.items()
-        if result in results
-    }
+    """Of each model that was asked there: its row of a setting."""
+    found = {}
+    for result, name in MODELS.items():
+        for row in results.get(result, {"rows": []})["rows"]:
+            if (row["where"], row["rule"], row["parameter"]) == (where, *setting):
+                found[name] = row
+    return found
 
 
 @pytest.mark.parametrize("where", SETS)
@@ -79,6 +75,20 @@ def test_what_the_text_says_about_answers_holds_on_both_models(results, where):
         assert random[model]["change_interval"][1] < tenth[model]["change_interval"][0]  # choosing matters
         assert tenth[model]["follow_up"]["agreement"] < tenth[model]["agreement"]  # second questions suffer first
     assert twentieth["fine"]["agreement_interval"][0] > twentieth["small"]["agreement_interval"][1]  # fewer will do
+
+
+def test_what_the_text_says_about_pages_of_print_holds(results):
+    default, quarter, tenth = (
+        answered(results, setting, "evaluation")["pages"]
+        for setting in (("paper, merged", 0.15), ("k-center, merged", 0.25), ("k-center, merged", 0.1))
+    )
+    for row in (default, quarter):  # nothing that could be measured, on any type of question
+        assert all(part["change_interval"][1] >= 0 for part in (row, *row["by_type"].values()))
+    assert 400 * default["by_type"]["page"]["agreement"] == pytest.approx(399)
+    assert quarter["by_type"]["page"]["agreement"] == 1
+    assert quarter["kept_share"] < 0.55 * default["kept_share"]
+    assert 0.98 <= tenth["agreement"] < 0.995
+    assert tenth["follow_up"]["agreement"] < tenth["agreement"]
 
 
 def test_figures_within_sentences(results):
