@@ -102,11 +102,11 @@ def answers(results: Results) -> str:
                 lines.append([title, name, percent(row["kept_share"], 0), points(row), *same])
     header = ["setting", "model", "kept", "points (95 %)", "same answer", "same second answer"]
     asked = [
-        f"{rows['stock', None]['questions']:,} ({name}, stock is right on {percent(rows['stock', None]['accuracy'], 0)})"
+        f"{name} ({rows['stock', None]['questions']:,} questions, {percent(rows['stock', None]['accuracy'], 0)})"
         for name, rows in models.items()
         if ("stock", None) in rows
     ]
-    return f"Accuracy in points against stock's. Questions: {'; '.join(asked)}.\n\n" + table(header, lines)
+    return f"Accuracy in points against stock's, which is right in: {', '.join(asked)}.\n\n" + table(header, lines)
 
 
 def _share(value: float) -> str:
