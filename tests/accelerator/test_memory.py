@@ -78,6 +78,18 @@ def test_each_device_has_its_own_layers_of_the_random_model(free):
     assert first.text + second.text == first.visual + second.visual == 1.0
 
 
+def test_a_model_with_removed_layers_is_counted_by_the_layers_that_it_has(free):
+    """Layers 1 and 3, of which each device has one, cross pictures; what is left of self-attention is on the second device."""
+    with Emulation():
+        model = emulated_place(2, "sdpa").model
+        text_model = find_text_model(model)
+        layers = text_model.layers
+        text_model.layers = torch.nn.ModuleList([layers[number] for number in (1, 3, 4)])
+        shares = {str(part.device): (part.text, part.visual) for part in parts_of(model)}
+        text_model.layers = layers
+    assert shares == {"cuda:0": (0.0, 0.5), "cuda:1": (1.0, 0.5)}
+
+
 @pytest.mark.parametrize("tight", [0, 1])
 def test_a_request_that_one_device_has_no_room_for_is_refused(split, free, tight):
     """The other one has plenty."""

@@ -9,7 +9,7 @@ import torch
 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.hooks import find_text_model
+from trim_plugin.forward.finding import cross_layers, decoder_layers, find_text_model
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning.planner import expected_kept_share
 
@@ -133,13 +133,11 @@ def parts_of(model: Any) -> list[Part]:
         [Part(device=device(type='cpu'), text=1.0, visual=1.0, memory=None)]
     """
     text_model = find_text_model(model)
-    crossing = set(text_model.config.cross_attention_layers)
-    sides: tuple[list[torch.device], list[torch.device]] = ([], [])
-    for number, layer in enumerate(text_model.layers):
-        sides[number in crossing].append(device_of(layer))
-    text, visual = sides
+    crossing = cross_layers(text_model)
+    visual = [device_of(layer) for layer in crossing]
+    text = [device_of(layer) for layer in decoder_layers(text_model) if layer not in crossing]
     return [
-        Part(device, text.count(device) / max(1, len(text)), visual.count(device) / max(1, len(visual)), _free(device))
+        Part(device, text.count(device) / len(text), visual.count(device) / len(visual), _free(device))
         for device in dict.fromkeys(text + visual)
     ]
 
