@@ -196,7 +196,7 @@ def _rows(result: dict[str, Any]) -> dict[tuple[str, float | None], Row]:
 
 
 def plot(results: Results, assets: Path) -> list[Path]:
-    """Agreement with stock against the kept share: the question and the follow-up, a column a model."""
+    """Agreement with stock against the kept share: the first question and the second, a column a model."""
     models = {name: _rows(results[result]) for result, name in MODELS.items() if result in results}
     if not models:
         return []
@@ -204,7 +204,7 @@ def plot(results: Results, assets: Path) -> list[Path]:
     for column, (name, rows) in enumerate(models.items()):
         for line, (turn, title) in enumerate((("first", "first"), ("follow_up", "second"))):
             panel = axes[line, column]
-            panel.set_title(f"{name} model, {title} question")
+            panel.set_title(f"{name}, {title}")
             panel.set_xscale("log")
             panel.set_xticks([0.02, 0.05, 0.1, 0.25, 0.6], ["2", "5", "10", "25", "60"])
             panel.minorticks_off()
@@ -215,7 +215,7 @@ def plot(results: Results, assets: Path) -> list[Path]:
                 style = {"marker": "o", "ms": 4, "ls": ":" if rule == "paper, dropped" else "-"}
                 panel.plot([row["kept_share"] for row in own], shares, color=colour(rule), label=label, **style)
     for panel in axes[:, 0]:
-        panel.set_ylabel("same answer as stock, %")
+        panel.set_ylabel("same as stock, %")
     for panel in axes[-1]:
         panel.set_xlabel("visual tokens kept, %")
     return [save(figure, assets / "quality.png", legend=2)]
