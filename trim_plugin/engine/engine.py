@@ -14,6 +14,7 @@ from typing import Any
 
 from trim_plugin.asking.prompts import decoded, read_prompt
 from trim_plugin.config import TrimConfig
+from trim_plugin.engine.cores import release_idle_workers
 from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.request import Request, Sampling
 from trim_plugin.engine.scheduler import EngineClosed, Scheduler
@@ -95,6 +96,7 @@ class Engine:
         self._room = Room(model, self.config, memory)
         pictures = RecentPictures(model, processor, most_bytes=picture_bytes, folder=picture_folder)
         self._scheduler = Scheduler(model, processor, self.config, self._room, max_running or MAX_RUNNING, pictures)
+        release_idle_workers()
         self._scheduler.thread.start()
 
     # -- what callers use, from any thread -----------------------------------------------------------------------------
