@@ -3,14 +3,19 @@ import dataclasses
 
 import pytest
 
-from trim_plugin import TopKPerHead, TopPPerHead, TrimConfig
+from trim_plugin import KCenter, TopKPerHead, TopPPerHead, TrimConfig
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 
 
 def test_defaults():
     config = TrimConfig()
-    assert config.top_k_ratio == 0.15
+    assert config.top_k_ratio is None
+    assert config.processors is None
     assert not config.exact
-    assert [processor.ratio for processor in config.processor_list] == [0.15]
+    (rule,) = config.processor_list
+    assert isinstance(rule, KCenter)
+    assert rule.kept_share == DEFAULT_KEPT_SHARE == 0.35
+    assert TrimConfig.of(config.to_dict()) == config
 
 
 def test_ratio_one_is_exact_and_has_no_processors():

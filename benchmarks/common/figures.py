@@ -17,12 +17,12 @@ COLOURS = {
     "stock": "#9a9a9a",
     "exact": "#4477aa",
     "default": "#228833",
-    "paper, merged": "#228833",
+    "k-center, merged": "#228833",
     "in pieces": "#228833",
     "kept": "#228833",
     "a quarter": "#228833",
     "KCenter": "#aa3377",
-    "k-center, merged": "#aa3377",
+    "paper, merged": "#aa3377",
     "encoded whole": "#d9a3c7",
     "encoded": "#aa3377",
     "random": "#ccbb44",
@@ -34,7 +34,7 @@ def colour(way: str) -> str:
     """The colour of a way.
 
     Example:
-        >>> colour("paper, merged") == colour("default"), colour("stock again") == colour("stock")
+        >>> colour("k-center, merged") == colour("default"), colour("stock again") == colour("stock")
         (True, True)
     """
     return next(value for name, value in COLOURS.items() if way.startswith(name))

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common.models import transformers_config
 from benchmarks.common.results import write_result
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.planning import planner
 from trim_plugin.planning.configuration import built_in_config
 from trim_plugin.planning.fitting import largest_fit
@@ -28,7 +28,7 @@ RANK = 16
 WAYS = (
     planner.PlannedVariant("stock"),
     planner.PlannedVariant("exact", 1.0, 1.0),
-    planner.PlannedVariant("default", planner.expected_kept_share(DEFAULT_TOP_K_RATIO), DEFAULT_TOP_K_RATIO),
+    planner.PlannedVariant("default", DEFAULT_KEPT_SHARE),
     planner.PlannedVariant("KCenter(0.1), nf4 KV", 0.1, kv_quantization="nf4"),
 )
 

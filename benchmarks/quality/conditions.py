@@ -13,7 +13,7 @@ from benchmarks.quality.rules import Rule
 from trim_plugin import KCenter
 
 #: Parameters of the rules that are measured under every condition.
-RATIOS, SHARES = (0.25, 0.15, 0.1), (0.25, 0.1)
+RATIOS, SHARES = (0.25, 0.15, 0.1), (0.35, 0.25, 0.1)
 
 
 @dataclasses.dataclass(frozen=True)

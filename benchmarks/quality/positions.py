@@ -36,6 +36,7 @@ RULES = (
     Rule("paper, merged", 0.15, {"top_k_ratio": 0.15}),
     Rule("paper, merged", 0.05, {"top_k_ratio": 0.05}),
     Rule("paper, dropped", 0.15, {"top_k_ratio": 0.15, "merge": False}),
+    Rule("k-center, merged", 0.35, {"processors": [KCenter(0.35)]}),
     Rule("k-center, merged", 0.25, {"processors": [KCenter(0.25)]}),
     Rule("k-center, merged", 0.1, {"processors": [KCenter(0.1)]}),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.common.figures import colour, panels, save
 from benchmarks.common.tables import percent, table
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 
 #: Name of the result → what the pages call the model.
 MODELS = {"quality": "small", "quality-fine": "fine", "quality-pages": "pages"}
@@ -15,22 +16,23 @@ MODELS = {"quality": "small", "quality-fine": "fine", "quality-pages": "pages"}
 SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of earlier tables"}
 #: What the models are compared on: rule and parameter → how a user writes it.
 SETTINGS = {
-    ("paper, merged", 0.15): "`top_k_ratio=0.15`, the default",
+    ("k-center, merged", DEFAULT_KEPT_SHARE): f"`KCenter({DEFAULT_KEPT_SHARE})`, the default",
     ("k-center, merged", 0.25): "`KCenter(0.25)`",
     ("k-center, merged", 0.1): "`KCenter(0.1)`",
+    ("paper, merged", 0.15): "`top_k_ratio=0.15`",
     ("random, merged", 0.1): "random tokens, merged",
     ("paper, dropped", 0.15): "`top_k_ratio=0.15, merge=False`",
 }
 #: What the first page shows of every model: setting → its short name, and what is said of it.
 FIRST = {
-    ("paper, merged", 0.15): ("0.15", ("kept", "same answers", "points")),
-    ("k-center, merged", 0.25): ("KCenter(0.25)", ("same answers", "points")),
+    ("k-center, merged", DEFAULT_KEPT_SHARE): ("default", ("kept", "same answers", "points")),
+    ("k-center, merged", 0.1): ("KCenter(0.1)", ("same answers", "points")),
 }
 PLOTTED = {
-    "paper, merged": "default rule (merged)",
-    "k-center, merged": "KCenter (merged)",
+    "k-center, merged": "KCenter, the default rule (merged)",
+    "paper, merged": "the paper's rule, merged",
     "random, merged": "random tokens, merged",
-    "paper, dropped": "the paper's rule (dropped)",
+    "paper, dropped": "the paper's rule, dropped",
 }
 #: Rules whose types of questions are shown apart, and the types.
 TYPED = ("paper, dropped", "paper, merged", "k-center, merged", "k-center radius, merged", "random, merged")

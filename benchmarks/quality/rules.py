@@ -19,7 +19,7 @@ from trim_plugin.selection.merging import Merging, merge_dropped
 
 #: Kept shares of the rules that take one, and `top_k_ratio` of the paper's rule, whose union over heads keeps more. What matters
 #: most comes first: a run that is cut off has it.
-SHARES = (0.25, 0.1, 0.5, 0.35, 0.15, 0.05, 0.07, 0.025)
+SHARES = (0.35, 0.25, 0.1, 0.5, 0.15, 0.05, 0.07, 0.025)
 RATIOS = (0.15, 0.25, 0.1, 0.35, 0.05, 0.02, 0.03, 0.01)
 #: Cosine distances within which every token must find a kept one: the kept share follows the picture.
 RADII = (0.1, 0.2, 0.05)

@@ -96,6 +96,7 @@ CASES = {
     "one picture": Case(ALONE),
     "two samples": Case(PAIR),
     "exact": Case(MIXED, {"top_k_ratio": 1.0}),
+    "the paper's rule": Case(MANY, {"top_k_ratio": 0.15}),
     "dropped": Case(PAIR, {"top_k_ratio": 0.2, "merge": False}),
     "top-p": Case(MIXED, {"processors": [TopPPerHead(0.6)]}),
     "k-center, a share": Case(MANY, {"processors": [KCenter(0.3)]}),

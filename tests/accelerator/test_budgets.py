@@ -77,7 +77,7 @@ def test_a_read_and_a_copy_for_every_sample_are_found(monkeypatch):
     monkeypatch.setattr("trim_plugin.forward.turn.visual_token_scores", scores)
     with Emulation() as device:
         place = budgets.emulated_place(1, "sdpa")
-        reads, copies = budgets.measured("8 samples, 18 groups", place, device).problems
+        reads, copies = budgets.measured("the paper's rule", place, device).problems
     assert "11 more reads than stock, 8 are allowed" in reads
     assert "12 more copies than stock, 4 are allowed" in copies
     assert "test_budgets" not in copies  # lines are told of the package and of transformers

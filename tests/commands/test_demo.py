@@ -11,6 +11,8 @@ from trim_plugin.compat import cache_of
 from trim_plugin.embedded import ask, examples, load_small_model
 
 QUESTIONS = [example.question for example in examples()]
+#: The default rule.
+NAME = "k-center 0.35"
 
 
 def rows_of(shown: str) -> list[list[str]]:
@@ -47,7 +49,7 @@ def test_the_demo_is_one_table_and_three_sentences(demo):
     assert max(map(len, shown.splitlines())) <= 80
     assert sum(line.startswith("───") for line in shown.splitlines()) == 1
     head, *rows = rows_of(shown)
-    assert head == ["question", "true", "stock", "exact", "ratio 0.15", "ratio 0.1"]
+    assert head == ["question", "true", "stock", "exact", "k-center 0.35", "k-center 0.1"]
     assert unwrapped(" ".join(row[0] for row in rows)).startswith(" ".join(QUESTIONS))
     sentences = unwrapped(shown.split("of stock's ", 1)[1]).split(" Of stock's 6 answers,")
     said = "Of stock's 6 answers," + sentences[1]
@@ -58,24 +60,24 @@ def test_the_demo_sums_up_what_it_shows(demo):
     """Against generations of one's own: answers, tokens and bytes."""
     shown = demo[0].stdout
     model, processor = load_small_model()
-    same, held, stock = {"ratio 0.15": 0}, {"ratio 0.15": 0}, 0
+    same, held, stock = {NAME: 0}, {NAME: 0}, 0
     for example in examples():
         inputs = ask(processor, example.question, example.picture)
         texts = {}
-        for name, settings in (("stock", {}), ("ratio 0.15", {"cache_implementation": "trimmed"})):
+        for name, settings in (("stock", {}), (NAME, {"cache_implementation": "trimmed"})):
             output = model.generate(
                 **inputs, max_new_tokens=128, do_sample=False, return_dict_in_generate=True, **settings
             )
             texts[name] = processor.decode(
                 output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-        same["ratio 0.15"] += texts["stock"] == texts["ratio 0.15"]
+        same[NAME] += texts["stock"] == texts[NAME]
         report = cache_of(output).report()
-        held["ratio 0.15"] += report.cross_kv_bytes
+        held[NAME] += report.cross_kv_bytes
         stock += report.stock_cross_kv_bytes
     said = unwrapped(shown)
-    share = round(100 * held["ratio 0.15"] / stock)
-    assert f"ratio 0.15 gives {same['ratio 0.15']} with {share} %" in said
+    share = round(100 * held[NAME] / stock)
+    assert f"{NAME} gives {same[NAME]} with {share} %" in said
     assert "exact gives 6 with " in said
     assert re.search(r"takes \d+ ms instead of \d+ ms to its first token if the picture was encoded once", said)
 
@@ -87,7 +89,7 @@ def test_demo_with_pictures_of_ones_own(tmp_path, capsys):
     assert main([*words, "--image", str(picture)]) == 0
     shown = capsys.readouterr().out
     assert "ratio 0.3" in shown
-    assert "ratio 0.15" not in shown
+    assert NAME not in shown
     assert out.exists()
     (one,) = re.findall(r"visual tokens held, mean +(\d+)", shown)
     assert main([*words, "--image", str(picture), str(examples()[0].picture), "--max-new-tokens", "2"]) == 0

@@ -17,7 +17,7 @@ import pytest
 import trim_plugin
 from trim_plugin import cli
 from trim_plugin.commands import COMMANDS, UserError, common
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 
 WITH_MODEL = ("demo", "generate", "batch", "eval")
@@ -113,10 +113,10 @@ def test_the_weights_are_the_loaders(options):
 
 @pytest.mark.parametrize("name", ["demo", "eval"])
 def test_what_is_compared_by_default_has_the_packages_default_in_it(name, options):
-    ratios = importlib.import_module(f"trim_plugin.commands.{name}").DEFAULT_RATIOS
-    assert DEFAULT_TOP_K_RATIO in [float(ratio) for ratio in ratios]
-    shown = re.search(r"default: (.*)\)", options[name]["--top-k-ratio"].help)[1]
-    assert re.split(" and |, ", shown) == list(ratios)
+    shares = importlib.import_module(f"trim_plugin.commands.{name}").DEFAULT_SHARES
+    assert DEFAULT_KEPT_SHARE in shares
+    shown = re.search(r"default: .*--kept-share (.*)\)", options[name]["--top-k-ratio"].help)[1]
+    assert re.split(" and |, ", shown) == [str(share) for share in shares]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

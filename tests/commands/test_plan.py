@@ -171,14 +171,15 @@ def test_what_a_size_was_taken_for_is_said(capsys):
     assert json.loads(capsys.readouterr().out)["memory"] == 24 * 10**9
 
 
-def test_a_forecast_is_not_called_as_the_rule_is(capsys):
-    assert main(["plan", "--expect-kept", "0.1", "--json"]) == 0
-    forecast = capsys.readouterr()
-    assert forecast.err == ""
-    assert main(["plan", "--kept-share", "0.1", "--json"]) == 0
-    old = capsys.readouterr()
-    assert old.out == forecast.out
-    assert "a forecast, and called --expect-kept" in old.err
+def test_the_rule_and_a_forecast_of_as_much_plan_the_same_and_the_rule_is_the_default(capsys):
+    rule, forecast, default = (
+        printed_json(capsys, *words) for words in (["--kept-share", "0.35"], ["--expect-kept", "0.35"], [])
+    )
+    assert rule == forecast == default
+    assert default["ways"][2]["kept_share"] == 0.35
+    ratio = printed_json(capsys, "--top-k-ratio", "0.15", "--batch", "8")["ways"][2]
+    assert "cross_kv" in ratio["upper_bounds"]
+    assert "cross_kv" not in printed_json(capsys, "--batch", "8")["ways"][2]["upper_bounds"]
 
 
 def test_samples_of_different_tiles_make_the_batch(capsys):

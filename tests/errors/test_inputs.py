@@ -45,11 +45,12 @@ def test_scores_not_finite(model, inputs):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.language_model.layers[1].cross_attn.k_proj.weight[0, 0] = float("nan")
-    in_the_prefill(broken, inputs, ValueError, "attention scores of the visual tokens are NaN", {})
+    in_the_prefill(broken, inputs, ValueError, "attention scores of the visual tokens are NaN", {"top_k_ratio": 0.15})
     inputs["pixel_values"][0, 0] = float("nan")
-    cache = TrimmedCache(model)
-    with pytest.raises(ValueError, match="attention scores of the visual tokens are NaN"), torch.no_grad():
-        model(**inputs, **{CACHE: cache}, use_cache=True)
+    for config, what in (({"top_k_ratio": 0.15}, "attention scores of the visual tokens"), ({}, "visual states")):
+        cache = TrimmedCache(model, config)
+        with pytest.raises(ValueError, match=f"{what} are NaN"), torch.no_grad():
+            model(**inputs, **{CACHE: cache}, use_cache=True)
 
 
 def test_attention_mask_zeros(model, inputs, forwards):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trim_plugin.arithmetic import parse_bytes, share
 from trim_plugin.commands import COMMANDS, UserError, user_errors
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
 from trim_plugin.variants import Variant, variants_for
 
@@ -101,12 +101,12 @@ def add_model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def generation_options(
-    default: str = str(DEFAULT_TOP_K_RATIO), *, several: bool = False, length: bool = True
+    default: str = f"--kept-share {DEFAULT_KEPT_SHARE}", *, several: bool = False, length: bool = True
 ) -> argparse.ArgumentParser:
     """The parent of every subcommand that generates: the model, the rules and the length of answers.
 
     Args:
-        default: what `--top-k-ratio` is if no rule is given.
+        default: which rules there are if none is given, in the help's words.
         several: whether the subcommand compares rules, so that each may be given more than once.
         length: whether it says how long answers may be; a server's requests do.
     """
@@ -123,8 +123,7 @@ def _add_rule_options(parser: argparse.ArgumentParser, default: str, again: str)
         "--top-k-ratio",
         action="append",
         metavar="RATIO",
-        help="the paper's rule: share of the visual tokens that each head keeps; 1 is exact mode, which keeps all that "
-        f"can be read ({again}default: {default})",
+        help=f"the paper's rule: share that each head keeps; 1 is exact mode ({again}default: {default})",
     )
     add_picture_options(
         parser,
@@ -166,12 +165,8 @@ def add_picture_options(
 
 def add_tower_option(parser: argparse.ArgumentParser) -> None:
     """Add `--tower-share`."""
-    parser.add_argument(
-        "--tower-share",
-        metavar="SHARE",
-        help="share of the patches that go on through the vision tower, the others being merged into them: faster, not exact "
-        "(default: the tower is untouched)",
-    )
+    what = "share of the patches that go on through the vision tower, the others merged into them: faster, not exact"
+    parser.add_argument("--tower-share", metavar="SHARE", help=f"{what} (default: the tower is untouched)")
 
 
 def tower_share(arguments: argparse.Namespace) -> float | None:
@@ -190,12 +185,14 @@ def add_length_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def checked_rules(arguments: argparse.Namespace, default_ratios: Sequence[str], *, stock: bool) -> list[Variant]:
+def checked_rules(
+    arguments: argparse.Namespace, *, ratios: Sequence[float] = (), shares: Sequence[float] = (), stock: bool
+) -> list[Variant]:
     """The variants that the rule options ask for. They are checked here; what they need is loaded once their `config` is read.
 
     Args:
         arguments: parsed, of a parser with `generation_options`.
-        default_ratios: what `--top-k-ratio` is if no rule is given.
+        ratios, shares: what `--top-k-ratio` and `--kept-share` are if no rule is given.
         stock: whether transformers' own cache comes first.
 
     Raises:
@@ -206,7 +203,7 @@ def checked_rules(arguments: argparse.Namespace, default_ratios: Sequence[str], 
             require_bitsandbytes(f"--kv-quantization {arguments.kv_quantization}")
     given = {name: getattr(arguments, name) or [] for name in ("top_k_ratio", "kept_share", "radius")}
     if not any(given.values()):
-        given["top_k_ratio"] = list(default_ratios)
+        given |= {"top_k_ratio": list(map(str, ratios)), "kept_share": list(map(str, shares))}
     values = {name: [check_ratio(text, option_of(name)) for text in texts] for name, texts in given.items()}
     for name, numbers in values.items():
         if len(set(numbers)) < len(numbers):
@@ -222,13 +219,14 @@ def checked_rules(arguments: argparse.Namespace, default_ratios: Sequence[str], 
     )
 
 
-def one_rule(arguments: argparse.Namespace, default_ratio: float = DEFAULT_TOP_K_RATIO) -> Variant:
-    """The one trimmed cache that the rule options ask for, a `top_k_ratio` if they don't say.
+def one_rule(arguments: argparse.Namespace, *, exact: bool = False) -> Variant:
+    """The one trimmed cache that the rule options ask for; if they don't say, the default rule, or exact mode.
 
     Raises:
         UserError: several rules are given, a value is not allowed, or a package is missing.
     """
-    chosen = checked_rules(arguments, [str(default_ratio)], stock=False)
+    shares = () if exact else (DEFAULT_KEPT_SHARE,)
+    chosen = checked_rules(arguments, ratios=(1.0,) if exact else (), shares=shares, stock=False)
     if len(chosen) > 1:
         raise UserError(
             f"several rules are given: {', '.join(variant.name for variant in chosen)}. Choose one; eval and demo compare them"

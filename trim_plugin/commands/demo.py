@@ -28,7 +28,7 @@ from trim_plugin.commands.common import (
 )
 from trim_plugin.commands.loading import begin_loading, load_model
 from trim_plugin.compat import CACHE, cache_of
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 from trim_plugin.variants import Variant, variants_for
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trim_plugin.cache.report import TrimReport
 
 #: The package's default first: its kept tokens are drawn.
-DEFAULT_RATIOS = (f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
+DEFAULT_SHARES = (DEFAULT_KEPT_SHARE, 0.1)
 #: Generations of which the time is the median.
 REPEATS = 3
 
@@ -67,7 +67,12 @@ Answers = dict[str, list[Answer]]
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "demo", run, [generation_options(" and ".join(DEFAULT_RATIOS), several=True)])
+    parser = add_command(
+        subparsers,
+        "demo",
+        run,
+        [generation_options(f"--kept-share {' and '.join(map(str, DEFAULT_SHARES))}", several=True)],
+    )
     add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
     parser.add_argument("--prompt", help="a question about the pictures (default: those of the held-out pictures)")
     parser.add_argument(
@@ -86,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: an option is wrong.
     """
     console = Console()
-    chosen = _with_exact(checked_rules(arguments, DEFAULT_RATIOS, stock=True))
+    chosen = _with_exact(checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
     check_counts(arguments, "max_new_tokens")
     _check_out(arguments.out)
     questions = _questions(arguments)
@@ -167,7 +172,7 @@ def _table(questions: list[Question], answers: Answers) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     truths = any(question.truth is not None for question in questions)
     for heading in ["question", *(["true"] if truths else []), *answers]:
-        table.add_column(heading)
+        table.add_column(heading, min_width=len(heading))
     for number, question in enumerate(questions):
         stock, *others = (own[number].text or "–" for own in answers.values())
         row = [question.text, *([question.truth or "?"] if truths else []), stock]

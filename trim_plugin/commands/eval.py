@@ -26,7 +26,7 @@ from trim_plugin.commands.loading import (
     process_of,
     settings_of,
 )
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.durable import write_whole
 from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question, read_questions
@@ -35,13 +35,18 @@ from trim_plugin.evaluation.summary import MATCHES, Summary, summarize, whole_va
 if TYPE_CHECKING:
     from trim_plugin.evaluation.page import Shown
 
-#: Exact mode, and the package's default between a larger and a smaller one.
-DEFAULT_RATIOS = ("1.0", "0.25", f"{DEFAULT_TOP_K_RATIO:g}", "0.1")
+#: Exact mode, and `KCenter` with the package's default between a larger share and a smaller one.
+DEFAULT_RATIOS, DEFAULT_SHARES = (1.0,), (0.5, DEFAULT_KEPT_SHARE, 0.1)
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "eval", run, [generation_options(", ".join(DEFAULT_RATIOS), several=True)])
+    parser = add_command(
+        subparsers,
+        "eval",
+        run,
+        [generation_options(f"--top-k-ratio 1, --kept-share {', '.join(map(str, DEFAULT_SHARES))}", several=True)],
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -81,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     console = Console()
     process, processes = process_of(os.environ)
-    chosen = checked_rules(arguments, DEFAULT_RATIOS, stock=not arguments.no_stock)
+    chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
     check_counts(arguments, "limit", "max_new_tokens")
     questions = _questions(arguments)
     begin_loading(arguments)

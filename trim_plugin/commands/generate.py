@@ -20,7 +20,7 @@ from trim_plugin.commands.common import (
 )
 from trim_plugin.commands.loading import begin_loading, load_model
 from trim_plugin.compat import CACHE, cache_of
-from trim_plugin.config import DEFAULT_TOP_K_RATIO, TrimConfig
+from trim_plugin.config import DEFAULT_KEPT_SHARE, TrimConfig
 
 if TYPE_CHECKING:
     from trim_plugin.pictures.encoded import Pictures
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "generate", run, [generation_options(f"{DEFAULT_TOP_K_RATIO}, with --pictures 1")])
+    parser = add_command(
+        subparsers,
+        "generate",
+        run,
+        [generation_options(f"--kept-share {DEFAULT_KEPT_SHARE}; exact mode with --pictures")],
+    )
     add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
     parser.add_argument(
         "--pictures",
@@ -47,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
     """
-    rule = one_rule(arguments, 1.0 if arguments.pictures else DEFAULT_TOP_K_RATIO)
+    rule = one_rule(arguments, exact=bool(arguments.pictures))
     check_counts(arguments, "max_new_tokens")
     if arguments.image and arguments.pictures:
         raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")

@@ -23,7 +23,7 @@ from trim_plugin.commands.common import (
     tower_share,
 )
 from trim_plugin.commands.loading import model_numbers, model_of
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import configuration, fitting, planner, table
 from trim_plugin.planning.job import Job
@@ -43,18 +43,21 @@ def add_parser(subparsers: Any) -> None:
         "--top-k-ratio",
         **several,
         metavar="RATIO",
-        help=f"the paper's rule: share of the visual tokens that each head keeps; several are several rows "
-        f"(default: {DEFAULT_TOP_K_RATIO})",
+        help="the paper's rule: share of the visual tokens that each head keeps; several are several rows (default: not used)",
+    )
+    parser.add_argument(
+        "--kept-share",
+        **several,
+        metavar="SHARE",
+        help=f"KCenter: keep this share; several are several rows (default: {DEFAULT_KEPT_SHARE})",
     )
     parser.add_argument(
         "--expect-kept",
         **several,
         metavar="SHARE",
-        help="a forecast: the share of the visible tokens that a rule will keep, if you know it; several are several rows "
+        help="a forecast: the share of the visible tokens that another rule will keep, if you know it; several are several rows "
         "(default: as measured at the ratio)",
     )
-    # As it was called before it was told apart from the rule of the other subcommands.
-    parser.add_argument("--kept-share", **several, help=argparse.SUPPRESS)
     parser.add_argument(
         "--kv-quantization",
         choices=tuple(KV_FORMATS),
@@ -123,9 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong.
     """
-    shares = [check_ratio(text, "--expect-kept") for text in arguments.expect_kept or []]
-    shares += [check_ratio(text, "--kept-share") for text in arguments.kept_share or []]
-    ratios = [check_ratio(text) for text in arguments.top_k_ratio or ([] if shares else [DEFAULT_TOP_K_RATIO])]
+    shares = [check_ratio(text, "--kept-share") for text in arguments.kept_share or []]
+    shares += [check_ratio(text, "--expect-kept") for text in arguments.expect_kept or []]
+    ratios = [check_ratio(text) for text in arguments.top_k_ratio or []]
     memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
     reserve = bytes_of(arguments.reserve, "--reserve", zero=True)
     check_counts(arguments, "prefill_pictures")
@@ -168,10 +171,6 @@ def _remarks(arguments: argparse.Namespace) -> list[str]:
     """What words were taken for, where a person may have meant something else."""
     sizes = [("--memory", arguments.memory), ("--reserve", arguments.reserve)]
     found = [taken_for(text, option) for option, text in sizes if text is not None]
-    if arguments.kept_share:
-        found.append(
-            "--kept-share is a rule in the other subcommands. Here it is a forecast, and called --expect-kept."
-        )
     return [remark for remark in found if remark is not None]
 
 

@@ -12,6 +12,7 @@ from trim_plugin.config import TrimConfig
 from trim_plugin.forward.finding import cross_layers, decoder_layers, find_text_model
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning.planner import expected_kept_share
+from trim_plugin.selection.k_center import KCenter
 
 #: Share of a device's free memory that running requests may take; the rest is for the forwards' own work.
 OF_FREE_MEMORY = 0.7
@@ -91,7 +92,7 @@ class Room:
             kept = 2 * KV_FORMATS[config.kv_quantization].token_bytes(values // 2)
         self._visual = kept * crossing
         self._tile_tokens = tile_tokens(vision)
-        self._kept_share = 1.0 if config.top_k_ratio is None else expected_kept_share(config.top_k_ratio)
+        self._kept_share = _expected_share(config)
         self.memory = memory
         #: What each device holds; empty where `memory` is given.
         self.parts = [] if memory is not None else parts_of(model)
@@ -152,3 +153,11 @@ def device_of(layer: torch.nn.Module) -> torch.device:
 
 def _free(device: torch.device) -> int | None:
     return int(OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def _expected_share(config: TrimConfig) -> float:
+    """The share of the visible tokens that is counted on; all of them where a rule does not say."""
+    if config.top_k_ratio is not None:
+        return expected_kept_share(config.top_k_ratio)
+    shares = (rule.kept_share for rule in config.processor_list if isinstance(rule, KCenter))
+    return min((share for share in shares if share is not None), default=1.0)

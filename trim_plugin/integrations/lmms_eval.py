@@ -61,8 +61,8 @@ class LlamaVisionTrimmed(lmms):
 
     Args:
         pretrained: model folder or hub id.
-        top_k_ratio: in (0, 1]; 1.0 is exact mode, "stock" is transformers' own cache. 0.15 by default.
-        kept_share: in (0, 1]; keep this share of the visible tokens with `KCenter`, instead of a `top_k_ratio`.
+        top_k_ratio: the paper's rule, in (0, 1]; 1.0 is exact mode, "stock" is transformers' own cache.
+        kept_share: in (0, 1]; keep this share of the visible tokens with `KCenter`. 0.35 where no rule is given.
         radius: in (0, 1]; `KCenter(radius=…)`, instead of either.
         kv_quantization: "int8" or "nf4" for the kept tokens' keys and values; None for the model's dtype.
         weights: "nf4", "fp4" or "int8" quantizes the weights with bitsandbytes; None loads them in `dtype`.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 
 STOCK = "stock"
 #: Model arguments that name a rule, and how the table calls it.
@@ -96,12 +96,12 @@ def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
     )
     if model != "llama_vision_trimmed" or given.get("top_k_ratio") == STOCK:
         return STOCK
-    rule = next((rule for rule in RULES if rule in given), None)
-    if rule is not None:
-        name = f"{RULES[rule]} {float(given[rule]):g}"
-    else:
-        ratio = float(given.get("top_k_ratio", DEFAULT_TOP_K_RATIO))
+    if "top_k_ratio" in given:
+        ratio = float(given["top_k_ratio"])
         name = "exact" if ratio == 1.0 else f"{ratio:g}"
+    else:
+        rule = next((rule for rule in RULES if rule in given), "kept_share")
+        name = f"{RULES[rule]} {float(given.get(rule, DEFAULT_KEPT_SHARE)):g}"
     bits = given.get("kv_quantization")
     return f"{name}, {bits}" if bits else name
 

@@ -17,7 +17,7 @@ from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.holders import GroupRecorder, holders
 from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.selection.processors import TopKPerHead, VisualTokenProcessor
+from trim_plugin.selection.processors import VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,9 +148,13 @@ def visualize(
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
     recorder, groups = ScoreRecorder(), GroupRecorder()
-    chain = settings.processors or (TopKPerHead(settings.top_k_ratio or 1.0),)
     cache = TrimmedCache(
-        model, TrimConfig(processors=(recorder, groups, *chain), merge=settings.merge, tower_share=settings.tower_share)
+        model,
+        TrimConfig(
+            processors=(recorder, groups, *settings.processor_list),
+            merge=settings.merge,
+            tower_share=settings.tower_share,
+        ),
     )
     with torch.no_grad():
         model(**inputs, **{CACHE: cache}, use_cache=True)

@@ -21,7 +21,7 @@ from trim_plugin.arithmetic import (
     pictures_read_together,
     tile_tokens,
 )
-from trim_plugin.config import DEFAULT_TOP_K_RATIO
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.planning import working_set
 from trim_plugin.planning.configuration import Configuration
 from trim_plugin.planning.job import Job
@@ -178,13 +178,14 @@ def expected_kept_share(top_k_ratio: float) -> float:
 
 
 def variants(
-    top_k_ratios: Sequence[float] = (DEFAULT_TOP_K_RATIO,),
+    top_k_ratios: Sequence[float] = (),
     kept_shares: Sequence[float] = (),
     kv_quantization: str | None = None,
     prefill_pictures: int | None = None,
     tower_share: float | None = None,
 ) -> list[PlannedVariant]:
-    """Stock, exact, and trimmed for every ratio and share; a `tower_share` is for trimmed alone.
+    """Stock, exact, and trimmed for every ratio and share, the default rule's share where there is none; a `tower_share` is for
+    trimmed alone.
 
     Example:
         >>> [variant.name for variant in variants((0.25,))], [variant.name for variant in variants((0.25, 0.1))][2:]
@@ -193,6 +194,7 @@ def variants(
     shares: list[tuple[float, float | None, str]] = [
         (expected_kept_share(ratio), ratio, f"{ratio:g}") for ratio in top_k_ratios
     ]
+    kept_shares = kept_shares if kept_shares or top_k_ratios else (DEFAULT_KEPT_SHARE,)
     shares += [(share, None, f"{100 * share:g} %") for share in kept_shares]
     found = [PlannedVariant("stock"), PlannedVariant("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
     for share, ratio, word in shares:
@@ -220,7 +222,7 @@ def plan(
         >>> from trim_plugin.planning.configuration import built_in_config
         >>> stock, exact, trimmed = (plan(built_in_config("11b"), Job(tiles=1), variant) for variant in variants())
         >>> stock.cross_kv // exact.cross_kv, trimmed.kept_tokens
-        (4, 578)
+        (4, 561)
     """
     most = int(config.vision_config.max_num_tiles)
     if job.most_tiles > most:
