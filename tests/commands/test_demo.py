@@ -12,7 +12,7 @@ from trim_plugin.embedded import ask, examples, load_small_model
 
 QUESTIONS = [example.question for example in examples()]
 #: The default rule.
-NAME = "k-center 0.35"
+NAME = "share 0.35"
 
 
 def rows_of(shown: str) -> list[list[str]]:
@@ -49,7 +49,7 @@ def test_the_demo_is_one_table_and_three_sentences(demo):
     assert max(map(len, shown.splitlines())) <= 80
     assert sum(line.startswith("───") for line in shown.splitlines()) == 1
     head, *rows = rows_of(shown)
-    assert head == ["question", "true", "stock", "exact", "k-center 0.35", "k-center 0.1"]
+    assert head == ["question", "true", "stock", "exact", NAME, "share 0.1"]
     assert unwrapped(" ".join(row[0] for row in rows)).startswith(" ".join(QUESTIONS))
     sentences = unwrapped(shown.split("of stock's ", 1)[1]).split(" Of stock's 6 answers,")
     said = "Of stock's 6 answers," + sentences[1]

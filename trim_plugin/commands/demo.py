@@ -114,7 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _heading(variant: Variant) -> str:
-    return f"ratio {variant.name}" if variant.name[0].isdigit() else variant.name
+    named = variant.name.replace("k-center", "share")
+    return f"ratio {named}" if named[0].isdigit() else named
 
 
 def _with_exact(chosen: list[Variant]) -> list[Variant]:
@@ -172,7 +173,7 @@ def _table(questions: list[Question], answers: Answers) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     truths = any(question.truth is not None for question in questions)
     for heading in ["question", *(["true"] if truths else []), *answers]:
-        table.add_column(heading, min_width=len(heading))
+        table.add_column(heading)
     for number, question in enumerate(questions):
         stock, *others = (own[number].text or "–" for own in answers.values())
         row = [question.text, *([question.truth or "?"] if truths else []), stock]
