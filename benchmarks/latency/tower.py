@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and return the result."""
     seed_everything()
     dtype, device = arguments.tower_dtype, arguments.device
-    ways = QUICK_WAYS if arguments.quick else tuple(WAYS)
+    ways, all_tiles = (QUICK_WAYS, TILES[:1]) if arguments.quick else (tuple(WAYS), TILES)
     shape = arguments.tower_shape
     rows: list[dict[str, Any]] = []
     vision = shape_config(shape).vision_config
@@ -161,14 +161,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     with Progress() as bar:
-        task = bar.add_task("tower", total=len(TILES) * (1 + len(ways)))
+        task = bar.add_task("tower", total=len(all_tiles) * (1 + len(ways)))
         peaks: dict[tuple[int, str], int] = {}
-        for tiles in TILES:
+        for tiles in all_tiles:
             for way in ways:
                 peaks[tiles, way] = peak_in_its_own_process(shape, dtype, way, tiles, device)
                 bar.advance(task)
         tower = load_tower(shape, getattr(torch, dtype), device)
-        for tiles in TILES:
+        for tiles in all_tiles:
             for row in measure(tower, tiles, 1 if arguments.quick else arguments.tower_turns, ways, device):
                 held = peaks[tiles, row["way"]]
                 rows.append(row | {"peak": held, "peak_share": held / max(1, peaks[tiles, ways[0]])})

@@ -40,7 +40,7 @@ def test_a_tiny_run_is_written_and_reported(tmp_path):
     )
     result = benchmark.run(arguments)
     assert [(row["tiles"], row["way"]) for row in result["rows"]] == [
-        (tiles, way) for tiles in benchmark.TILES for way in benchmark.QUICK_WAYS
+        (benchmark.TILES[0], way) for way in benchmark.QUICK_WAYS
     ]
     for row in result["rows"]:
         merged = row["way"] == "share 0.5"

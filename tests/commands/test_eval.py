@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -27,16 +26,15 @@ def test_compares_stock_and_ratios(data, tmp_path, capsys):
     assert "0.1, int8" in shown
 
 
-def test_processes_share_the_questions(data, tmp_path):
+def test_processes_share_the_questions(data, tmp_path, monkeypatch):
     """As under `accelerate launch`, which sets these variables; the second to end writes the summary."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "trim_plugin.cli", "eval", "--data", str(data), "--out", str(out)]
-    command += ["--max-new-tokens", "2", "--top-k-ratio", "0.5"]
     for rank in range(2):
         assert not (out / "summary.json").exists()
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        words = ["--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+        assert main(["eval", "--data", str(data), "--out", str(out), *words]) == 0
     by_process = [
         {json.loads(line)["question"] for line in (out / f"answers-{rank}.jsonl").read_text().splitlines()}
         for rank in range(2)
