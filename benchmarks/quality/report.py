@@ -17,7 +17,6 @@ SETS = {"fresh": "scenes that nothing was chosen on", "evaluation": "scenes of e
 #: What the models are compared on: rule and parameter → how a user writes it.
 SETTINGS = {
     ("k-center, merged", DEFAULT_KEPT_SHARE): f"`KCenter({DEFAULT_KEPT_SHARE})`, the default",
-    ("k-center, merged", 0.25): "`KCenter(0.25)`",
     ("k-center, merged", 0.1): "`KCenter(0.1)`",
     ("paper, merged", 0.15): "`top_k_ratio=0.15`",
     ("random, merged", 0.1): "random tokens, merged",
