@@ -11,11 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trim_plugin import Engine, KCenter, TrimConfig, TrimmedCache, encode_pictures
+from trim_plugin import Engine, KCenter, TopPPerHead, TrimConfig, TrimmedCache, encode_pictures, prefill
+from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.asking.answers import Inputs
 from trim_plugin.compat import CACHE
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.engine.engine import EngineClosed
+from trim_plugin.engine.memory import Room
 from trim_plugin.engine.request import Sampling
 from trim_plugin.pictures.prompting import open_picture, written
 
@@ -273,3 +275,16 @@ def test_cancelling_ends_a_request_at_the_next_step(small):
         long.cancel()
         assert long.result(timeout=20).finish_reason in ("cancelled", "stop")
         assert engine.submit("How many?", max_new_tokens=1).result().finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"processors": [KCenter(0.1)]}, {"processors": [TopPPerHead(1.0), KCenter(0.2)]}]
+)
+def test_what_a_share_will_keep_is_known_to_the_token(small, config):
+    model, processor = small
+    cache = TrimmedCache(model, config)
+    prefill(model, cache, **ask(processor, picture=PICTURES[0]))
+    report, room = cache.report(), Room(model, cache.config, None)
+    tiles = report.visible_tokens[0] // tile_tokens(model.config.vision_config)
+    assert room.kept_bytes(report.kept_tokens[0]) == report.cross_kv_bytes
+    assert room.kept_bytes(report.kept_tokens[0] - 1) <= room.visual_bytes(tiles) <= report.cross_kv_bytes
