@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import pickle
 
 import pytest
 
@@ -70,3 +71,16 @@ def test_frozen_and_its_own_deep_copy():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.top_k_ratio = 0.5
     assert copy.deepcopy(config) is config
+
+
+def test_what_follows_from_settings_is_worked_out_once_and_is_not_saved():
+    assert TrimConfig.of(None) is TrimConfig.of(None)
+    config = TrimConfig(top_k_ratio=0.2)
+    plain = dict(vars(config))
+    assert config.processor_list is config.processor_list
+    assert config.needs_scores
+    assert not config.exact
+    again = pickle.loads(pickle.dumps(config))  # noqa: S301
+    assert (again, vars(again)) == (config, plain)
+    other = dataclasses.replace(config, top_k_ratio=1.0)
+    assert (list(other.processor_list), other.exact, other.needs_scores) == ([], True, False)

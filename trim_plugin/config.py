@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -100,22 +101,22 @@ class TrimConfig:
             )
         object.__setattr__(self, "processors", _checked_processors(self.processors))
 
-    @property
+    @functools.cached_property
     def exact(self) -> bool:
         """Whether nothing lossy happens: tower and prefill untouched, the cache drops the unreachable only."""
         return self.keeps_reachable and self.tower_share is None
 
-    @property
+    @functools.cached_property
     def keeps_reachable(self) -> bool:
         """Whether nothing is chosen: the cache drops the unreachable only, whatever the vision tower has yielded."""
         return self.top_k_ratio == 1.0
 
-    @property
+    @functools.cached_property
     def bucket(self) -> int:
         """What the number of places for visual tokens is a multiple of; 0 where it need not be a multiple of anything."""
         return self.static_bucket if self.static else 0
 
-    @property
+    @functools.cached_property
     def processor_list(self) -> VisualTokenProcessorList:
         """The processors that decide what is kept; empty where nothing is chosen."""
         # Loaded here, since it needs torch: settings are checked before that is loaded.
@@ -128,6 +129,11 @@ class TrimConfig:
             return VisualTokenProcessorList()
         rule = KCenter(DEFAULT_KEPT_SHARE) if self.top_k_ratio is None else TopKPerHead(self.top_k_ratio)
         return VisualTokenProcessorList([rule])
+
+    @functools.cached_property
+    def needs_scores(self) -> bool:
+        """Whether what is kept depends on the text's attention, so that it has to be worked out."""
+        return self.processor_list.needs_scores
 
     @classmethod
     def of(cls, settings: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
@@ -146,7 +152,7 @@ class TrimConfig:
             ValueError: Unknown field 'top_k' in cache_config of the trimmed cache. Allowed: top_k_ratio, processors...
         """
         if settings is None:
-            return cls()
+            return _default()
         if isinstance(settings, TrimConfig):
             return settings
         if not isinstance(settings, Mapping):
@@ -186,9 +192,20 @@ class TrimConfig:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._said().items())})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }  # not what follows from them
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
+
+
+@functools.cache
+def _default() -> TrimConfig:
+    """The settings of whoever gives none, made once."""
+    return TrimConfig()
 
 
 def as_json(

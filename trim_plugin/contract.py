@@ -4,8 +4,8 @@ A name that a later version has changed would otherwise show far from its cause:
 former name finds none, and nothing is trimmed. So whatever the hooks read, replace, wrap or override stands in the
 tables below, and what is missing is named by an `UnsupportedTransformersError` before anything runs.
 
-Signatures are kept as long as their functions live; checking again costs some microseconds (`tests/test_contract.py`). What has
-been replaced since the last check is therefore found, too.
+A model is checked when it gets its hooks. Signatures are kept as long as their functions live, so that the next model costs some
+microseconds (`tests/test_contract.py`).
 """
 
 from __future__ import annotations

@@ -49,7 +49,6 @@ def attach(model: torch.nn.Module) -> Any:
         UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
         ValueError: `model` holds no Mllama text model with cross-attention layers.
     """
-    check_contract()
     text_model = find_text_model(model)
     with attaching:
         _attach(model, text_model)
@@ -59,6 +58,7 @@ def attach(model: torch.nn.Module) -> Any:
 def _attach(model: torch.nn.Module, text_model: Any) -> None:
     if has_hooks(text_model) and all(before_model in one._forward_pre_hooks.values() for one in whole_models(model)):
         return
+    check_contract()
     check_modules([*whole_models(model), *cross_layers(text_model)])
     for module in model.modules():
         take_off(module)  # what is left of them in a model that was saved whole
@@ -135,6 +135,11 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             raise ValueError(ENCODED_AND_PIXELS)
         turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype)
         return args, {**kwargs, "cross_attention_states": turn.new.states}
+    pixel_values = kwargs.get("pixel_values")
+    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
+        return None
+    if cache.config.tower_share is None and pixel_values.shape[:2].numel() == 1:
+        return None  # one picture, read as transformers reads it
     states = states_in_micro_batches(model, cache, kwargs)
     return None if states is None else (args, {**kwargs, "pixel_values": None, "cross_attention_states": states})
 

@@ -58,14 +58,10 @@ def visual_states(
 
 def states_in_micro_batches(model: Any, cache: HeldCache, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The visual states of the forward's pictures; None where transformers may read them as it always does."""
-    pixel_values, ids = kwargs.get("pixel_values"), kwargs.get("aspect_ratio_ids")
-    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
-        return None
+    pixel_values, ids = kwargs["pixel_values"], kwargs.get("aspect_ratio_ids")
     if pixel_values.ndim != 6 or ids is None:
         return None  # transformers' own error
     share, pictures = cache.config.tower_share, pixel_values.shape[0] * pixel_values.shape[1]
-    if share is None and pictures == 1:
-        return None
     at_a_time = pictures_at_a_time(cache.config.prefill_pictures, model.config.vision_config)
     if share is None and pictures <= at_a_time:
         return None

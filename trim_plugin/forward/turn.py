@@ -163,7 +163,7 @@ class Turn:
             self._read(cache, mask, rows)
         else:
             self._bring(cache, mask, rows)
-            if not cache.config.keeps_reachable and cache.config.processor_list.needs_scores:
+            if cache.config.needs_scores:
                 self.queries = layer_queries(layer, hidden_states)
 
     def _read(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
