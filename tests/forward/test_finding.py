@@ -14,7 +14,7 @@ import trim_plugin
 from trim_plugin import KCenter, TrimmedCache, encode_pictures
 from trim_plugin.compat import cache_of
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.forward.finding import Hook, Owner, cross_layers, decoder_layers, places_of
+from trim_plugin.forward.finding import Hook, Owner, cross_layers, decoder_layers, parts_of
 from trim_plugin.forward.hooks import has_hooks
 
 from ..random_models import PAIR, Sample, generate, largest_difference, random_inputs, random_model, trimmed
@@ -344,7 +344,7 @@ def test_what_is_found_lies_inside():
     layers_of(model).append(torch.nn.Identity())
     assert decoder_layers(text_model) == plain
     assert cross_layers(text_model) == [plain[1], plain[3]]
-    assert (places_of(text_model).cross, places_of(text_model).own) == ([1, 3], [0, 2, 4, 5])
+    assert (parts_of(model).cross_places, parts_of(model).self_places) == ([1, 3], [0, 2, 4, 5])
     assert not has_hooks(text_model)
     TrimmedCache(model)
     assert has_hooks(text_model)
@@ -363,13 +363,13 @@ def test_a_hook_is_itself_in_a_copy_and_nothing_in_a_pickle():
 
 
 def test_an_owner_is_held_weakly_and_left_out_of_a_pickle():
-    owner, layer = Owner(), torch.nn.Linear(1, 1)
-    owner.bind(layer, [layer])
+    owner, model = Owner(), torch.nn.Linear(1, 1)
+    owner.bind(model, model)
     for copied in (owner, copy.deepcopy(owner)):
         assert copied.bound
-        assert copied.has_first(layer)
-        assert copied.model is layer
+        assert copied.text_model() is model
+        assert copied.model is model
     left = pickle.loads(pickle.dumps(owner))  # noqa: S301
-    assert (left.bound, left.has_first(layer), left.model) == (False, False, None)
-    del layer
-    assert (owner.bound, owner.has_first(torch.nn.Linear(1, 1)), owner.model) == (True, False, None)
+    assert (left.bound, left.text_model(), left.model) == (False, None, None)
+    del model
+    assert (owner.bound, owner.text_model(), owner.model) == (True, None, None)

@@ -157,12 +157,14 @@ class KeptTokens:
         masks = [own.mask for own in self.classes]
         return self.once("masks", device, lambda: [None if mask is None else mask.to(device) for mask in masks])
 
-    def closed_rows_on(self, device: torch.device) -> torch.Tensor | None:
+    @functools.cached_property
+    def all_read(self) -> bool:
+        """Whether every sample has tokens to read."""
+        return all(count for own in self.classes for count in own.counts)
+
+    def closed_rows_on(self, device: torch.device) -> torch.Tensor:
         """For a decoding step's rows: (batch, 1, 1, 1) of 0 for samples without pictures, which a cross-attention layer leaves as
-        they are, and 1 for others; None if there are none such.
-        """
-        if all(count for own in self.classes for count in own.counts):
-            return None
+        they are, and 1 for others."""
         seen = [float(count > 0) for count in self.counts()]
         return self.once(
             "closed rows", device, lambda: torch.tensor(seen, dtype=self.dtype, device=device).view(-1, 1, 1, 1)

@@ -93,7 +93,7 @@ def _read_once(layer: CrossAttentionLayer, query: torch.Tensor, shared: int, sca
     results, first = [], 0
     for own, store, mask in zip(layer.kept.classes, layer.stores, layer.masks, strict=True):
         sources, copies = len(own.sources), own.copies
-        if own.width == 0:  # samples without pictures read nothing
+        if store.shape[1] == 0:  # samples without pictures read nothing
             results.append(query.new_zeros(sources * copies, 1, heads, dim))
             first += sources * copies
             continue

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,41 +91,50 @@ class Owner:
     def __init__(self) -> None:
         self.bound = False
         self._model: Any = None
-        self._layers: list[Any] = []
+        #: Returns its `MllamaTextModel`; None if that is gone. Hooks ask for it at every forward.
+        self.text_model: Callable[[], Any] = _nobody
 
-    def bind(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
-        """Be this model from now on, whose first cross-attention layer is one of `layers`."""
-        self._model, self._layers, self.bound = weakref.ref(model), [weakref.ref(layer) for layer in layers], True
+    def bind(self, model: torch.nn.Module, text_model: torch.nn.Module) -> None:
+        """Be this model from now on."""
+        self._model, self.text_model, self.bound = weakref.ref(model), weakref.ref(text_model), True
 
     @property
     def model(self) -> Any:
         """The model, or its wrapper, as it was given; None if there is none, or none any more."""
         return self._model and self._model()
 
-    def has_first(self, layer: Any) -> bool:
-        """Whether this is the model's first cross-attention layer, or a copy of it in the same wrapper."""
-        return any(own() is layer for own in self._layers)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         copied = Owner()
-        copied.bound, copied._model, copied._layers = self.bound, self._model, self._layers
+        copied.bound, copied._model, copied.text_model = self.bound, self._model, self.text_model
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Owner, ()
 
 
+def _nobody() -> None:
+    """The text model of an owner that is bound to none."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where in a cache the layers of a text model have theirs, in the order in which they run.
+class Parts:
+    """The parts of a model that a trimmed cache has to do with, out of their wrappers.
 
     Args:
-        cross: of the cross-attention layers.
-        own: of the self-attention layers.
+        text_model: the `MllamaTextModel`.
+        around: it, and the model of tower and text around it: what carries hooks beside the layers.
+        cross: the cross-attention decoder layers in the order in which they run, copies among them.
+        attentions: their attentions, copies among them.
+        cross_places: where in a cache the cross-attention layers have their places, in the order in which they run.
+        self_places: the same of the self-attention layers.
     """
 
-    cross: list[int]
-    own: list[int]
+    text_model: Any
+    around: list[Any]
+    cross: list[Any]
+    attentions: list[Any]
+    cross_places: list[int]
+    self_places: list[int]
 
 
 def find_text_model(model: torch.nn.Module) -> Any:
@@ -162,11 +171,6 @@ def has_cross_attention(model: torch.nn.Module) -> bool:
     return any(isinstance(module, MllamaTextModel) and _crosses(module) for module in model.modules())
 
 
-def whole_models(model: torch.nn.Module) -> list[Any]:
-    """The modules around decoder layers that carry hooks."""
-    return [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
-
-
 def decoder_layers(text_model: Any) -> list[Any]:
     """The decoder layers of an `MllamaTextModel` in the order in which they run, out of their wrappers, copies among them.
 
@@ -194,12 +198,6 @@ def first_cross_layer(text_model: Any) -> Any:
     raise ValueError(f"{type(text_model).__name__} has no cross-attention layers.")
 
 
-def first_cross_layers(text_model: Any) -> list[Any]:
-    """The same and its copies, out of their wrapper."""
-    layers = cross_layers(text_model)
-    return [layer for layer in layers if attention_of(layer).layer_idx == attention_of(layers[0]).layer_idx]
-
-
 def attention_of(layer: Any) -> Any:
     """The attention of a cross-attention decoder layer, or a wrapper that hands on its attributes."""
     return layer.cross_attn if hasattr(layer.cross_attn, "layer_idx") else attentions_in(layer)[0]
@@ -212,20 +210,30 @@ def attentions_in(layer: Any) -> list[Any]:
     ]
 
 
-def places_of(text_model: Any) -> Places:
-    """Where in a cache each layer has its place.
+def parts_of(model: torch.nn.Module) -> Parts:
+    """The parts of a model, or of what a wrapper wraps.
 
     Raises:
-        ValueError: two layers have the same.
+        ValueError: there is no `MllamaTextModel`, as for `find_text_model`, or two of its layers have the same place.
 
     Example:
         >>> from trim_plugin.embedded import load_small_model
-        >>> text_model = load_small_model()[0].model.language_model
-        >>> places = places_of(text_model)
-        >>> sorted(places.cross + places.own) == list(range(len(text_model.layers)))
+        >>> parts = parts_of(load_small_model()[0])
+        >>> sorted(parts.cross_places + parts.self_places) == list(range(len(parts.text_model.layers)))
         True
     """
-    places = Places([], [])
+    text_model = find_text_model(model)
+    cross, attentions = cross_layers(text_model), []
+    for layer in cross:
+        attentions += attentions_in(layer)
+    around = [module for module in model.modules() if isinstance(module, MllamaModel | MllamaTextModel)]
+    return Parts(text_model, around, cross, attentions, *_places(text_model))
+
+
+def _places(text_model: Any) -> tuple[list[int], list[int]]:
+    """Where in a cache the cross-attention layers have their places, and the self-attention layers."""
+    cross_places: list[int] = []
+    self_places: list[int] = []
     seen: dict[int, int] = {}
     for number, entry in enumerate(text_model.layers):
         own = {
@@ -239,8 +247,8 @@ def places_of(text_model: Any) -> Places:
                     "(layer.self_attn.layer_idx, layer.cross_attn.layer_idx)."
                 )
             seen[place] = number
-            (places.cross if crosses else places.own).append(place)
-    return places
+            (cross_places if crosses else self_places).append(place)
+    return cross_places, self_places
 
 
 def check_layers_get_caches(text_model: Any) -> None:
@@ -270,16 +278,6 @@ def check_reads_caches(model: torch.nn.Module) -> None:
         raise ValueError(
             "The model has an active prefix-tuning adapter, which is itself a cache: peft puts it in the trimmed one's place. "
             "Use another cache_implementation for it, LoRA instead of a prefix, or model.disable_adapter()."
-        )
-
-
-def check_attention(model: Any) -> None:
-    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
-    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
-    if implementation is not None and implementation.endswith("flex_attention"):
-        raise ValueError(
-            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
-            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
         )
 
 

@@ -21,19 +21,16 @@ from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, Encode
 from trim_plugin.forward.finding import (
     Hook,
     Owner,
+    Parts,
     attaching,
     attention_of,
-    attentions_in,
-    check_attention,
     check_layers_get_caches,
     check_reads_caches,
     cross_layers,
     find_text_model,
-    first_cross_layers,
-    places_of,
+    parts_of,
     put_on,
     take_off,
-    whole_models,
 )
 from trim_plugin.forward.tower import states_in_micro_batches
 from trim_plugin.forward.turn import Turn
@@ -49,31 +46,29 @@ def attach(model: torch.nn.Module) -> Any:
         UnsupportedTransformersError: this transformers lacks something that the hooks rely on; none is put on then.
         ValueError: `model` holds no Mllama text model with cross-attention layers.
     """
-    text_model = find_text_model(model)
+    parts = parts_of(model)
+    _attach(model, parts)
+    return parts.text_model
+
+
+def _attach(model: torch.nn.Module, parts: Parts) -> None:
     with attaching:
-        _attach(model, text_model)
-    return text_model
-
-
-def _attach(model: torch.nn.Module, text_model: Any) -> None:
-    if has_hooks(text_model) and all(before_model in one._forward_pre_hooks.values() for one in whole_models(model)):
-        return
-    check_contract()
-    check_modules([*whole_models(model), *cross_layers(text_model)])
-    for module in model.modules():
-        take_off(module)  # what is left of them in a model that was saved whole
-    for layer in cross_layers(text_model):
-        put_on(layer, before_layer, after_layer)
-        install_in(layer)
-    for module in whole_models(model):
-        put_on(module, before_model, after_model)
-        put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
-
-
-def install_in(layer: Any) -> None:
-    """Let a layer's attention be able to ask for ours."""
-    for attention in attentions_in(layer):
-        install(attention)
+        hooked = all(before_layer in layer._forward_pre_hooks.values() for layer in parts.cross) and all(
+            before_model in module._forward_pre_hooks.values() for module in parts.around
+        )
+        if hooked and all(isinstance(attention.config, NamingOurs) for attention in parts.attentions):
+            return  # (a copy of a model has its hooks, but plain configurations)
+        check_contract()
+        check_modules([*parts.around, *parts.cross])
+        for module in model.modules():
+            take_off(module)  # what is left of them in a model that was saved whole
+        for layer in parts.cross:
+            put_on(layer, before_layer, after_layer)
+        for attention in parts.attentions:
+            install(attention)
+        for module in parts.around:
+            put_on(module, before_model, after_model)
+            put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
 
 
 def has_hooks(text_model: Any) -> bool:
@@ -81,12 +76,19 @@ def has_hooks(text_model: Any) -> bool:
     return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
+def check_attention(model: Any) -> None:
+    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
+    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
+    if implementation is not None and implementation.endswith("flex_attention"):
+        raise ValueError(
+            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
+            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
+        )
+
+
 @Hook
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the models around the layers.
-
-    Say what cannot work before the vision tower runs, and lend what is held.
-    """
+    """Forward pre-hook of the models around the layers: say what cannot work before the tower runs; lend what is held."""
     if torch.compiler.is_compiling():
         return
     cache = _cache_of(kwargs)
@@ -117,13 +119,13 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if not isinstance(cache, HeldCache):
         return None
     kwargs, args = _by_name(model, args, kwargs), ()
-    text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    prepared = cache.turn
+    text, prepared = _text_of(kwargs), cache.turn
     pictures = None if prepared is None else prepared.pictures
     brings = any(kwargs.get(name) is not None for name in ("pixel_values", "cross_attention_states"))
     if text is None or not (brings or pictures or (cache.kept is not None and text.shape[1] > 1)):
         return None  # decoding, or text alone
-    cache.check_finished()
+    if prepared is not None:
+        cache.check_finished()
     turn = prepared or Turn()
     if not turn.looked:
         masks = kwargs.get("cross_attention_mask"), kwargs.get("attention_mask")
@@ -135,10 +137,10 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             raise ValueError(ENCODED_AND_PIXELS)
         turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype)
         return args, {**kwargs, "cross_attention_states": turn.new.states}
-    pixel_values = kwargs.get("pixel_values")
-    if pixel_values is None or kwargs.get("cross_attention_states") is not None:
+    pixels = kwargs.get("pixel_values")
+    if pixels is None or kwargs.get("cross_attention_states") is not None:
         return None
-    if cache.config.tower_share is None and pixel_values.shape[:2].numel() == 1:
+    if cache.config.tower_share is None and pixels.shape[:2].numel() == 1:
         return None  # one picture, read as transformers reads it
     states = states_in_micro_batches(model, cache, kwargs)
     return None if states is None else (args, {**kwargs, "pixel_values": None, "cross_attention_states": states})
@@ -146,17 +148,22 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 @Hook
 def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an `MllamaTextModel`: called by itself, its layers get a mask that does not tell padding."""
-    cache = _cache_of(kwargs)
-    if not isinstance(cache, HeldCache) or cache.turn is not None:
+    """Forward pre-hook of an `MllamaTextModel`: the last look at a cache before the layers run.
+
+    Called by itself, a text model gets a mask that does not tell padding: it is noted here.
+    """
+    cache, kwargs = _cache_of(kwargs), _by_name(text_model, args, kwargs)
+    text = _text_of(kwargs)
+    if not isinstance(cache, HeldCache) or text is None:
         return
-    kwargs = _by_name(text_model, args, kwargs)
-    text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if text is not None and (
-        kwargs.get("cross_attention_states") is not None or (cache.kept is not None and text.shape[1] > 1)
-    ):
-        past, rows = int(cache.get_seq_length()), text.shape[1]
-        cache.turn = Turn(padding=padding_of(kwargs.get("attention_mask"), past, rows))
+    rows, brings = text.shape[1], kwargs.get("cross_attention_states") is not None
+    if not brings and rows == 1 and torch.compiler.is_compiling():
+        return  # decoding is kept free of anything that a compiled graph could not hold
+    _check_cache(text_model, cache, len(text))
+    if not brings and rows == 1:
+        cache.turn = None  # one that was prepared, and never begun
+    elif cache.turn is None and (brings or cache.kept is not None):
+        cache.turn = Turn(padding=padding_of(kwargs.get("attention_mask"), int(cache.get_seq_length()), rows))
 
 
 @Hook
@@ -167,22 +174,20 @@ def before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         if CACHE not in kwargs:
             _check_names_within(layer, args, kwargs)
         return None
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if kwargs["cross_attention_states"] is None and cache.kept is not None and hidden_states.shape[1] == 1:
+        rows = {}  # decoding
+        if not torch.compiler.is_compiling() and not cache.kept.all_read:
+            rows = {"full_text_row_masked_out_mask": cache.kept.closed_rows_on(hidden_states.device)}
+        return args, {**kwargs, "cross_attention_mask": None, **rows}
     attention = attention_of(layer)
     if not isinstance(attention.config, NamingOurs) and not torch.compiler.is_compiling():
-        install_in(layer)  # a copy of a model has its hooks, but the plain configuration
-    first, hidden_states = attention.layer_idx == cache.cross_layers[0], _hidden_states(args, kwargs)
-    if kwargs["cross_attention_states"] is None and cache.kept is not None and hidden_states.shape[1] == 1:
-        # Decoding. Kept free of anything that a compiled graph could not hold: checks are for eager steps alone.
-        if first and not torch.compiler.is_compiling():
-            _check_cache(layer, cache, hidden_states)
-        closed = None if torch.compiler.is_compiling() else cache.kept.closed_rows_on(hidden_states.device)
-        rows = {} if closed is None else {"full_text_row_masked_out_mask": closed}
-        return args, {**kwargs, "cross_attention_mask": None, **rows}
-    if first:
-        _check_cache(layer, cache, hidden_states)
-        cache.turn = cache.turn or Turn()
+        install(attention)  # a copy that was put into the layer since
+    cache.turn = cache.turn or Turn()
+    cache.turn.place = attention.layer_idx
+    if cache.turn.place == cache.cross_layers[0]:
         cache.turn.begin(cache, layer, hidden_states, kwargs)
-    if cache.turn is None:
+    if not cache.turn.begun:
         raise RuntimeError(
             "A cross-attention layer ran before the first one: trim_plugin cannot follow this model's order."
         )
@@ -213,13 +218,12 @@ def _check_names_within(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         raise unsupported([f"a call of {type(layer).__name__} with {CACHE}="])
 
 
-def _check_cache(layer: Any, cache: HeldCache, hidden_states: torch.Tensor) -> None:
+def _check_cache(text_model: Any, cache: HeldCache, batch: int) -> None:
     """Raise `ValueError` unless the cache is this model's, whole, and of this batch size."""
-    if not cache.owner.has_first(layer):
+    if cache.owner.text_model() is not text_model:
         raise ValueError(OF_ANOTHER_MODEL)
     if cache.turn is not None:
         cache.check_finished()
-    batch = hidden_states.shape[0]
     if cache.kept is not None and len(cache.kept.order) != batch:
         raise ValueError(
             f"This TrimmedCache holds {len(cache.kept.order)} samples, but the forward has {batch}. Make a new cache, or bring "
@@ -232,6 +236,10 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs[CACHE] if kwargs.get(CACHE) is not None else cache_of(kwargs)
 
 
+def _text_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    return kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+
+
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by their names, however they were given."""
     return {**dict(zip(_argument_names(type(model).forward), args, strict=False)), **kwargs} if args else kwargs
@@ -240,10 +248,6 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 @functools.cache
 def _argument_names(forward: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 class TrimmedCache(HeldCache):
@@ -288,15 +292,14 @@ class TrimmedCache(HeldCache):
         pictures: EncodedSample | Sequence[EncodedSample] | None = None,
     ) -> None:
         # The settings first: a wrong one leaves the model without hooks.
-        settings, text_model = TrimConfig.of(config), find_text_model(model)
+        settings = TrimConfig.of(config)
         check_reads_caches(model)
-        places = places_of(text_model)
-        super().__init__(places.cross, places.own, settings, max_cache_len)
-        self.owner = Owner()
-        self.owner.bind(model, first_cross_layers(text_model))
+        parts, self.owner = parts_of(model), Owner()
+        self.owner.bind(model, parts.text_model)
+        super().__init__(parts.cross_places, parts.self_places, settings, max_cache_len)
         if pictures is not None:
             self.show(pictures)
-        attach(model)
+        _attach(model, parts)
 
     def bind(self, model: torch.nn.Module) -> None:
         """Belong to this model, after being read from a file or sent by another process.
@@ -316,18 +319,15 @@ class TrimmedCache(HeldCache):
             >>> cache = pickle.loads(pickle.dumps(TrimmedCache(model)))
             >>> cache.bind(model)
         """
-        text_model = find_text_model(model)
-        first = first_cross_layers(text_model)
-        if self.owner.bound and not self.owner.has_first(first[0]):
-            raise ValueError(OF_ANOTHER_MODEL)
-        places, held = places_of(text_model), self.layers[self.self_layers[0]].keys
-        attention = attention_of(first[0])
+        parts, held = parts_of(model), self.layers[self.self_layers[0]].keys
+        attention = attention_of(parts.cross[0])
         shape = (attention.num_key_value_heads, attention.head_dim)
         other_heads = isinstance(held, torch.Tensor) and held.ndim == 4 and (held.shape[1], held.shape[3]) != shape
-        if (places.cross, places.own) != (self.cross_layers, self.self_layers) or other_heads:
+        other_layers = (parts.cross_places, parts.self_places) != (self.cross_layers, self.self_layers)
+        if (self.owner.bound and self.owner.text_model() is not parts.text_model) or other_layers or other_heads:
             raise ValueError(OF_ANOTHER_MODEL)
-        self.owner.bind(model, first)
-        attach(model)
+        self.owner.bind(model, parts.text_model)
+        _attach(model, parts)
 
     def show(self, pictures: EncodedSample | Sequence[EncodedSample]) -> None:
         """Let the next forward read these encoded pictures: for a later turn of a conversation that brings new ones.

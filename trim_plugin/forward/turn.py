@@ -64,6 +64,8 @@ class Turn:
     new: EncodedBatch | None = None
     #: Set when the first cross-attention layer is about to run: from then on a failure leaves the cache neither old nor new.
     begun: bool = False
+    #: The place in the cache of the layer that runs.
+    place: int = -1
     #: What the layer that runs next is handed: visual states (None: it reads what is held), and the mask over the columns.
     states: torch.Tensor | Any = None
     mask: torch.Tensor | None = None
@@ -122,7 +124,7 @@ class Turn:
         samples before they are cut into micro-batches, or else by the first cross-attention layer."""
         if self.tiles is None:
             old_tiles = 0 if cache.kept is None else cache.kept.readable.shape[1]
-            groups, readable = self.seen.groups(old_tiles), self._readable(cache)
+            readable, groups = self._readable(cache), self.seen.groups(old_tiles)
             self.tiles = Tiles(groups, readable, torch.stack([groups, readable.long()]).to(device))
         return self.tiles
 
@@ -140,7 +142,6 @@ class Turn:
         states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
         batch, rows, _ = hidden_states.shape
         if states is not None:
-            cache.unshare()
             self.states = states.reshape(batch, -1, states.shape[-1])
         elif cache.kept is None:
             raise ValueError("No picture was given, and this TrimmedCache holds none.")
@@ -189,6 +190,8 @@ class Turn:
 
     def _bring(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
         """New pictures: the columns are what is held, side by side, and then all of the new visual tokens."""
+        if cache.kept is not None:
+            cache.unshare()
         held, of_tile, device = cache.kept, self.seen.tile_tokens, self.states.device
         if self.new is not None:
             new, sizes, valid, complete = self.new.index, self.new.sizes, self.new.valid, self.new.complete
@@ -236,13 +239,12 @@ class Turn:
     @torch.compiler.disable
     def after(self, cache: HeldCache, layer: Any) -> None:
         """Select after the first layer; trim every layer's cache to what decoding can read; the last one ends the turn."""
-        place = attention_of(layer).layer_idx
-        held = cache.layers[place]
-        if self.columns is not None and place == cache.cross_layers[0]:
+        held = cache.layers[self.place]
+        if self.columns is not None and self.place == cache.cross_layers[0]:
             self._select(cache, layer, held)
         if self.kept is not None:
             held.settle(self.kept, self.picked)
-        if place == cache.cross_layers[-1]:
+        if self.place == cache.cross_layers[-1]:
             cache.kept = cache.kept if self.kept is None else self.kept
             cache.turn = None
 

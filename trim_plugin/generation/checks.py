@@ -13,16 +13,9 @@ import torch
 
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.forward.encoded import ENCODED_AND_PIXELS
-from trim_plugin.forward.finding import (
-    check_attention,
-    check_layers_get_caches,
-    check_reads_caches,
-    cross_layers,
-    find_text_model,
-    places_of,
-)
-from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, has_hooks
+from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedSample
+from trim_plugin.forward.finding import check_layers_get_caches, check_reads_caches, find_text_model, parts_of
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, check_attention, has_hooks
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
@@ -51,14 +44,13 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
         ValueError: the cache was made for another model, holds another number of samples, is static and too small, or is left
             over from a forward that failed; or the model's hooks were removed.
     """
-    text_model = find_text_model(model)
+    parts = parts_of(model)
     if not cache.owner.bound:
         cache.bind(model)
-    places = places_of(text_model)
-    layers_changed = (places.cross, places.own) != (cache.cross_layers, cache.self_layers)
-    if not cache.owner.has_first(cross_layers(text_model)[0]) or layers_changed:
+    layers_changed = (parts.cross_places, parts.self_places) != (cache.cross_layers, cache.self_layers)
+    if cache.owner.text_model() is not parts.text_model or layers_changed:
         raise ValueError(OF_ANOTHER_MODEL)
-    if not has_hooks(text_model):
+    if not has_hooks(parts.text_model):
         raise ValueError(
             "This TrimmedCache reached a model whose trim_plugin hooks were removed (trim_plugin.detach). Make a new one, "
             "which attaches them again: TrimmedCache(model, ...)."
@@ -91,21 +83,24 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     Raises:
         ValueError: something does not fit; the message names the argument and what to do.
     """
-    attention_mask = inputs.get("attention_mask")
+    attention_mask, encoded = inputs.get("attention_mask"), cache.pictures
     pixel_values, mask = inputs.get("pixel_values"), inputs.get("cross_attention_mask")
     if pixel_values is not None:
         _check_pictures(pixel_values, inputs, batch)
-    if cache.pictures is not None:
-        _check_encoded(model, cache, pixel_values, batch // copies)
+    if encoded is not None:
+        _check_encoded(model, encoded, pixel_values, batch // copies)
     # Without a vision config it is a text model that is given prepared states and an additive mask.
     of_tiles = mask is not None and hasattr(model.config, "vision_config")
     if mask is not None and of_tiles:
         _check_mask(mask, batch)
-        _check_mask_rows(mask, cache, inputs)
+        _check_mask_rows(mask, int(cache.get_seq_length()), inputs)
     _check_values(attention_mask, None if cache.config.exact else pixel_values, mask if of_tiles else None)
-    shows = pixel_values is not None or cache.pictures is not None or cache.kept is not None
+    shows = pixel_values is not None or encoded is not None or cache.kept is not None
     if mask is not None and of_tiles and shows:
-        _check_mask_columns(mask, cache, model.config.vision_config, pixel_values, attention_mask)
+        new = 0 if pixel_values is None else pixel_values.shape[1]
+        if encoded is not None:
+            new = max(sample.total for sample in encoded) // picture_tokens(model.config.vision_config)
+        _check_mask_columns(mask, cache, model.config.vision_config, new, attention_mask)
 
 
 def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int | None) -> None:
@@ -177,17 +172,16 @@ def _check_pictures(pixel_values: torch.Tensor, inputs: Mapping[str, Any], batch
         )
 
 
-def _check_encoded(model: Any, cache: TrimmedCache, pixel_values: torch.Tensor | None, sources: int) -> None:
+def _check_encoded(model: Any, encoded: list[EncodedSample], pixel_values: torch.Tensor | None, sources: int) -> None:
     if pixel_values is not None:
         raise ValueError(ENCODED_AND_PIXELS)
-    given = len(cache.pictures or ())
-    if given != sources:
+    if len(encoded) != sources:
         raise ValueError(
-            f"This TrimmedCache was given encoded pictures of {given} samples, but input_ids has {sources}. Give one entry of "
-            "pictures for every sample (beams and returned sequences don't count)."
+            f"This TrimmedCache was given encoded pictures of {len(encoded)} samples, but input_ids has {sources}. Give one "
+            "entry of pictures for every sample (beams and returned sequences don't count)."
         )
     known: dict[str, Any] = {}
-    for sample in cache.pictures or ():  # adapters may have been switched since the cache was made
+    for sample in encoded:  # adapters may have been switched since the cache was made
         sample.check_fits(model, known)
 
 
@@ -199,8 +193,7 @@ def _check_mask(mask: torch.Tensor, batch: int) -> None:
         )
 
 
-def _check_mask_rows(mask: torch.Tensor, cache: TrimmedCache, inputs: Mapping[str, Any]) -> None:
-    past = int(cache.get_seq_length())
+def _check_mask_rows(mask: torch.Tensor, past: int, inputs: Mapping[str, Any]) -> None:
     texts = [inputs[name].shape[-1] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
     allowed = {*texts, *(text - past for text in texts if slices_mask_rows())}
     if texts and mask.shape[1] not in allowed:
@@ -215,15 +208,12 @@ def _check_mask_columns(
     mask: torch.Tensor,
     cache: TrimmedCache,
     vision_config: Any,
-    pixel_values: torch.Tensor | None,
+    new: int,
     attention_mask: torch.Tensor | None,
 ) -> None:
+    """Check it against what the cache holds and the `new` pictures of a sample."""
     tiles = vision_config.max_num_tiles
     earlier = 0 if cache.kept is None else cache.kept.total // picture_tokens(vision_config)
-    if cache.pictures is not None:
-        new = max(sample.total for sample in cache.pictures) // picture_tokens(vision_config)
-    else:
-        new = 0 if pixel_values is None else pixel_values.shape[1]
     if mask.shape[3] != tiles or mask.shape[2] != earlier + new:
         follow_up = (
             f" ({earlier} from earlier turns and {new} new: in a follow-up, pixel_values hold the new pictures only, "

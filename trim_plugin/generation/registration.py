@@ -172,7 +172,6 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             check_contract()  # what is missing would else show as an import that fails
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.compat import compiles_mllama_decoding
-        from trim_plugin.config import TrimConfig
         from trim_plugin.forward.hooks import TrimmedCache
         from trim_plugin.generation.checks import check_chunks, check_inputs, check_mode, check_reuse
 
@@ -180,16 +179,13 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
         if not compiles_mllama_decoding():
             generation_config.disable_compile = True
         if own and given is None:
-            config = TrimConfig.of(generation_config.cache_config)
-            length = max(max_cache_length, generation_config.max_cache_len or 0)
-            if config.static:
-                length = max(length, config.max_cache_len or 0, _longest.get(self, 0))
-            cache = TrimmedCache(self, config, max_cache_len=length)
+            length = max(max_cache_length, generation_config.max_cache_len or 0, _longest.get(self, 0))
+            cache = TrimmedCache(self, generation_config.cache_config, max_cache_len=length)
             check_inputs(self, cache, model_kwargs, batch, copies)
             check_chunks(cache, model_kwargs, generation_config.prefill_chunk_size)
             model_kwargs[CACHE] = cache
-            if config.static:
-                _longest[self] = length
+            if cache.config.static:
+                _longest[self] = max(length, cache.config.max_cache_len or 0)
             return None
         result = original(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
