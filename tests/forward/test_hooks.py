@@ -1,4 +1,5 @@
 import copy
+import pickle
 import time
 
 import pytest
@@ -98,6 +99,32 @@ def test_a_failed_forward_marks_the_cache(model):
     with torch.no_grad():
         model(**inputs, **{CACHE: cache}, use_cache=True)
     assert cache.turn is None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_that_does_not_fit_is_as_it_was(model, rows):
+    """It is looked at before any layer runs, so that the text is not in some layers and missing in others."""
+    _, cache = prefilled(model, PAIR)
+    _, unhindered = prefilled(model, PAIR)
+    other, text = copy.deepcopy(model), torch.tensor([[5] * rows, [6] * rows])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="made for another model"):
+            other(input_ids=text, **{CACHE: cache}, use_cache=True)
+        with pytest.raises(ValueError, match="holds 2 samples, but the forward has 3"):
+            model(input_ids=torch.tensor([[5] * rows] * 3), **{CACHE: cache}, use_cache=True)
+        step = {"input_ids": torch.tensor([[5], [6]]), "use_cache": True}
+        expected = model(**step, **{CACHE: unhindered}).logits
+        assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
+
+
+def test_a_copy_of_a_model_decodes_from_a_cache_that_was_read_from_a_file(model):
+    _, cache = prefilled(model, PAIR)
+    copied, step = copy.deepcopy(model), {"input_ids": torch.tensor([[5], [6]]), "use_cache": True}
+    with torch.no_grad():
+        again = pickle.loads(pickle.dumps(cache))  # noqa: S301
+        again.bind(copied)
+        expected = model(**step, **{CACHE: cache}).logits
+        assert torch.allclose(copied(**step, **{CACHE: again}).logits, expected, atol=1e-5)
 
 
 def test_a_layer_that_gets_the_cache_by_another_name_is_no_layer_without_one(model):
