@@ -193,9 +193,8 @@ class TrimConfig:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._said().items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }  # not what follows from them
+        # Without what follows from the fields, and has been worked out.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
