@@ -206,13 +206,14 @@ def test_what_wraps_a_forward_without_changing_it_is_accepted(monkeypatch, model
     assert torch.equal(trimmed(model, inputs, {"top_k_ratio": 0.2}).sequences, expected)
 
 
-def test_a_model_is_checked_when_it_gets_its_hooks(monkeypatch, model):
+def test_a_model_that_carries_hooks_already_is_checked_again(monkeypatch, model):
     inputs = random_inputs(model, ONE)
     trimmed(model, inputs, CONFIG, 2)
-    monkeypatch.delattr(cache_utils.DynamicLayer, "crop")
-    trimmed(model, inputs, CONFIG, 2)
-    trim_plugin.detach(model)
-    refused(model, inputs, "did not find: DynamicLayer.crop")
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: GenerationMixin\._prefill\."):
+        TrimmedCache(model)
+    with pytest.raises(UnsupportedTransformersError, match=r"did not find: GenerationMixin\._prefill\."):
+        trimmed(model, inputs, CONFIG, 2)
 
 
 def test_a_changed_way_to_write_settings(monkeypatch, fresh):

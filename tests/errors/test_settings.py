@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.mllama.modeling_mllama import MllamaTextModel
 
-import trim_plugin
 from trim_plugin import TopKPerHead, TrimmedCache
 from trim_plugin.compat import CACHE, UnsupportedTransformersError, require_supported_transformers
 
@@ -146,8 +145,7 @@ def test_unsupported_transformers():
 
 
 def test_changed_transformers(monkeypatch, model, inputs, forwards):
-    """One of many; the others are planted in tests/test_contract.py. A model is checked when it gets its hooks."""
-    trim_plugin.detach(model)
+    """One of many; the others are planted in tests/test_contract.py."""
     match = f"cannot hook into transformers .* did not find: .*; {CACHE}= of MllamaTextModel.forward; .*Supported is"
     with monkeypatch.context() as planted:
         planted.setattr(MllamaTextModel, "forward", lambda self, input_ids=None, renamed=None, **kwargs: None)

@@ -52,13 +52,13 @@ def attach(model: torch.nn.Module) -> Any:
 
 
 def _attach(model: torch.nn.Module, parts: Parts) -> None:
+    check_contract()
     with attaching:
         hooked = all(before_layer in layer._forward_pre_hooks.values() for layer in parts.cross) and all(
             before_model in module._forward_pre_hooks.values() for module in parts.around
         )
         if hooked and all(isinstance(attention.config, NamingOurs) for attention in parts.attentions):
             return  # (a copy of a model has its hooks, but plain configurations)
-        check_contract()
         check_modules([*parts.around, *parts.cross])
         for module in model.modules():
             take_off(module)  # what is left of them in a model that was saved whole

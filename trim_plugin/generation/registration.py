@@ -18,7 +18,6 @@ from trim_plugin.deferred import when_imported
 from trim_plugin.generation.saving import writing_json, writing_json_file
 
 NAME = "trimmed"
-_HOOKS = "trim_plugin.forward.hooks"
 #: Makes what takes a method's place of the method.
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 _wanted = False
@@ -145,7 +144,7 @@ def _refusing(message: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_trimmed(cache: Any) -> bool:
     """Whether this is a `TrimmedCache`, without loading what that needs: where it was never loaded, nobody has made one."""
-    module = sys.modules.get(_HOOKS)
+    module = sys.modules.get("trim_plugin.forward.hooks")
     return module is not None and isinstance(cache, module.TrimmedCache)
 
 
@@ -168,8 +167,7 @@ def _preparing_caches(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
-        if _HOOKS not in sys.modules:
-            check_contract()  # what is missing would else show as an import that fails
+        check_contract()  # before the import: what is missing would else show as one that fails
         # Loaded where a trimmed generation begins: importing the package shall cost nothing.
         from trim_plugin.compat import compiles_mllama_decoding
         from trim_plugin.forward.hooks import TrimmedCache
