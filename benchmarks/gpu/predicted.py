@@ -38,6 +38,7 @@ WAYS: dict[str, tuple[float, bool]] = {
     "kept 0.25": (0.25, False),
     "kept 0.5": (0.5, False),
     "k-center 0.1": (0.1, True),
+    "k-center 0.35": (0.35, True),
 }
 TOWER_SHARES = (0.75, 0.6, 0.5)
 _CHOOSE = KCenter.choose

@@ -81,6 +81,13 @@ def test_what_is_added_to_a_prefill_is_little(prediction):
     assert rows["prefill", "kept 0.1"]["operations"] < rows["prefill", "kept 0.5"]["operations"]
 
 
+def test_choosing_by_k_center_is_little():
+    """What the default may cost: 3 % of a page's prefill."""
+    rows = {row["part"]: row for row in predicted.predict(("k-center 0.35",), shares=())["rows"]}
+    assert rows["choosing"]["launches"] <= 450
+    assert rows["own work"]["share"]["H100"] < 0.032
+
+
 def test_a_row_is_the_formula(prediction):
     row = prediction["rows"][0]
     assert (row["part"], row["way"]) == ("prefill", "stock")

@@ -18,6 +18,9 @@ from trim_plugin.selection import k_center
 from ..accelerator.emulation import Emulation
 from ..random_models import Sample, random_inputs, random_model, trimmed
 
+#: Cosines that differ by less may be in either order: `EQUAL` at the least, `NO_HASTE` of what a similarity can grow.
+NEARLY = 1e-4
+
 
 def chosen_slowly(states, members, ours, count=None, radius=None):
     """The tokens of one sample, chosen one by one; of (nearly) equal ones those that are in `ours`."""
@@ -26,9 +29,10 @@ def chosen_slowly(states, members, ours, count=None, radius=None):
 
     def lowest(values):
         least = min(values.values())
-        return min((token for token in values if values[token] < least + 1e-6), key=lambda token: token not in ours)
+        return min((token for token in values if values[token] < least + NEARLY), key=lambda token: token not in ours)
 
     mean = sum(rows.values())
+    mean /= mean.norm()
     chosen = [lowest({token: -float(rows[token] @ mean) for token in tokens})]
     while len(chosen) < len(tokens):
         nearest = {
@@ -125,10 +129,23 @@ def test_rounds_cover_as_the_greedy_choice_does(kind, tokens, kept_share, seed):
     assert len(chosen) == math.ceil(kept_share * tokens - 1e-9)
     radius, mean = cover(states, greedily(states, len(chosen)))
     found = cover(states, chosen)
-    # Of few tokens, one that is taken a step later shows: the largest distance is that of one token.
-    radius_slack, mean_slack = (1.03, 1.03) if len(chosen) > 250 else (1.08, 1.05)
-    assert found[0] <= radius_slack * radius + 1e-6
-    assert found[1] <= mean_slack * mean + 1e-6
+    # One draw: the largest distance is that of one token, and one that is taken a step later shows.
+    assert found[0] <= 1.09 * radius + 1e-6
+    assert found[1] <= 1.05 * mean + 1e-6
+
+
+@pytest.mark.parametrize("kept_share", [0.1, 0.35])
+def test_a_page_is_covered_within_three_per_cent(kept_share):
+    ratios = []
+    for kind in (smooth, clustered, noise, blank):
+        states = kind(6404, torch.Generator().manual_seed(1))
+        chosen = KCenter(kept_share).choose(states[None], torch.ones(1, 6404, dtype=torch.bool))[0].nonzero()[:, 0]
+        found, best = cover(states, chosen), cover(states, greedily(states, len(chosen)))
+        ratios.append([found[0] / best[0], found[1] / best[1]])
+    radius, mean = torch.tensor(ratios).unbind(dim=1)
+    assert float(radius.mean()) <= 1.03
+    assert float(radius.max()) <= 1.05
+    assert float(mean.max()) <= 1.03
 
 
 @settings(max_examples=8)
@@ -160,7 +177,7 @@ def test_in_company_as_alone(lengths, rule):
     both = torch.stack([members, members.flip(1)])
     chosen = rule.choose(together, both)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(k_center, "FEATURE_BYTES", 1)
+        patch.setattr(k_center, "COVER_BYTES", 1)
         assert torch.equal(rule.choose(together, both), chosen)
     for sample, group in itertools.product(range(2), range(len(lengths))):
         own = both[sample, group]
@@ -169,8 +186,11 @@ def test_in_company_as_alone(lengths, rule):
         assert not bool(chosen[sample, group][~own].any())
 
 
-@pytest.mark.parametrize(("rule", "most"), [(KCenter(0.1), 600), (KCenter(0.5), 1200), (KCenter(radius=0.3), 1200)])
-def test_a_page_is_chosen_in_few_launches(rule, most):
+@pytest.mark.parametrize(
+    ("rule", "most", "reads"),
+    [(KCenter(0.1), 360, 3), (KCenter(0.35), 360, 3), (KCenter(0.5), 410, 3), (KCenter(radius=0.3), 500, 5)],
+)
+def test_a_page_is_chosen_in_few_launches(rule, most, reads):
     """One page of the 11B model as it is chosen on a GPU, where a launch costs more than its arithmetic."""
     generator = torch.Generator().manual_seed(0)
     states = smooth(6404, generator) @ torch.randn(64, 4096, generator=generator)
@@ -180,7 +200,7 @@ def test_a_page_is_chosen_in_few_launches(rule, most):
         device.clear()
         rule.choose(states, members)
     assert device.launches.total() <= most
-    assert device.reads.total() <= 7, "once for the longest sample, and to see whether it is done"
+    assert device.reads.total() <= reads, "once for how many members there are, and to see whether it is done"
     assert device.copies.total() == 0
 
 
