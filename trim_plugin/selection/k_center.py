@@ -20,8 +20,8 @@ COVER_BYTES = 128 * 2**20
 #: Tokens that a round looks at: those least like what is chosen. Never depends on what else is in the batch.
 CANDIDATES = 384
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
-#: it is full with `RAMP` more.
-ONE_BY_ONE, RAMP = 24, 800
+#: it is full with `LATE_RAMP` more, and that of the first rounds with `RAMP` more.
+ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
 #: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance; ...
 FAR_ENOUGH = 0.95
 #: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
@@ -53,12 +53,12 @@ class KCenter(VisualTokenProcessor):
 
     Tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones, goes through them from the
     farthest on, and takes each that is at least 0.95 as far as the farthest, from chosen tokens and from those it takes itself;
-    the first rounds are content with 0.7. The cover is the greedy choice's within 3 % (`docs/explanation/merging.md`). Few
+    the first rounds are content with 0.7. The cover of a page is the greedy choice's within about 3 % (`docs/explanation/merging.md`). Few
     tokens are chosen one by one. All visibility groups and samples are chosen for at once, each as if it were alone.
 
     Cost for a group of N tokens: in every round one product of N × 384 × 260 values, a sort of N, and 16 small operations. No
     N × K matrix exists. The host is read twice in most cases: how many members there are, and whether enough are chosen. For
-    a page of the 11B model 11 to 14 rounds choose 641 of 6,404 tokens, 14 to 16 rounds 2,242. Scratch: 644 float32 values a
+    a page of the 11B model 10 to 16 rounds choose 641 of 6,404 tokens, 14 to 16 rounds 2,242. Scratch: 644 float32 values a
     token (128 MiB of them at a time).
 
     Args:
@@ -213,8 +213,9 @@ def _projection(width: int, device: torch.device) -> torch.Tensor:
 def _haste(device: torch.device) -> torch.Tensor:
     """float32 (tokens to choose, rounds): the share of the largest distance that a token may lack; later rounds and more tokens
     are as the last ones."""
-    wanted = ((torch.arange(ONE_BY_ONE + RAMP + 1) - ONE_BY_ONE) / RAMP).clamp(min=0)
-    return (wanted[:, None] * (1 - FAR_ENOUGH + EARLY * FADING ** torch.arange(SCHEDULED)) + NO_HASTE).to(device)
+    more = (torch.arange(ONE_BY_ONE + RAMP + 1) - ONE_BY_ONE).clamp(min=0)[:, None]
+    late = (1 - FAR_ENOUGH) * (more / LATE_RAMP).clamp(max=1)
+    return (late + EARLY * more / RAMP * FADING ** torch.arange(SCHEDULED) + NO_HASTE).to(device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -229,7 +230,7 @@ def _rounds_for(wanted: int) -> int:
     if wanted <= ONE_BY_ONE:
         return wanted - 1
     haste = min(1.0, (wanted - ONE_BY_ONE) / RAMP)
-    return min(wanted - 1, math.ceil(7.5 + 45 * (1 - haste) ** 2.5 + wanted / CANDIDATES))
+    return min(wanted - 1, math.ceil(7.5 + 30 * (1 - haste) ** 2.5 + wanted / CANDIDATES))
 
 
 @dataclasses.dataclass
