@@ -53,8 +53,9 @@ class KCenter(VisualTokenProcessor):
 
     Tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones, goes through them from the
     farthest on, and takes each that is at least 0.95 as far as the farthest, from chosen tokens and from those it takes itself;
-    the first rounds are content with 0.7. The cover of a page is the greedy choice's within about 3 % (`docs/explanation/merging.md`). Few
-    tokens are chosen one by one. All visibility groups and samples are chosen for at once, each as if it were alone.
+    the first rounds are content with 0.7. The cover of a page is the greedy choice's within about 3 %
+    (`docs/explanation/merging.md`). Few tokens are chosen one by one. All visibility groups and samples are chosen for at
+    once, each as if it were alone.
 
     Cost for a group of N tokens: in every round one product of N × 384 × 260 values, a sort of N, and 16 small operations. No
     N × K matrix exists. The host is read twice in most cases: how many members there are, and whether enough are chosen. For
