@@ -11,12 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
+from trim_plugin.arithmetic import FEATURES
 from trim_plugin.compat import cache_of
 from trim_plugin.forward import turn
-from trim_plugin.selection import k_center
+from trim_plugin.selection import covering, k_center
 
 from ..accelerator.emulation import Emulation
 from ..random_models import Sample, random_inputs, random_model, trimmed
+
+
+@pytest.fixture(scope="module", autouse=True, params=["one by one", "in rounds"])
+def choosing(request):
+    """How few tokens are chosen; many are always chosen in rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in rounds":
+            patch.setattr(k_center, "FEW", 0)
+        yield request.param
+
 
 #: Cosines that differ by less may be in either order: `EQUAL` at the least, `NO_HASTE` of what a similarity can grow.
 NEARLY = 1e-4
@@ -204,6 +215,33 @@ def test_a_page_is_chosen_in_few_launches(rule, most, reads):
     assert device.copies.total() == 0
 
 
+def test_few_and_many_in_one_batch_are_each_as_alone(choosing):
+    """Groups of both kinds, and a sample without any members."""
+    generator = torch.Generator().manual_seed(5)
+    states, members = torch.randn(3, 1500, 16, generator=generator), torch.zeros(3, 2, 1500, dtype=torch.bool)
+    members[0, 0, 100:1400] = members[0, 1, 1400:] = members[1, 0, :300] = True
+    for rule in (KCenter(0.2), KCenter(radius=0.5)):
+        chosen = rule.choose(states, members)
+        for sample, group in itertools.product(range(3), range(2)):
+            alone = rule.choose(states[sample : sample + 1], members[sample : sample + 1, group])
+            assert torch.equal(chosen[sample, group], alone[0])
+    assert KCenter(0.2).choose(states, members).sum(dim=2).tolist() == [[260, 20], [60, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("radius", [False, True])
+def test_few_tokens_are_chosen_exactly_as_the_greedy_choice(choosing, radius):
+    if choosing != "one by one":
+        pytest.skip("of few tokens")
+    states = smooth(700, torch.Generator().manual_seed(3))
+    greedy = greedily(states, 200)
+    rule = KCenter(200 / 700)
+    if radius:
+        rule = KCenter(radius=cover(states, greedy)[0] + 1e-4)
+    chosen = rule.choose(states[None], torch.ones(1, 700, dtype=torch.bool))[0].nonzero()[:, 0]
+    assert len(chosen) == (200 if not radius else pytest.approx(200, abs=2))
+    assert set(chosen.tolist()) <= set(greedy.tolist())
+
+
 def test_states_that_are_not_numbers():
     states = torch.randn(1, 40, 8)
     states[0, 3, 2] = math.nan
@@ -233,9 +271,9 @@ def test_equal_tokens_are_covered_by_one():
 
 def test_wide_states_are_covered_after_the_projection():
     """Forty directions, some of them seen once only: forty tokens have to find them all, drawn ones don't."""
-    directions = torch.randn(40, 4 * k_center.FEATURES)
+    directions = torch.randn(40, 4 * FEATURES)
     which = torch.cat([torch.arange(40), torch.randint(0, 10, (360,))])
-    states = (directions[which] + 0.05 * torch.randn(400, 4 * k_center.FEATURES))[None]
+    states = (directions[which] + 0.05 * torch.randn(400, 4 * FEATURES))[None]
     chosen = KCenter(0.1).choose(states, torch.ones(1, 400, dtype=torch.bool))
     assert sorted(which[chosen[0]].tolist()) == list(range(40))
 
@@ -292,10 +330,10 @@ def test_a_share_that_is_a_whole_number_of_tokens_is_not_rounded_up(kept_share, 
 
 
 def test_wide_states_are_projected_alike_whatever_the_seed():
-    states, members = torch.randn(1, 200, 2 * k_center.FEATURES), torch.ones(1, 200, dtype=torch.bool)
+    states, members = torch.randn(1, 200, 2 * FEATURES), torch.ones(1, 200, dtype=torch.bool)
     chosen = []
     for seed in (1, 2):
-        k_center._projection.cache_clear()
+        covering._projection.cache_clear()
         torch.manual_seed(seed)
         chosen.append(KCenter(0.2).choose(states, members))
     assert torch.equal(*chosen)

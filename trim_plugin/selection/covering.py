@@ -1,0 +1,260 @@
+"""How tokens are taken so that they cover all others: exactly one after the other, or many at once in rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from trim_plugin.arithmetic import FEATURES
+
+#: float32 values of states that are copied at a time, 52 MiB.
+BLOCK_VALUES = 13 * 2**20
+#: Tokens that a round looks at: those least like what is chosen. Never depends on what else is in the batch.
+CANDIDATES = 384
+#: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
+#: it is full with `LATE_RAMP` more, and that of the first rounds with `RAMP` more.
+ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
+#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance; ...
+FAR_ENOUGH = 0.95
+#: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
+#: uncovered, the later ones cover: only the last ones' distances stay.
+EARLY, FADING = 0.25, 0.7
+#: Rounds that differ in haste.
+SCHEDULED = 32
+#: How often candidates that are too near an earlier one are told from those whose earlier one is itself too near.
+LOOKS = 2
+#: Similarities that differ by less are equal.
+EQUAL = 1e-5
+#: Similarities are (cosine + 2) / 4, so that a product with 0 is less like anything than any token. `SAME` is that of equal
+#: tokens; what is chosen, or no member, has `DONE`.
+SAME, DONE = 0.75, 1.0
+#: A limit is this far from the farthest similarity to `BEYOND`, if there is no haste: `EQUAL` at `SAME`, and never above `DONE`.
+NO_HASTE, BEYOND = 2.5e-5, 0.85
+#: Columns of features that make similarities of cosines: four, so that rows stay aligned.
+COLUMNS = 4
+#: Rounds before the host asks for the first time whether a radius is covered.
+ROUNDS_UNASKED = 6
+#: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
+DIGITS = 6
+#: Tokens that are taken one after the other before the host asks whether a radius is covered.
+TAKEN_UNASKED = 32
+
+
+def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (rows, slots, features + `COLUMNS`), whose products are similarities: the states (batch, tokens, width) at places,
+    int64 (rows, slots), among all of them (None: as they are); or a random projection that keeps their distances."""
+    width, used = states.shape[-1], min(states.shape[-1], FEATURES)
+    projection = _projection(width, states.device) if width > FEATURES else None
+    all_states, flat = states.reshape(-1, width), None if places is None else places.flatten()
+    found = states.new_empty(len(all_states if flat is None else flat), used + COLUMNS, dtype=torch.float32)
+    block = max(1, BLOCK_VALUES // width)
+    for start in range(0, len(found), block):
+        part = slice(start, start + block)
+        rows = all_states[part] if flat is None else all_states.index_select(0, flat[part])
+        if projection is None:
+            found[part, :used] = rows
+        else:
+            torch.mm(rows.float(), projection, out=found[part, :used])
+    length = torch.linalg.vector_norm(found[:, :used], dim=1, keepdim=True)
+    # Half of what has length 1, and what adds a half to every product.
+    found[:, :used].div_(torch.rsub(length, torch.finfo(torch.float32).tiny, alpha=-2))
+    found[:, used:] = math.sqrt(0.5 / COLUMNS)
+    return found.view(*(states.shape[:2] if places is None else places.shape), -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _projection(width: int, device: torch.device) -> torch.Tensor:
+    """The same Gaussian matrix (width, `FEATURES`) everywhere: which tokens are kept must not depend on a seed or a device."""
+    drawn = torch.randn(width, FEATURES, generator=torch.Generator().manual_seed(0))
+    return (drawn / math.sqrt(FEATURES)).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _haste(device: torch.device) -> torch.Tensor:
+    """float32 (tokens to choose, rounds): the share of the largest distance that a token may lack; later rounds and more tokens
+    are as the last ones."""
+    more = (torch.arange(ONE_BY_ONE + RAMP + 1) - ONE_BY_ONE).clamp(min=0)[:, None]
+    late = (1 - FAR_ENOUGH) * (more / LATE_RAMP).clamp(max=1)
+    return (late + EARLY * more / RAMP * FADING ** torch.arange(SCHEDULED) + NO_HASTE).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _beyond(looked_at: int, device: torch.device) -> torch.Tensor:
+    """What limits go towards, (candidates, candidates): no candidate is too near itself or a later one."""
+    earlier = torch.ones(looked_at, looked_at).tril(-1) > 0
+    return torch.where(earlier, BEYOND, math.inf).to(device)
+
+
+def _rounds_for(wanted: int) -> int:
+    """How many rounds usually take so many tokens. One too many costs launches, one too few a host read."""
+    if wanted <= ONE_BY_ONE:
+        return wanted - 1
+    haste = min(1.0, (wanted - ONE_BY_ONE) / RAMP)
+    return min(wanted - 1, math.ceil(7.5 + 30 * (1 - haste) ** 2.5 + wanted / CANDIDATES))
+
+
+def _first(features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 (rows, 1), the slot of the token that is most like the mean of its row's valid ones; and float32 (rows, 1), how like
+    it is: NaN if a state is."""
+    plain = features[..., :-COLUMNS]
+    mean = torch.bmm(valid[:, None].float(), plain)
+    alike = torch.bmm(plain, mean.transpose(1, 2))[..., 0].masked_fill_(~valid, -torch.inf)
+    most_alike = alike.amax(dim=1, keepdim=True)
+    # Two tokens are equally like their mean: the first of equal ones, whatever rounding makes of them.
+    limit = torch.sub(most_alike, torch.linalg.vector_norm(mean, dim=2), alpha=EQUAL / 2)  # features are halves
+    return alike.ge_(limit).argmax(dim=1, keepdim=True), most_alike
+
+
+def one_by_one(
+    features: torch.Tensor, valid: torch.Tensor, most: int, radius: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Always the token that is least like all taken ones, the first of equal ones.
+
+    Three operations a token, on similarities that are worked out once: for groups of few tokens, where a round would be more work
+    than it saves. Scratch: (rows, slots, slots) float32.
+
+    Args:
+        features: float32 (rows, slots, width), see `features_of`.
+        valid: bool (rows, slots).
+        most: how many tokens are taken at most.
+        radius: no more are taken once none is further than this from a taken one.
+
+    Returns:
+        int64 (rows, tokens), the slots in order; bool, whether something was still uncovered: those count that were taken then.
+
+    Raises:
+        ValueError: a state is NaN.
+
+    Example:
+        >>> states = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
+        >>> one_by_one(features_of(states), torch.ones(1, 4, dtype=torch.bool), most=3)[0]
+        tensor([[1, 2, 0]])
+    """
+    first, most_alike = _first(features, valid)
+    alike = torch.bmm(features, features.transpose(1, 2)).round_(decimals=DIGITS)
+    alike.diagonal(dim1=1, dim2=2).fill_(DONE)
+    rows, slot = torch.arange(len(alike), device=alike.device), first[:, 0]
+    nearest = torch.maximum(alike[rows, slot], (~valid).float())  # which is `DONE`
+    slots, least = [slot], [torch.full_like(most_alike[:, 0], -DONE)]
+    covered = DONE if radius is None else SAME - radius / 4
+    while len(slots) < most:
+        low, slot = nearest.min(dim=1)
+        slots.append(slot)
+        least.append(low)
+        torch.maximum(nearest, alike[rows, slot], out=nearest)
+        if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
+            break
+    _check(most_alike[:, 0].tolist())
+    return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered
+
+
+@dataclasses.dataclass
+class Rounds:
+    """Rounds of choosing among rows of features (rows, slots, width), in company as alone: for many tokens.
+
+    Args:
+        features: float32, see `features_of`.
+        nearest: float32 (rows, slots), how like the most alike chosen token each is; `DONE` for chosen ones and padding.
+        haste: float32 (rows, rounds), see `_haste`.
+        most_alike: float32 (rows, 1), NaN if a state is.
+        slots, takes: of every round, which slots it looked at, (rows, slots), and 1 for those that it took.
+        beyond: see `_beyond`.
+        covered: what is as like a chosen token as this needs no other; None: every token may be needed.
+    """
+
+    features: torch.Tensor
+    nearest: torch.Tensor
+    haste: torch.Tensor
+    most_alike: torch.Tensor
+    slots: list[torch.Tensor]
+    takes: list[torch.Tensor]
+    beyond: torch.Tensor
+    covered: float | None = None
+
+    @classmethod
+    def begin(cls, features: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor) -> Rounds:
+        """With the token of each row that is most like the mean of its valid ones; `wanted`, int64 (rows, 1), says how many
+        tokens there are to choose: few are chosen without haste."""
+        first, most_alike = _first(features, valid)
+        own = features.gather(1, first[..., None].expand(-1, -1, features.shape[2]))
+        nearest = torch.bmm(features, own.transpose(1, 2))[..., 0].masked_fill_(~valid, DONE).scatter_(1, first, DONE)
+        return cls(
+            features,
+            nearest,
+            haste=_haste(features.device)[wanted[:, 0].clamp(max=ONE_BY_ONE + RAMP)],
+            most_alike=most_alike,
+            slots=[first],
+            takes=[torch.ones_like(most_alike)],
+            beyond=_beyond(min(CANDIDATES, features.shape[1]), features.device),
+        )
+
+    def until_counted(self, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Go on until every row has as many tokens: int64 (rows, slots looked at), in order; bool, which of them were taken; and
+        int64, how many had been by then."""
+        due = max(map(_rounds_for, wanted))
+        while True:
+            for _ in range(due):
+                self._go_on()
+            taken = torch.cat(self.takes, dim=1) > 0
+            place = taken.cumsum(dim=1)
+            looked_at = self.takes[-1].shape[1]
+            before = place[:, -1 - looked_at] if due else place[:, -1]
+            numbers = torch.stack([place[:, -1].float(), before.float(), self.most_alike[:, 0]]).tolist()
+            _check(numbers[2])
+            # At the pace of the last round.
+            missing = [
+                math.ceil((want - got) / max(1, got - old))
+                for want, got, old in zip(wanted, *numbers[:2], strict=True)
+                if got < want
+            ]
+            if not missing:
+                return torch.cat(self.slots, dim=1), taken, place
+            due = min(max(missing), math.ceil(len(self.takes) / 2))
+
+    def until_covered(self, radius: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go on until no token is further than this: slots and which of them were taken, as in `until_counted`."""
+        due, covered = ROUNDS_UNASKED, torch.tensor(SAME - radius / 4).item()
+        self.covered = covered
+        while True:
+            for _ in range(due):
+                self._go_on()
+            least, most_alike = torch.stack([self.nearest.amin(), self.most_alike.amax()]).tolist()
+            _check([most_alike])
+            if least >= covered:
+                return torch.cat(self.slots, dim=1), torch.cat(self.takes, dim=1) > 0
+            due = math.ceil(0.6 * len(self.takes))
+
+    def _go_on(self) -> None:
+        """One more round, without a number from the device."""
+        near, slots = self.nearest.sort(dim=1, stable=True)
+        near, slots = near[:, : len(self.beyond)], slots[:, : len(self.beyond)]
+        own = self.features.gather(1, slots[..., None].expand(-1, -1, self.features.shape[2]))
+        haste = self.haste[:, min(len(self.takes), SCHEDULED) - 1]
+        limits = torch.lerp(near[:, :1, None], self.beyond, haste[:, None, None])
+        limit = limits[:, -1, :1]
+        if self.covered is not None:
+            limit = limit.clamp(max=self.covered)
+            limits = torch.minimum(limits, torch.where(self.beyond < math.inf, self.covered, math.inf))
+        close = torch.bmm(own, own.transpose(1, 2)).ge_(limits)
+        eligible = near < limit
+        # Of the candidates in order, one is taken if none that was taken before it is close. Looking 2n - 1 times settles chains
+        # of n and takes nothing wrongly: what is still open then waits for the next round.
+        takes = close.amax(dim=2).lt_(eligible)
+        for _ in range(2 * LOOKS - 2):
+            takes = torch.bmm(close, takes[..., None])[..., 0].lt_(eligible)
+        # What was not taken becomes 0, which is like nothing.
+        alike = torch.bmm(self.features, own.mul_(takes[..., None]).transpose(1, 2)).amax(dim=2)
+        self.nearest = torch.maximum(self.nearest, alike).scatter_reduce_(1, slots, takes, "amax")
+        self.slots.append(slots)
+        self.takes.append(takes)
+
+
+def _check(most_alike: list[float]) -> None:
+    if any(map(math.isnan, most_alike)):
+        raise ValueError(
+            "The visual states are NaN: the picture or the model's weights hold NaN or inf, so KCenter could not choose. "
+            "top_k_ratio=1.0 chooses nothing and does what transformers does."
+        )
