@@ -25,7 +25,7 @@ SETTINGS = {
 #: What the first page shows of every model: setting → its short name, and what is said of it.
 FIRST = {
     ("k-center, merged", DEFAULT_KEPT_SHARE): ("default", ("kept", "same answers", "points")),
-    ("k-center, merged", 0.1): ("KCenter(0.1)", ("same answers", "points")),
+    ("k-center, merged", 0.1): ("KCenter(0.1)", ("points",)),
 }
 PLOTTED = {
     "k-center, merged": "KCenter, the default rule (merged)",
