@@ -13,6 +13,7 @@ from benchmarks.gpu import predicted, report
 from benchmarks.gpu.measure import FIGURES
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(tmp_path):
     main(["gpu", "--tiny", "--device", "cpu", "--out", str(tmp_path), "--threads", "1"])
     result = json.loads((tmp_path / "gpu-tiny.json").read_text())
@@ -98,7 +99,7 @@ def test_a_row_is_the_formula(prediction):
 def test_k_center_runs_on_numbers():
     few, many = (predicted.choosing(400, 500, 64, share) for share in (0.02, 0.3))
     assert 0 < few.launches < many.launches
-    assert few.operations < many.operations
+    assert 0 < few.operations <= many.operations
 
 
 def test_predicted_stands_beside_measured(prediction):

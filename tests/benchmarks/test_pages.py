@@ -226,6 +226,7 @@ def averaged(group, folder):
         raise ValueError("on purpose")
 
 
+@pytest.mark.slow
 def test_processes_average_gradients_and_a_failure_is_not_lost(tmp_path):
     run_together(averaged, 2, tmp_path)
     for rank in range(2):
@@ -326,6 +327,7 @@ def test_what_a_model_is_asked_about_is_written_beside_it(printed):
         held_out_questions(1, scale=COARSE.scale, task=PAGES)
 
 
+@pytest.mark.slow
 def test_quality_on_pages_is_told_by_type(printed, tmp_path, monkeypatch):
     folder = tmp_path / "printed" / "model"
     shutil.copytree(printed / "checkpoint", folder)

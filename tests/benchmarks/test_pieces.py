@@ -32,6 +32,7 @@ for limit in (2**20, 2**33):
 """
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_a_process_stops_at_its_limit(tmp_path):
     # In a process without a thread pool, as `run` starts it: the cases are forked from there.
     printed = subprocess.run(

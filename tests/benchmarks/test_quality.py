@@ -57,6 +57,7 @@ def test_quality_writes_what_the_report_reads(tmp_path, few):
     assert page.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, few, monkeypatch):
     whole = quality.run(arguments(tmp_path))
     ran, run_rule = [], quality.run_rule

@@ -142,7 +142,11 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("steps", [2, 3, 6], ids=["within the tower", "between the stages", "within the questions"])
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)],
+    ids=["within the tower", "between the stages", "within the questions"],
+)
 def test_stopped_and_resumed_gives_the_weights_of_an_uninterrupted_run(steps, uninterrupted, tmp_path):
     stopped = run(tmp_path, limit=steps)
     assert sum(stage["steps"] for stage in stopped.progress.stages.values()) == steps

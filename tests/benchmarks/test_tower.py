@@ -34,6 +34,7 @@ def test_the_arithmetic_is_what_torch_counts(tiles, share, monkeypatch):
     assert counted.get_total_flops() - sum(uncounted) - made_mask == expected
 
 
+@pytest.mark.slow
 def test_a_tiny_run_is_written_and_reported(tmp_path):
     arguments = argparse.Namespace(
         device="cpu", quick=True, out=tmp_path, tower_dtype="float32", tower_turns=1, tower_shape="tiny"

@@ -9,6 +9,7 @@ from benchmarks.quality import tower
 from trim_plugin.embedded import load_small_model
 
 
+@pytest.mark.slow
 def test_shares_are_measured_beside_an_untouched_tower(tmp_path, monkeypatch):
     monkeypatch.setattr(tower, "SHARES", (0.6, 0.02))
     result = tower.run(argparse.Namespace(scenes=3, quick=False, out=tmp_path, model=None))

@@ -151,7 +151,7 @@ def test_compiled_batches_sampling_and_128_tokens():
 @pytest.mark.skipif(
     not compat.compiles_mllama_decoding(), reason="this transformers does not compile Mllama's decoding"
 )
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 8))])
 def test_128_compiled_tokens_equal_stock_and_eager_on_many_models(seed):
     """Random shapes of model, batch and bucket; the property test above compares a few tokens of many more, uncompiled."""
     torch._dynamo.reset()

@@ -184,7 +184,7 @@ print((peak() - before) * 1024 - result)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are read as Linux tells them")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize(
     ("what", "tokens", "width"), [("alike", 51_232, 64), ("means", 12_808, 4096), ("k-center", 12_808, 4096)]
 )

@@ -79,7 +79,7 @@ def scratch(dtype, rows, heads, head_dim):
     return int(result.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_scratch_of_a_prompt_with_eight_pictures(dtype):
     """Neither the map of all rows of a head (75 MiB) nor repeated or up-cast keys (62 MiB and more) fit beside a block."""
     assert scratch(dtype, rows=384, heads=8, head_dim=160) <= 64 * 2**20
