@@ -101,34 +101,34 @@ def add_model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def generation_options(
-    default: str = f"--kept-share {DEFAULT_KEPT_SHARE}", *, several: bool = False, length: bool = True
+    *, ratios: str = "not used", shares: str = str(DEFAULT_KEPT_SHARE), several: bool = False, length: bool = True
 ) -> argparse.ArgumentParser:
     """The parent of every subcommand that generates: the model, the rules and the length of answers.
 
     Args:
-        default: which rules there are if none is given, in the help's words.
+        ratios, shares: what `--top-k-ratio` and `--kept-share` are if no rule is given, in the help's words.
         several: whether the subcommand compares rules, so that each may be given more than once.
         length: whether it says how long answers may be; a server's requests do.
     """
     parent = argparse.ArgumentParser(add_help=False, parents=[model_options()])
-    _add_rule_options(parent, default, "may be given again; " if several else "")
+    _add_rule_options(parent, ratios, shares, "may be given again; " if several else "")
     if length:
         add_length_option(parent)
     return parent
 
 
-def _add_rule_options(parser: argparse.ArgumentParser, default: str, again: str) -> None:
+def _add_rule_options(parser: argparse.ArgumentParser, ratios: str, shares: str, again: str) -> None:
     """Add the rules and what goes with every rule, to be read by `checked_rules` and `one_rule`."""
     parser.add_argument(
         "--top-k-ratio",
         action="append",
         metavar="RATIO",
-        help=f"the paper's rule: share that each head keeps; 1 is exact mode ({again}default: {default})",
+        help=f"the paper's rule: share that each head keeps; 1 is exact mode ({again}default: {ratios})",
     )
     add_picture_options(
         parser,
         action="append",
-        share_help=f"keep this share, chosen to cover the picture ({again}default: not used)",
+        share_help=f"keep this share, chosen to cover the picture ({again}default: {shares}, if no rule is given)",
         again=again,
     )
     parser.add_argument(

@@ -67,12 +67,8 @@ Answers = dict[str, list[Answer]]
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(
-        subparsers,
-        "demo",
-        run,
-        [generation_options(f"--kept-share {' and '.join(map(str, DEFAULT_SHARES))}", several=True)],
-    )
+    shares = " and ".join(map(str, DEFAULT_SHARES))
+    parser = add_command(subparsers, "demo", run, [generation_options(shares=shares, several=True)])
     add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
     parser.add_argument("--prompt", help="a question about the pictures (default: those of the held-out pictures)")
     parser.add_argument(

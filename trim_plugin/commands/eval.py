@@ -41,12 +41,8 @@ DEFAULT_RATIOS, DEFAULT_SHARES = (1.0,), (0.5, DEFAULT_KEPT_SHARE, 0.1)
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(
-        subparsers,
-        "eval",
-        run,
-        [generation_options(f"--top-k-ratio 1, --kept-share {', '.join(map(str, DEFAULT_SHARES))}", several=True)],
-    )
+    ratios, shares = (" and ".join(f"{value:g}" for value in values) for values in (DEFAULT_RATIOS, DEFAULT_SHARES))
+    parser = add_command(subparsers, "eval", run, [generation_options(ratios=ratios, shares=shares, several=True)])
     parser.add_argument(
         "--data",
         type=Path,

@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(
-        subparsers,
-        "generate",
-        run,
-        [generation_options(f"--kept-share {DEFAULT_KEPT_SHARE}; exact mode with --pictures")],
-    )
+    options = generation_options(ratios="1 with --pictures", shares=f"{DEFAULT_KEPT_SHARE} without --pictures")
+    parser = add_command(subparsers, "generate", run, [options])
     add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
     parser.add_argument(
         "--pictures",
