@@ -116,8 +116,8 @@ def test_figures_within_sentences(results):
             f"the same ratio would lose {-100 * forgotten:.0f} points",
         ],
         "index.md": [
-            f"{lost[0]:.1f} to {lost[1]:.1f} points on two small models",
-            f"and {changed[0]:.1f} to {changed[1]:.1f} % of the answers",
+            f"{lost[0]:.1f} to {lost[-1]:.1f} points on three small models",
+            f"and {changed[0]:.1f} to {changed[-1]:.1f} % of the answers",
             f"a batch of {most} instead of {stock}, *calculated*",
         ],
         "guides/memory-planning.md": [f"says {stock} samples for stock and {most} for the trimmed cache"],
