@@ -48,10 +48,9 @@ def answers(results: dict[str, dict[str, Any]]) -> str:
         for name, model in MODELS.items():
             rows = results.get(name, {"rows": []})["rows"]
             rows = [row for row in rows if (row["rule"], row["parameter"]) == ("encoded", share)]
-            same = sorted(row["agreement"] for row in rows)
             if rows:
-                changes = " and ".join(f"{100 * row['change']:+.1f}" for row in rows)
-                found.append(f"{100 * same[0]:.1f} … {percent(same[-1])} ({model}; {changes} points)")
+                same, change = (min(row[what] for row in rows) for what in ("agreement", "change"))
+                found.append(f"{percent(same)}, {100 * change:+.1f} points ({model})")
         if found:
-            lines.append(f"- Compacted to {percent(share, 0)}, answers that are stock's: {', '.join(found)}.")
+            lines.append(f"- Compacted to {percent(share, 0)}, answers that are stock's, at worst: {'; '.join(found)}.")
     return "\n".join(lines) + "\n"
