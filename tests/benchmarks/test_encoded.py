@@ -54,4 +54,4 @@ def test_another_model_is_measured_beside_its_own_answers(tmp_path, monkeypatch)
     assert result == read_result("encoded-fine", tmp_path)
     assert result["model"] == "fine"
     assert all("accuracy" in row for row in result["rows"])  # none is the other model's
-    assert " (fine; " in encoded_report.answers({"encoded-fine": result})
+    assert " points (fine)" in encoded_report.answers({"encoded-fine": result})
