@@ -117,9 +117,9 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
         return
     if inputs.get("pixel_values") is not None or cache.pictures is not None or not slices_mask_rows():
         raise ValueError(
-            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the first piece alone would decide "
-            "which visual tokens are kept. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures "
-            "(for follow-ups, in newer versions of transformers)."
+            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, and the first one alone would decide "
+            "which visual tokens are kept. Leave prefill_chunk_size out; prompts and follow-ups without new pictures may be cut "
+            "(follow-ups in newer versions of transformers)."
         )
 
 

@@ -177,15 +177,13 @@ def of_everything(batch: int, rows: int, tiles: int, tile_tokens: int, padding: 
         >>> of_everything(1, 2, 3, 1, None).groups().tolist()
         [[0, 0, 0]]
     """
-    return Visibility(
-        torch.ones(batch, rows, tiles, dtype=torch.bool, device="cpu"), _padded(padding, batch, rows), tile_tokens
-    )
+    padded = _padded(padding, batch, rows)
+    return Visibility(padded.new_ones(batch, rows, tiles), padded, tile_tokens)
 
 
 def _padded(padding: torch.Tensor | None, batch: int, rows: int) -> torch.Tensor:
-    return (
-        torch.zeros(batch, rows, dtype=torch.bool, device="cpu") if padding is None else padding.cpu().expand(batch, -1)
-    )
+    found = torch.zeros(1, rows, dtype=torch.bool, device="cpu") if padding is None else padding.cpu()
+    return found.expand(batch, -1)
 
 
 def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> torch.Tensor | None:
@@ -210,9 +208,8 @@ def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> tor
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
-        of = f"type {type(attention_mask).__name__}"
-        if isinstance(attention_mask, torch.Tensor):
-            of = f"shape {tuple(attention_mask.shape)}"
+        shape = getattr(attention_mask, "shape", None)
+        of = f"type {type(attention_mask).__name__}" if shape is None else f"shape {tuple(shape)}"
         raise TypeError(
             f"trim_plugin cannot read padding off an attention mask of {of}. Give the processor's, (batch, text tokens) of 0 "
             "and 1, and load the model with attn_implementation='sdpa' or 'eager'."
