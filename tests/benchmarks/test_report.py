@@ -103,7 +103,8 @@ def test_figures_within_sentences(results):
     row = {ratio: answered(results, ("paper, merged", ratio))["small"] for ratio in (0.25, 0.15, 0.1)}
     second = {ratio: one["follow_up"]["agreement"] for ratio, one in row.items()}
     forgotten = answered(results, ("paper, dropped", 0.15))["small"]["change"]
-    tenth = answered(results, ("k-center, merged", 0.1)).values()
+    setting = ("k-center, merged", 0.1)
+    tenth = [*answered(results, setting).values(), answered(results, setting, "evaluation")["pages"]]
     lost, changed = sorted(-100 * one["change"] for one in tenth), sorted(100 - 100 * one["agreement"] for one in tenth)
     fits = {(one["way"], one["weights"]): one for one in results["combined"]["rows"] if not one["adapter"]}
     most, stock = (fits[way, "nf4"]["largest_batch"] for way in ("KCenter(0.1), nf4 KV", "stock"))

@@ -288,3 +288,32 @@ def test_what_a_share_will_keep_is_known_to_the_token(small, config):
     tiles = report.visible_tokens[0] // tile_tokens(model.config.vision_config)
     assert room.kept_bytes(report.kept_tokens[0]) == report.cross_kv_bytes
     assert room.kept_bytes(report.kept_tokens[0] - 1) <= room.visual_bytes(tiles) <= report.cross_kv_bytes
+
+
+def test_room_is_kept_for_what_a_request_asks_for_itself(small):
+    model, processor = small
+    room = Room(model, TrimConfig(), None)
+    text = room.text_bytes(80)
+    for config, own, answered in (
+        (None, {"top_k_ratio": 1.0}, False),  # would hold nearly three times what the engine's rule does
+        (None, {"top_k_ratio": 0.05}, True),
+        ({"top_k_ratio": 1.0}, {"top_k_ratio": 0.05}, True),
+        ({"top_k_ratio": 1.0}, None, False),
+    ):
+        with Engine(model, processor, config, memory=text + room.visual_bytes(4)) as engine:
+            four_tiles = {"images": [PICTURES[0]] * 4, "cache_config": own, "max_new_tokens": 2}
+            if answered:
+                assert engine.submit("Read all digits.", **four_tiles).result(60).tokens
+            else:
+                with pytest.raises(ValueError, match="the engine has"):
+                    engine.submit("Read all digits.", **four_tiles)
+
+
+@pytest.mark.parametrize("rule", [{"processors": [KCenter(0.1)]}, {"top_k_ratio": 1.0}, {"top_k_ratio": 0.3}], ids=str)
+def test_a_request_that_writes_none_asks_for_nothing(small, rule):
+    with Engine(*small, rule) as engine:
+        kept = [
+            engine.submit("Read all digits.", images=PICTURES[:1], cache_config=own, max_new_tokens=2).result(60).kept
+            for own in (None, {"top_k_ratio": None}, {"top_k_ratio": None, "merge": False})
+        ]
+    assert len(set(kept)) == 1

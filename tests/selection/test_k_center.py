@@ -341,3 +341,11 @@ def test_wide_states_are_projected_alike_whatever_the_seed():
         torch.manual_seed(seed)
         chosen.append(KCenter(0.2).choose(states, members))
     assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-38, 1e-30, 1e-22, 1e-17])
+def test_states_too_short_for_their_squares_are_chosen_from_all_the_same(length):
+    states = length * torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    members = torch.ones(2, 50, dtype=torch.bool)
+    assert KCenter(0.35).choose(states, members).sum(dim=1).tolist() == [18, 18]
+    assert bool(KCenter(radius=0.3).choose(states, members).any(dim=1).all())

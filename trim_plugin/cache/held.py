@@ -85,7 +85,7 @@ class HeldCache(Cache):
     def kept_indices(self) -> list[torch.Tensor]:
         """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
         if self.kept is None:
-            return [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
+            return [torch.empty(0, dtype=torch.long, device="cpu") for _ in range(self.batch_size)]
         return self.kept.of_samples("index")
 
     @property
@@ -236,7 +236,7 @@ class HeldCache(Cache):
             indices: int64 (samples,), or bool (batch,), on any device; read on the host, so one on the CPU waits for nothing.
         """
         self._require_plain_text("batch_select_indices")
-        chosen = torch.as_tensor(indices).cpu()
+        chosen = torch.as_tensor(indices, device="cpu")
         chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
         there: dict[torch.device, torch.Tensor] = {}
         for index in self.self_layers:

@@ -180,7 +180,7 @@ class KeptTokens:
             classes=(WidthClass(numbers, (0,) * sources, 1, nothing, nothing, None),),
             order=numbers,
             visible=torch.zeros(sources, dtype=torch.long, device=like.visible.device),
-            readable=torch.zeros(sources, like.readable.shape[1], dtype=torch.bool),
+            readable=torch.zeros(sources, like.readable.shape[1], dtype=torch.bool, device="cpu"),
         )
 
     def of_samples(self, name: str) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ def _padded_columns(kept: KeptTokens) -> Columns:
     count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}
     counts = [count_of[source] for source in range(kept.sources)]
     # One copy for both: how many tokens each has, and which tiles it can read.
-    numbers = torch.cat([torch.tensor(counts)[:, None], kept.readable], dim=1).to(device)
+    numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable], dim=1).to(device)
     valid = first_places(numbers[:, 0], width)
     return Columns(
         index=index,

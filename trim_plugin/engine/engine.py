@@ -153,7 +153,7 @@ class Engine:
             prompt = read_prompt(self._processor, row, Path(), most, sampling.max_new_tokens)
             text, tokens, tiles = prompt.text, prompt.tokens, prompt.tiles
             own = [decoded(picture) for picture in prompt.pictures]
-        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), self._room.visual_bytes(tiles))
+        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), self._room.visual_bytes(tiles, config))
         lacking = self._room.lacking(Taken(), needed)
         if lacking is not None:
             raise ValueError(
@@ -172,8 +172,10 @@ class Engine:
         if closed:
             raise ValueError(f"cache_config: {closed[0]!r} is the engine's. Allowed: {', '.join(OWN_SETTINGS)}.")
         given = dict(own)
-        if "top_k_ratio" in given:
+        if given.get("top_k_ratio") is not None:
             given["processors"] = None
+        else:  # None, as clients write what they don't ask for
+            given.pop("top_k_ratio", None)
         return dataclasses.replace(self.config, **given)
 
     def close(self, cancel: bool = False) -> None:

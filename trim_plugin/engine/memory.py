@@ -101,9 +101,10 @@ class Room:
         """Of a text of so many tokens."""
         return tokens * self._text
 
-    def visual_bytes(self, tiles: int) -> int:
-        """Expected of pictures of so many real tiles."""
-        return int(tiles * self._tile_tokens * self._kept_share) * self._visual
+    def visual_bytes(self, tiles: int, config: TrimConfig | None = None) -> int:
+        """Expected of pictures of so many real tiles, under a request's own configuration if it has one."""
+        kept_share = self._kept_share if config is None else _expected_share(config)
+        return int(tiles * self._tile_tokens * kept_share) * self._visual
 
     def kept_bytes(self, kept: int) -> int:
         """Of visual tokens that are kept."""

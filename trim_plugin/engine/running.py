@@ -72,7 +72,7 @@ class RunningBatch:
         self._model, self._config = model, config
         self.rows: list[Running] = []
         self._cache: TrimmedCache | None = None
-        self._mask = torch.empty(0, 0, dtype=torch.long)
+        self._mask = torch.empty(0, 0, dtype=torch.long, device="cpu")
 
     def join(self, rows: Sequence[Running], cache: TrimmedCache, mask: torch.Tensor) -> None:
         """Take in requests whose prompts have been read.
@@ -150,7 +150,7 @@ class RunningBatch:
     def forget(self) -> list[Running]:
         """Let everybody go, and all that is held."""
         rows, self.rows = self.rows, []
-        self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long)
+        self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long, device="cpu")
         return rows
 
     def leave(self, places: Sequence[int]) -> list[Running]:
@@ -161,7 +161,7 @@ class RunningBatch:
         if not stay:
             self.forget()
         elif places and self._cache is not None:
-            chosen = torch.tensor(stay)
+            chosen = torch.tensor(stay, device="cpu")
             self._cache.batch_select_indices(chosen)
             self._mask = self._mask.index_select(0, chosen.to(self._mask.device))
             self._cut()

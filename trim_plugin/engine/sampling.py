@@ -52,7 +52,7 @@ class Drawer:
             ids = ids[:, ids[0] < logits.shape[1]]
             logits = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(ids, logits)
         if self.tokens and (sampling.presence_penalty or sampling.frequency_penalty):
-            counts = torch.bincount(torch.tensor(self.tokens), minlength=logits.shape[1]).to(logits)
+            counts = torch.bincount(torch.tensor(self.tokens, device="cpu"), minlength=logits.shape[1]).to(logits)
             logits = logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
         return logits
 

@@ -32,7 +32,7 @@ class GroupRecorder(VisualTokenProcessor):
         #: bool (tokens,) of every group.
         self.groups: list[torch.Tensor] = []
         #: (1, tokens, width).
-        self.states = torch.empty(0)
+        self.states = torch.empty(0, device="cpu")
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
         """Record; shapes as in `VisualTokenProcessor.__call__`."""

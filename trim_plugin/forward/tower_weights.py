@@ -41,7 +41,7 @@ def measured(parts: list[nn.Module]) -> torch.Tensor:
         (True, False)
     """
     if is_sharded(parts):
-        return torch.full((1, COLUMNS), math.nan)
+        return torch.full((1, COLUMNS), math.nan, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         return torch.stack([row for part in parts for row in _rows(part)]).float().cpu()
 
@@ -97,7 +97,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _unknown() -> torch.Tensor:
-    return torch.full((COLUMNS,), math.nan, dtype=torch.float64)
+    return torch.full((COLUMNS,), math.nan, dtype=torch.float64, device="cpu")
 
 
 def _row_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -172,8 +172,9 @@ def _numbers(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _waves(length: int, first: int, device: torch.device) -> torch.Tensor:
     """Fixed vectors that don't repeat, (PROBES, length), float64; float32 on devices that know no other."""
-    roots = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19], dtype=torch.float64).sqrt()[first : first + PROBES, None]
-    places = torch.arange(1, length + 1, dtype=torch.float64)
+    primes = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19], dtype=torch.float64, device="cpu")
+    roots = primes.sqrt()[first : first + PROBES, None]
+    places = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
     return _exact((math.sqrt(2) * (places**2 * roots).cos()), device)
 
 

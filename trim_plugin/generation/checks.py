@@ -117,9 +117,9 @@ def check_chunks(cache: TrimmedCache, inputs: Mapping[str, Any], chunk_size: int
         return
     if inputs.get("pixel_values") is not None or cache.pictures is not None or not slices_mask_rows():
         raise ValueError(
-            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, but the whole prompt chooses the "
-            "visual tokens. Leave prefill_chunk_size out; it works for prompts and follow-ups without new pictures (for "
-            "follow-ups, in newer versions of transformers)."
+            f"prefill_chunk_size={chunk_size} would cut a prompt with pictures into pieces, and the first one alone would decide "
+            "which visual tokens are kept. Leave prefill_chunk_size out; prompts and follow-ups without new pictures may be cut "
+            "(follow-ups in newer versions of transformers)."
         )
 
 
@@ -150,8 +150,8 @@ NO_TEXT = (
     "returns, 1 for text and 0 for padding, or leave the sample out."
 )
 NOT_FINITE = (
-    "pixel_values hold NaN or inf: no head could choose visual tokens. Mend the picture or its preprocessing; top_k_ratio=1.0 "
-    "chooses nothing and does what transformers does with such a picture."
+    "pixel_values hold NaN or inf: no rule could choose among such visual tokens. Mend the picture or its preprocessing; "
+    "top_k_ratio=1.0 chooses nothing and does what transformers does with such a picture."
 )
 NOT_A_MASK = (
     "cross_attention_mask holds values other than 0 and 1. It is not additive: 1 lets a text token read a tile, 0 does not. Pass "

@@ -126,7 +126,7 @@ def repack_for_cpu(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for module in _four_bit_layers(model):
             if module.weight.device.type == "cpu" and module.support_avx512bf16_for_cpu:
-                module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
+                module(torch.zeros(1, module.in_features, dtype=module.compute_dtype, device="cpu"))
 
 
 @contextlib.contextmanager

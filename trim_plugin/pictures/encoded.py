@@ -45,7 +45,10 @@ class Pictures(EncodedSample):
         >>> model, processor = load_small_model()
         >>> pictures = encode_pictures(model, processor, [examples()[0].picture], rule=KCenter(0.25))
         >>> inputs = pictures.inputs(processor, "Read all digits.")
-        >>> output = model.generate(**inputs, cache=TrimmedCache(model, pictures=pictures), max_new_tokens=4)
+        >>> pictures
+        Pictures(1 picture, 17 of 260 visual tokens, rule='KCenter(0.25)')
+        >>> cache = TrimmedCache(model, {"top_k_ratio": 1.0}, pictures=pictures)  # keeps all that was encoded
+        >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
         >>> output.shape[0], "pixel_values" in inputs
         (1, False)
     """
@@ -56,6 +59,11 @@ class Pictures(EncodedSample):
     mark: torch.Tensor
     rule: str = "whole"
     tower_share: float | None = None
+
+    def __repr__(self) -> str:
+        shown = f"{len(self.tiles)} picture{'s' * (len(self.tiles) != 1)}"
+        tower = "" if self.tower_share is None else f", tower_share={self.tower_share}"
+        return f"Pictures({shown}, {len(self.index)} of {self.total} visual tokens, rule={self.rule!r}{tower})"
 
     @property
     def nbytes(self) -> int:

@@ -144,7 +144,9 @@ def visualize(
     """
     settings = TrimConfig.of(config)
     if settings.keeps_reachable:
-        raise ValueError("Exact mode chooses nothing that could be shown. Give a top_k_ratio below 1.0, or processors.")
+        raise ValueError(
+            "Exact mode chooses nothing that could be shown. Leave top_k_ratio out, or give a smaller one."
+        )
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
     recorder, groups = ScoreRecorder(), GroupRecorder()

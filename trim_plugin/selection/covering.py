@@ -33,6 +33,8 @@ EQUAL = 1e-5
 SAME, DONE = 0.75, 1.0
 #: A limit is this far from the farthest similarity to `BEYOND`, if there is no haste: `EQUAL` at `SAME`, and never above `DONE`.
 NO_HASTE, BEYOND = 2.5e-5, 0.85
+#: Shorter states than about this have no direction: float32 cannot hold the squares of their values.
+SHORTEST = 1e-15
 #: Columns of features that make similarities of cosines: four, so that rows stay aligned.
 COLUMNS = 4
 #: Rounds before the host asks for the first time whether a radius is covered.
@@ -60,7 +62,7 @@ def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> tor
             torch.mm(rows.float(), projection, out=found[part, :used])
     length = torch.linalg.vector_norm(found[:, :used], dim=1, keepdim=True)
     # Half of what has length 1, and what adds a half to every product.
-    found[:, :used].div_(torch.rsub(length, torch.finfo(torch.float32).tiny, alpha=-2))
+    found[:, :used].div_(torch.rsub(length, SHORTEST, alpha=-2))
     found[:, used:] = math.sqrt(0.5 / COLUMNS)
     return found.view(*(states.shape[:2] if places is None else places.shape), -1)
 
@@ -68,7 +70,8 @@ def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> tor
 @functools.lru_cache(maxsize=4)
 def _projection(width: int, device: torch.device) -> torch.Tensor:
     """The same Gaussian matrix (width, `FEATURES`) everywhere: which tokens are kept must not depend on a seed or a device."""
-    drawn = torch.randn(width, FEATURES, generator=torch.Generator().manual_seed(0))
+    drawn = torch.empty(width, FEATURES, dtype=torch.float32, device="cpu")
+    drawn.normal_(generator=torch.Generator().manual_seed(0))
     return (drawn / math.sqrt(FEATURES)).to(device)
 
 
@@ -76,16 +79,17 @@ def _projection(width: int, device: torch.device) -> torch.Tensor:
 def _haste(device: torch.device) -> torch.Tensor:
     """float32 (tokens to choose, rounds): the share of the largest distance that a token may lack; later rounds and more tokens
     are as the last ones."""
-    more = (torch.arange(ONE_BY_ONE + RAMP + 1) - ONE_BY_ONE).clamp(min=0)[:, None]
+    more = (torch.arange(ONE_BY_ONE + RAMP + 1, dtype=torch.float32, device="cpu") - ONE_BY_ONE).clamp(min=0)[:, None]
+    rounds = torch.arange(SCHEDULED, dtype=torch.float32, device="cpu")
     late = (1 - FAR_ENOUGH) * (more / LATE_RAMP).clamp(max=1)
-    return (late + EARLY * more / RAMP * FADING ** torch.arange(SCHEDULED) + NO_HASTE).to(device)
+    return (late + EARLY * more / RAMP * FADING**rounds + NO_HASTE).to(device)
 
 
 @functools.lru_cache(maxsize=8)
 def _beyond(looked_at: int, device: torch.device) -> torch.Tensor:
     """What limits go towards, (candidates, candidates): no candidate is too near itself or a later one."""
-    earlier = torch.ones(looked_at, looked_at).tril(-1) > 0
-    return torch.where(earlier, BEYOND, math.inf).to(device)
+    beyond = torch.full((looked_at, looked_at), math.inf, dtype=torch.float32, device=device)
+    return beyond.masked_fill_(torch.ones_like(beyond).tril_(-1) > 0, BEYOND)
 
 
 def _rounds_for(wanted: int) -> int:
@@ -216,7 +220,7 @@ class Rounds:
 
     def until_covered(self, radius: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Go on until no token is further than this: slots and which of them were taken, as in `until_counted`."""
-        due, covered = ROUNDS_UNASKED, torch.tensor(SAME - radius / 4).item()
+        due, covered = ROUNDS_UNASKED, torch.tensor(SAME - radius / 4, dtype=torch.float32, device="cpu").item()
         self.covered = covered
         while True:
             for _ in range(due):

@@ -61,8 +61,8 @@ class Visibility:
         """
         last = self.open[:, -1]
         if not exact and bool(self.padding[:, -1].any()):
-            rows = torch.arange(self.padding.shape[1]).masked_fill(self.padding, -1).amax(dim=1)
-            last = self.open[torch.arange(len(rows)), rows] & (rows >= 0)[:, None]
+            rows = torch.arange(self.padding.shape[1], device="cpu").masked_fill(self.padding, -1).amax(dim=1)
+            last = self.open[torch.arange(len(rows), device="cpu"), rows] & (rows >= 0)[:, None]
         return last | ~last.any(dim=-1, keepdim=True)
 
     def reads_any(self, tiles: torch.Tensor, exact: bool = False) -> bool:
@@ -84,7 +84,7 @@ class Visibility:
             >>> Visibility(rows, torch.zeros(1, 2, dtype=torch.bool), 1).groups().tolist()
             [[0, 1, 0, -1]]
         """
-        found = torch.full((len(self.open), self.open.shape[2]), -1)
+        found = torch.full((len(self.open), self.open.shape[2]), -1, device="cpu")
         for own, rows, query in zip(found, self.open, self.query_rows, strict=True):
             columns = rows[query].T
             seen = columns.any(dim=1)
@@ -92,9 +92,8 @@ class Visibility:
             if not bool(seen.any()):
                 continue
             patterns, which = columns[seen].unique(dim=0, return_inverse=True)
-            starts = torch.full((len(patterns),), len(which)).scatter_reduce_(
-                0, which, torch.arange(len(which)), "amin"
-            )
+            places = torch.arange(len(which), device="cpu")
+            starts = torch.full((len(patterns),), len(which), device="cpu").scatter_reduce_(0, which, places, "amin")
             own[seen] = starts.argsort().argsort()[which]  # numbered by the first tile of each
         return found
 
@@ -138,7 +137,7 @@ def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int)
     """
     tiles = mask.flatten(2) != 0
     if padding is None:
-        return Visibility(tiles.cpu(), torch.zeros(tiles.shape[:2], dtype=torch.bool), tile_tokens)
+        return Visibility(tiles.cpu(), torch.zeros(tiles.shape[:2], dtype=torch.bool, device="cpu"), tile_tokens)
     padded = padding.to(tiles.device).expand(tiles.shape[:2])
     both = torch.cat([tiles, padded[..., None]], dim=-1).cpu()
     return Visibility(both[..., :-1], both[..., -1], tile_tokens)
@@ -160,7 +159,7 @@ def of_additive(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: tor
         ([[[True, True, False], [False, False, False]]], [[True, False]])
     """
     batch, _, rows, tokens = mask.shape
-    allowed = torch.empty(batch, rows, tokens, dtype=torch.bool)
+    allowed = torch.empty(batch, rows, tokens, dtype=torch.bool, device="cpu")
     block = max(1, _BLOCK_BYTES // max(1, batch * tokens))
     for start in range(0, rows, block):
         part = slice(start, start + block)
@@ -178,11 +177,13 @@ def of_everything(batch: int, rows: int, tiles: int, tile_tokens: int, padding: 
         >>> of_everything(1, 2, 3, 1, None).groups().tolist()
         [[0, 0, 0]]
     """
-    return Visibility(torch.ones(batch, rows, tiles, dtype=torch.bool), _padded(padding, batch, rows), tile_tokens)
+    padded = _padded(padding, batch, rows)
+    return Visibility(padded.new_ones(batch, rows, tiles), padded, tile_tokens)
 
 
 def _padded(padding: torch.Tensor | None, batch: int, rows: int) -> torch.Tensor:
-    return torch.zeros(batch, rows, dtype=torch.bool) if padding is None else padding.cpu().expand(batch, -1)
+    found = torch.zeros(1, rows, dtype=torch.bool, device="cpu") if padding is None else padding.cpu()
+    return found.expand(batch, -1)
 
 
 def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> torch.Tensor | None:
@@ -207,9 +208,8 @@ def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> tor
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
-        of = f"type {type(attention_mask).__name__}"
-        if isinstance(attention_mask, torch.Tensor):
-            of = f"shape {tuple(attention_mask.shape)}"
+        shape = getattr(attention_mask, "shape", None)
+        of = f"type {type(attention_mask).__name__}" if shape is None else f"shape {tuple(shape)}"
         raise TypeError(
             f"trim_plugin cannot read padding off an attention mask of {of}. Give the processor's, (batch, text tokens) of 0 "
             "and 1, and load the model with attn_implementation='sdpa' or 'eager'."
