@@ -163,6 +163,8 @@ WRONG = [
     ({"beams": 4}, TypeError, "unknown setting 'beams'"),
     ({"images": ["nowhere.png"]}, ValueError, "no such picture"),
     ({"cache_config": {"static": True}}, ValueError, "'static' is the engine's"),
+    ({"cache_config": {"kept_share": 0.1, "top_k_ratio": 0.1}}, ValueError, "both given"),
+    ({"cache_config": {"kept_share": 2}}, ValueError, "kept_share must be a number in"),
 ]
 
 
@@ -317,3 +319,16 @@ def test_a_request_that_writes_none_asks_for_nothing(small, rule):
             for own in (None, {"top_k_ratio": None}, {"top_k_ratio": None, "merge": False})
         ]
     assert len(set(kept)) == 1
+
+
+@pytest.mark.parametrize("rule", [{}, {"processors": [TopPPerHead(0.5)]}, {"top_k_ratio": 1.0}], ids=str)
+def test_a_request_may_keep_another_share_by_the_default_rule(small, rule):
+    model, processor = small
+    expected = TrimmedCache(model, {"processors": [KCenter(0.2)]})
+    prefill(model, expected, **ask(processor, "Read all digits.", PICTURES[0]))
+    with Engine(model, processor, rule) as engine:
+        own = {"kept_share": 0.2, "top_k_ratio": None}
+        answer = engine.submit("Read all digits.", images=PICTURES[:1], cache_config=own, max_new_tokens=2).result(60)
+        assert answer.kept == expected.report().kept_tokens[0]
+        plain = engine.submit("Read all digits.", images=PICTURES[:1], max_new_tokens=2).result(60)
+        assert plain.kept != answer.kept

@@ -15,6 +15,7 @@ from trim_plugin.config import TrimConfig
 from trim_plugin.embedded import examples
 from trim_plugin.forward.hooks import TrimmedCache
 from trim_plugin.pictures.prompting import build_inputs, open_picture
+from trim_plugin.selection.k_center import KCenter
 from trim_plugin.serving.limits import Limits
 
 from .conftest import chat, data_uri, running
@@ -66,6 +67,20 @@ def test_the_trimmed_cache_is_the_default_and_a_request_may_set_it(client, quest
     assert [ratio for ratio in ratios if ratio] == [0.1, 0.1, 0.5, 0.1, 1.0, 0.1, 0.1, 0.1][: len(ratios)] or set(
         ratios
     ) == {0.1, 0.5, 1.0}
+
+
+def test_a_request_may_keep_another_share_by_the_default_rule(client, question, monkeypatch):
+    rules = []
+    original = TrimmedCache.__init__
+
+    def noting(self, model, config=None, **kwargs):
+        rules.extend(TrimConfig.of(config).processors or ())
+        original(self, model, config, **kwargs)
+
+    monkeypatch.setattr(TrimmedCache, "__init__", noting)
+    ask(client, question, extra_body={"cache_config": {"kept_share": 0.2}})
+    assert {type(rule) for rule in rules} == {KCenter}
+    assert {rule.kept_share for rule in rules} == {0.2}
 
 
 def test_the_one_model_is_listed(client):

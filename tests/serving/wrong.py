@@ -46,6 +46,12 @@ PICTURES = {
 }
 SETTINGS = {
     "cache-field": ({"extra_body": {"cache_config": {"top_k": 5}}}, 400, "Unknown field 'top_k'"),
+    "cache-value, share": ({"extra_body": {"cache_config": {"kept_share": 2}}}, 400, "must be a number in (0, 1]"),
+    "cache-value, two rules": (
+        {"extra_body": {"cache_config": {"kept_share": 0.5, "top_k_ratio": 0.5}}},
+        400,
+        "they name different rules",
+    ),
     "cache-value, ratio": ({"extra_body": {"cache_config": {"top_k_ratio": 2}}}, 400, "must be a number in (0, 1]"),
     "cache-value, rule": ({"extra_body": {"cache_config": {"processors": ["os.system"]}}}, 400, "callables"),
     "cache-not-an-object": ({"extra_body": {"cache_config": "trimmed"}}, 400, "'cache_config' must be an object"),

@@ -22,11 +22,12 @@ from trim_plugin.forward.finding import find_text_model
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.recent import DEFAULT_BYTES, RecentPictures
+from trim_plugin.selection.k_center import KCenter
 
 #: Requests that run at once unless something else is said.
 MAX_RUNNING = 32
 #: What a request may want otherwise than the engine: it decides what is kept, not how it is held.
-OWN_SETTINGS = ("top_k_ratio", "merge")
+OWN_SETTINGS = ("kept_share", "top_k_ratio", "merge")
 
 
 def running_config(config: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
@@ -117,7 +118,8 @@ class Engine:
             messages_or_text: a question; or messages of a chat, whose parts `{"type": "image"}` stand for the pictures in order.
             images: pictures, files of pictures, or their bytes.
             pictures: encoded pictures instead.
-            cache_config: what this request wants otherwise than the engine's configuration says, of `OWN_SETTINGS`.
+            cache_config: what this request wants otherwise than the engine's configuration says, of `OWN_SETTINGS`: fields of
+                `TrimConfig`, and `kept_share` for `KCenter` with that share.
             listener: called by the engine's thread with every piece of text, and with None at the end. It must not wait.
             settings: fields of `Sampling`, by name.
 
@@ -171,11 +173,18 @@ class Engine:
         closed = sorted(set(own) - set(OWN_SETTINGS))
         if closed:
             raise ValueError(f"cache_config: {closed[0]!r} is the engine's. Allowed: {', '.join(OWN_SETTINGS)}.")
+        # None is what clients write where they ask for nothing.
         given = dict(own)
-        if given.get("top_k_ratio") is not None:
-            given["processors"] = None
-        else:  # None, as clients write what they don't ask for
-            given.pop("top_k_ratio", None)
+        shares = {name: given.pop(name, None) for name in ("kept_share", "top_k_ratio")}
+        rules = [name for name, value in shares.items() if value is not None]
+        if len(rules) > 1:
+            raise ValueError(
+                f"cache_config: {' and '.join(rules)} are both given: they name different rules. Choose one."
+            )
+        if rules == ["kept_share"]:
+            given |= {"top_k_ratio": None, "processors": (KCenter(shares["kept_share"]),)}
+        elif rules:
+            given |= {"top_k_ratio": shares["top_k_ratio"], "processors": None}
         return dataclasses.replace(self.config, **given)
 
     def close(self, cancel: bool = False) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from trim_plugin.arithmetic import share
 from trim_plugin.asking.prompts import Prompt, read_prompt
 from trim_plugin.asking.rows import RowError
 from trim_plugin.config import TrimConfig
@@ -334,9 +335,11 @@ def _generation(given: Any) -> dict[str, Any]:
 
 def _cache_config(config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping):
-        raise RequestError(400, "'cache_config' must be an object such as {'top_k_ratio': 0.1}")
+        raise RequestError(400, "'cache_config' must be an object such as {'kept_share': 0.1}")
     try:
-        TrimConfig.of(config)
+        TrimConfig.of({name: value for name, value in config.items() if name != "kept_share"})
+        if config.get("kept_share") is not None:
+            share("kept_share", config["kept_share"])
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(400, str(error)) from None
     closed = sorted(set(config) - set(OPEN_FIELDS))
