@@ -18,11 +18,12 @@ RATIOS, SHARES = (0.25, 0.15, 0.1), (0.35, 0.25, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A format of the weights, perhaps with the adapter, and further `TrimConfig` fields."""
+    """A format of the weights, perhaps not of the vision tower's, perhaps the adapter, and further `TrimConfig` fields."""
 
     name: str
     weights: str = "fp32"
     adapted: bool = False
+    tower_whole: bool = False
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def rules(self) -> list[Rule]:
@@ -43,15 +44,18 @@ def conditions(adapter: Path | None) -> list[Condition]:
             Condition("int8 KV", fields={"kv_quantization": "int8"}),
             Condition("nf4 KV", fields={"kv_quantization": "nf4"}),
             Condition("nf4 weights", "nf4"),
+            Condition("nf4 weights, tower fp32", "nf4", tower_whole=True),
             Condition("int8 weights", "int8"),
             Condition("nf4 weights, nf4 KV", "nf4", fields={"kv_quantization": "nf4"}),
         ]
     return found
 
 
-def load_model(folder: Path, weights: str = "fp32", adapter: Path | None = None) -> Any:
-    """A trained small model in a format, perhaps with an adapter."""
+def load_model(folder: Path, weights: str = "fp32", adapter: Path | None = None, tower_whole: bool = False) -> Any:
+    """A trained small model in a format, perhaps with an adapter; `tower_whole` leaves the vision tower in float32."""
     from trim_plugin.integrations.accelerate import load
 
-    model, _ = load(folder, weights, adapter=adapter, device_map=None, dtype=torch.float32)
+    model, _ = load(
+        folder, weights, adapter=adapter, device_map=None, dtype=torch.float32, quantize_vision=not tower_whole
+    )
     return model.base_model.model if adapter is not None else model

@@ -189,7 +189,7 @@ def _rows(folder: Path, count: int, arguments: argparse.Namespace, known: Known)
         yield from _rows_of(name, model, count, seed, rules.all_rules(arguments.quick), known, task)
     for condition in conditions(arguments.adapter)[:: 3 if arguments.quick else 1]:
         adapter = arguments.adapter if condition.adapted else None
-        model = functools.partial(load_model, folder, condition.weights, adapter)
+        model = functools.partial(load_model, folder, condition.weights, adapter, condition.tower_whole)
         yield from _rows_of(condition.name, model, count // 2, SCENE_SETS["fresh"], condition.rules(), known, task)
 
 

@@ -8,9 +8,10 @@ from benchmarks.common.decoding import Decoding, stock_cache
 from benchmarks.quality import measure as quality
 from benchmarks.quality import questions
 from benchmarks.quality import report as quality_report
-from benchmarks.quality.conditions import Condition
+from benchmarks.quality.conditions import Condition, conditions, load_model
 from benchmarks.quality.rules import Rule
 from trim_plugin import TrimConfig, TrimmedCache
+from trim_plugin.embedded import SMALL_MODEL
 
 EXACT = Rule("exact", 1.0, {"top_k_ratio": 1.0})
 PAPER = Rule("paper, dropped", 0.1, {"top_k_ratio": 0.1, "merge": False})
@@ -137,3 +138,14 @@ def test_the_first_page_has_a_line_for_every_model_that_was_measured():
     assert small == "| small | 10 % | 98.0 % | -0.4 | -0.4 |"
     assert pages.startswith("| pages |")
     assert len(quality_report.answers_by_model({"quality": {"rows": rows[:1]}}).splitlines()) == 2
+
+
+def test_a_condition_can_leave_the_tower_in_float32():
+    pytest.importorskip("bitsandbytes")
+    (condition,) = [found for found in conditions(None) if found.tower_whole]
+    model = load_model(SMALL_MODEL, condition.weights, None, condition.tower_whole)
+    bits = {"vision_model": set(), "language_model": set()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name and "multi_modal" not in name:
+            bits[name.split(".")[1]].add(type(module).__name__)
+    assert bits == {"vision_model": {"Linear"}, "language_model": {"Linear4bit"}}
