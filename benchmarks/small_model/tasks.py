@@ -27,6 +27,8 @@ class Task:
     """(scene, type, generator) → question and true answer."""
     types: tuple[str, ...]
     """Types of questions that training knows."""
+    untrained: tuple[str, ...]
+    """Types that it doesn't, for adapters to learn."""
     things: Callable[[Any], int]
     """How many things a scene shows: answers about as many are about as long."""
 
@@ -41,8 +43,22 @@ def _page(seed: int, tile: int, held_out: bool) -> page_scenes.Page:
     return page_scenes.draw_page(seed, held_out=held_out)
 
 
-DIGITS = Task("digits", _digits, questions.ask, questions.TRAINED_TYPES, lambda scene: len(scene.digits))
-PAGES = Task("pages", _page, page_questions.ask, page_questions.TRAINED_TYPES, lambda page: len(page.lines))
+DIGITS = Task(
+    "digits",
+    _digits,
+    questions.ask,
+    questions.TRAINED_TYPES,
+    questions.UNTRAINED_TYPES,
+    lambda scene: len(scene.digits),
+)
+PAGES = Task(
+    "pages",
+    _page,
+    page_questions.ask,
+    page_questions.TRAINED_TYPES,
+    page_questions.UNTRAINED_TYPES,
+    lambda page: len(page.lines),
+)
 TASKS = {task.name: task for task in (DIGITS, PAGES)}
 
 

@@ -10,11 +10,15 @@ from benchmarks.small_model.questions import NUMBERS
 TRAINED_TYPES = ("number", "label", "absent", "lines", "page")
 """Question types that the model "pages" is trained for."""
 
+UNTRAINED_TYPES = ("last",)
+"""Question types that it has never seen, for adapters to learn; the tokenizer knows their words."""
+
 WORDINGS = {
     "number": ("What number is {}?", "Which number is {}?", "What is the number of {}?"),
     "label": ("Which name has {}?", "What name has {}?", "What is the name of {}?"),
     "lines": ("How many numbers are there?", "Count the numbers."),
     "page": ("Read all numbers.", "Read all the numbers.", "List all numbers."),
+    "last": ("What is the last number?", "Which number is the last?"),
 }
 """The first wording of each type is the one that evaluation uses."""
 
@@ -42,6 +46,8 @@ def answer(page: Page, kind: str, subject: str = "") -> str:
         return NUMBERS[len(page.lines)]
     if kind == "page":
         return ", ".join(f"{line.label} {spoken(line.number)}" for line in page.lines)
+    if kind == "last":
+        return spoken(page.lines[-1].number)
     raise ValueError(f"kind must be one of {tuple(WORDINGS)}, got {kind!r}")
 
 
@@ -70,8 +76,8 @@ def ask(page: Page, kind: str, rng: np.random.Generator, *, vary: bool = False) 
 
     Args:
         page: the page that is asked about.
-        kind: one of :data:`TRAINED_TYPES`. "absent" asks, one time in two each, for the number of a label and for the label of
-            a number that don't stand on the page (on a page with all eight labels always for the latter).
+        kind: one of :data:`TRAINED_TYPES` or :data:`UNTRAINED_TYPES`. "absent" asks, one time in two each, for the number of a
+            label and for the label of a number that don't stand on the page (on one with all eight labels always for the latter).
         rng: chooses what is asked for.
         vary: draw the wording too.
     """
@@ -101,4 +107,14 @@ def training_questions(page: Page, rng: np.random.Generator) -> list[tuple[str, 
     return pairs
 
 
-__all__ = ["TRAINED_TYPES", "WORDINGS", "about", "absent_number", "answer", "ask", "spoken", "training_questions"]
+__all__ = [
+    "TRAINED_TYPES",
+    "UNTRAINED_TYPES",
+    "WORDINGS",
+    "about",
+    "absent_number",
+    "answer",
+    "ask",
+    "spoken",
+    "training_questions",
+]
