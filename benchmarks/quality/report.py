@@ -178,16 +178,37 @@ def _loses_nothing(row: Row) -> bool:
 
 
 def conditions(results: Results) -> str:
-    """What quantized weights and caches and an adapter change in what the merged rules lose: the worst case of each model."""
+    """What quantized weights and caches and an adapter change in what the merged rules lose: the worst case of each model.
+
+    Where a condition costs stock itself much of its accuracy, there is little left to lose; these are told apart.
+    """
     kinds: dict[str, None] = {}
-    worst = []
+    worst, broken = [], []
     for result, name in MODELS.items():
         rows = [row for row in results.get(result, {"rows": []})["rows"] if row["where"] not in SETS]
-        rows = [row for row in rows if row["rule"].endswith("merged")]
         kinds |= dict.fromkeys(row["where"] for row in rows)
-        if rows:
-            worst.append(f"{points(min(rows, key=lambda row: row['change']))} points of {len(rows)} cases ({name})")
-    return f"\nMerged under other conditions ({'; '.join(kinds)}), at worst: {'; '.join(worst)}.\n" if worst else ""
+        failing = _failing(results[result], rows) if rows else {}
+        rows = [row for row in rows if row["rule"].endswith("merged")]
+        sound = [row for row in rows if row["where"] not in failing]
+        if sound:
+            worst.append(f"{points(min(sound, key=lambda row: row['change']))} of {len(sound)} cases ({name})")
+        if failing:
+            same = min(row["agreement"] for row in rows if row["where"] in failing)
+            broken.append(
+                f"{'; '.join(failing)}: stock falls to {percent(min(failing.values()))} on {name}; "
+                f"there {percent(same)} of answers stay."
+            )
+    if not worst:
+        return ""
+    said = f"Merged under {len(kinds)} other conditions (weights, KV, LoRA), points at worst: {'; '.join(worst)}."
+    return "\n" + " ".join([said, *broken]) + "\n"
+
+
+def _failing(result: dict[str, Any], rows: list[Row]) -> dict[str, float]:
+    """Conditions that cost stock itself a fifth of its accuracy or more, and what is left of it."""
+    usual = _rows(result).get(("stock", None))
+    stock = {row["where"]: row["accuracy"] for row in rows if row["rule"] == "stock"}
+    return {where: left for where, left in stock.items() if usual and left <= 0.8 * usual["accuracy"]}
 
 
 def _rows(result: dict[str, Any]) -> dict[tuple[str, float | None], Row]:

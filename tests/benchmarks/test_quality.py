@@ -149,3 +149,25 @@ def test_a_condition_can_leave_the_tower_in_float32():
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name and "multi_modal" not in name:
             bits[name.split(".")[1]].add(type(module).__name__)
     assert bits == {"vision_model": {"Linear"}, "language_model": {"Linear4bit"}}
+
+
+def test_a_condition_that_costs_stock_its_answers_is_told_apart():
+    def row(where, rule, accuracy, change, agreement=1.0):
+        own = row_of(rule, None if rule == "stock" else 0.35, 0.35, change, change)
+        return own | {"where": where, "accuracy": accuracy, "change": change, "agreement": agreement}
+
+    rows = [
+        row("fresh", "stock", 0.95, 0.0),
+        row("int8 KV", "stock", 0.94, 0.0),
+        row("int8 KV", "k-center, merged", 0.93, -0.01),
+        row("int8 KV", "paper, dropped", 0.7, -0.24),
+        row("nf4 weights", "stock", 0.4, 0.0),
+        row("nf4 weights", "k-center, merged", 0.37, -0.03, 0.875),
+    ]
+    text = quality_report.conditions({"quality-pages": {"rows": rows}})
+    assert "under 2 other conditions" in text
+    assert "at worst: -1.0 (-1.0 … -1.0) of 1 cases (pages)." in text
+    assert "nf4 weights: stock falls to 40.0 % on pages; there 87.5 % of answers stay." in text
+    sound = quality_report.conditions({"quality": {"rows": rows[:3]}})
+    assert "stock falls" not in sound
+    assert quality_report.conditions({"quality": {"rows": rows[:1]}}) == ""
