@@ -18,12 +18,16 @@ RATIOS, SHARES = (0.25, 0.15, 0.1), (0.35, 0.25, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A format of the weights, perhaps not of the vision tower's, perhaps the adapter, and further `TrimConfig` fields."""
+    """A format of the weights, perhaps not of the vision tower's, perhaps the adapter, and further `TrimConfig` fields.
+
+    It is measured on half of the fresh scenes, or `everywhere`: on all scenes of all sets.
+    """
 
     name: str
     weights: str = "fp32"
     adapted: bool = False
     tower_whole: bool = False
+    everywhere: bool = False
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def rules(self) -> list[Rule]:
@@ -38,7 +42,7 @@ def conditions(adapter: Path | None) -> list[Condition]:
     """What this installation can run, and a LoRA adapter if there is one."""
     found = [Condition("bf16 weights", "bf16")]
     if adapter is not None:
-        found.append(Condition("LoRA adapter", adapted=True))
+        found.append(Condition("LoRA adapter", adapted=True, everywhere=True))
     if importlib.util.find_spec("bitsandbytes") is not None:
         found += [
             Condition("int8 KV", fields={"kv_quantization": "int8"}),

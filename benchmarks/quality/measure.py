@@ -182,7 +182,7 @@ def _rest(known: Known, rows: list[Row]) -> list[Row]:
 
 
 def _rows(folder: Path, count: int, arguments: argparse.Namespace, known: Known) -> Iterator[Row]:
-    """One row a rule: of the scene sets, then of the conditions, which have half as many scenes."""
+    """One row a rule: of the scene sets, then of the conditions, most of which have half as many scenes."""
     task = task_of(folder)
     for name, seed in SCENE_SETS.items():
         model = functools.partial(load_model, folder)
@@ -190,7 +190,12 @@ def _rows(folder: Path, count: int, arguments: argparse.Namespace, known: Known)
     for condition in conditions(arguments.adapter)[:: 3 if arguments.quick else 1]:
         adapter = arguments.adapter if condition.adapted else None
         model = functools.partial(load_model, folder, condition.weights, adapter, condition.tower_whole)
-        yield from _rows_of(condition.name, model, count // 2, SCENE_SETS["fresh"], condition.rules(), known, task)
+        if not condition.everywhere:
+            yield from _rows_of(condition.name, model, count // 2, SCENE_SETS["fresh"], condition.rules(), known, task)
+            continue
+        for name, seed in SCENE_SETS.items():
+            where = condition.name if name == "fresh" else f"{condition.name}, {name}"
+            yield from _rows_of(where, model, count, seed, condition.rules(), known, task)
 
 
 def _rows_of(

@@ -186,7 +186,7 @@ def conditions(results: Results) -> str:
     worst, broken = [], []
     for result, name in MODELS.items():
         rows = [row for row in results.get(result, {"rows": []})["rows"] if row["where"] not in SETS]
-        kinds |= dict.fromkeys(row["where"] for row in rows)
+        kinds |= dict.fromkeys(row["where"].removesuffix(", evaluation") for row in rows)
         failing = _failing(results[result], rows) if rows else {}
         rows = [row for row in rows if row["rule"].endswith("merged")]
         sound = [row for row in rows if row["where"] not in failing]

@@ -58,6 +58,21 @@ def test_quality_writes_what_the_report_reads(tmp_path, few):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_a_condition_is_measured_on_half_of_the_fresh_scenes_or_on_all_of_all_sets(tmp_path, few, monkeypatch):
+    found = [Condition("bf16 weights", "bf16"), Condition("LoRA adapter", everywhere=True)]
+    monkeypatch.setattr(quality, "conditions", lambda adapter: found)
+    monkeypatch.setattr(quality.rules, "all_rules", lambda quick: [])
+    drawn, scenes_from = [], quality.scenes_from
+    monkeypatch.setattr(
+        quality, "scenes_from", lambda seed, *rest: drawn.append((seed, rest[0])) or scenes_from(seed, *rest)
+    )
+    rows = quality.run(arguments(tmp_path))["rows"]
+    assert drawn == [(700_000_000, 2), (500_000_000, 4), (700_000_000, 4)]
+    asked = {row["where"]: row["questions"] for row in rows}
+    assert asked == {"bf16 weights": 10, "LoRA adapter, evaluation": 20, "LoRA adapter": 20}
+    assert "under 2 other conditions" in quality_report.conditions({"quality": {"rows": rows}})
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, few, monkeypatch):
     whole = quality.run(arguments(tmp_path))
