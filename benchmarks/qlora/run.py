@@ -192,11 +192,14 @@ def write_readme(folder: Path) -> None:
     parts = [f"## {title}\n\n{answers_table(results)}\n{said_of(results)}\n" for title, results in found.items()]
     readme = f"""# QLoRA: a new skill for a 4-bit model
 
-The trained models never saw one kind of question. Their weights are loaded in nf4; LoRA adapters of rank {options["rank"]}
-({options["preset"]}) learn it on training scenes, are saved, and loaded anew. Of the training's questions
-{options["replay"]:.0%} are of types that the model knows. Questions are about held-out scenes; an answer counts if it
-is right word for word. *Trimmed* is the default, `KCenter({DEFAULT_KEPT_SHARE})`. Made by
-`python -m benchmarks.qlora.run --out DIR`, with `--model fine`, and with `--model pages --tower-whole` (numbers in
+The trained models never saw "What is the largest digit?" and "What is the last number?" (the lowest on the page). Their
+weights are loaded in nf4; LoRA adapters of rank {options["rank"]} ({options["preset"]}) learn it on training scenes,
+are saved, and loaded anew. Of the training's questions {percent(options["replay"], 0)} are of types that the model
+knows. Questions are about held-out scenes; an answer counts if it is right word for word. *Trimmed* is the default,
+`KCenter({DEFAULT_KEPT_SHARE})`. The vision tower of the model that reads pages stays in float32, because
+[nf4 breaks it](../small_model/pages/README.md#in-4-bits).
+
+Made by `python -m benchmarks.qlora.run --out DIR`, with `--model fine`, and with `--model pages --tower-whole` (numbers in
 `results*.json`).
 
 {chr(10).join(parts)}
