@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,3 +92,14 @@ def test_what_cannot_be_is_said_before_any_work(given, said, tmp_path, capsys):
     with pytest.raises(SystemExit):
         qlora.main([*given, "--out", str(tmp_path)])
     assert said in capsys.readouterr().err
+
+
+def test_the_page_is_of_the_results_beside_it(tmp_path):
+    kept = sorted(qlora.HERE.glob("results*.json"))
+    assert [path.name for path in kept] == ["results-fine.json", "results-pages.json", "results.json"]
+    for path in kept:
+        shutil.copy(path, tmp_path)
+    qlora.write_readme(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (qlora.HERE / "README.md").read_text(
+        encoding="utf-8"
+    )
