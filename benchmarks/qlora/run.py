@@ -26,11 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.common.results import read_result, write_result
 from benchmarks.common.tables import percent, table
-from benchmarks.quality.measure import result_name
-from benchmarks.quality.questions import visual_states
 from benchmarks.small_model.evaluate import answers, batches, held_out_questions
 from benchmarks.small_model.scenes import TILE
-from benchmarks.small_model.tasks import FOLDERS, TASKS, Task, folder_of, task_of
+from benchmarks.small_model.tasks import FOLDERS, TASKS, Task, folder_of, result_name, task_of
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.integrations.accelerate import load
@@ -77,7 +75,9 @@ def training_batch(
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor], about: int) -> torch.Tensor:
     """The loss on the answers; the tower, which stays as it is, reads every picture once for all questions about it."""
-    states = visual_states(model.get_base_model(), pictures).unflatten(0, (len(pictures["pixel_values"]), -1))
+    base = model.get_base_model().model
+    with torch.no_grad():
+        states = base.multi_modal_projector(base.vision_model(**pictures).last_hidden_state.flatten(1, 2))
     return model(**batch, cross_attention_states=states.repeat_interleave(about, dim=0).flatten(0, 1)).loss
 
 

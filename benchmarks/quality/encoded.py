@@ -26,14 +26,12 @@ from benchmarks.quality.measure import (
     Known,
     Row,
     figures,
-    model_name,
-    result_name,
     run_rule,
     run_stock,
 )
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
-from benchmarks.small_model.tasks import folder_of, task_of
+from benchmarks.small_model.tasks import folder_of, model_name, result_name, task_of
 from trim_plugin import KCenter, Pictures, TrimConfig, TrimmedCache, encode_pictures
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.integrations.accelerate import load

@@ -27,7 +27,7 @@ from benchmarks.quality import rules
 from benchmarks.quality.conditions import conditions, load_model
 from benchmarks.quality.questions import Batch, answer_both, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
-from benchmarks.small_model.tasks import DIGITS, Task, folder_of, task_of
+from benchmarks.small_model.tasks import DIGITS, Task, folder_of, model_name, result_name, task_of
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 
@@ -152,28 +152,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         # After every rule: a long run that is cut off leaves what it has, and goes on with --resume.
         write_result(name, result | {"rows": result["rows"] + _rest(known, result["rows"])}, arguments.out)
     return result
-
-
-def model_name(folder: Path) -> str:
-    """What a trained model is called: its folder's name, or that of the folder around one that is called "model".
-
-    Example:
-        >>> model_name(Path("runs/fine/model")), model_name(Path("runs/third"))
-        ('fine', 'third')
-    """
-    if folder == SMALL_MODEL:
-        return "shipped"
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
-def result_name(benchmark: str, folder: Path) -> str:
-    """The name of a benchmark's result about a trained model: its own about the shipped one.
-
-    Example:
-        >>> result_name("encoded", SMALL_MODEL), result_name("encoded", Path("runs/fine/model"))
-        ('encoded', 'encoded-fine')
-    """
-    return benchmark if folder == SMALL_MODEL else f"{benchmark}-{model_name(folder)}"
 
 
 def _rest(known: Known, rows: list[Row]) -> list[Row]:

@@ -21,10 +21,10 @@ from benchmarks.common.intervals import bootstrap
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.seeds import seed_everything
 from benchmarks.quality.conditions import load_model
-from benchmarks.quality.measure import SCENE_SETS, model_name, result_name, run_stock
+from benchmarks.quality.measure import SCENE_SETS, run_stock
 from benchmarks.quality.questions import Batch, question_batches, scenes_from
 from benchmarks.quality.rules import Rule
-from benchmarks.small_model.tasks import Task, folder_of, task_of
+from benchmarks.small_model.tasks import Task, folder_of, model_name, result_name, task_of
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
 from trim_plugin.embedded import SMALL_MODEL
 

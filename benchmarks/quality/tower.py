@@ -18,11 +18,11 @@ from benchmarks.common.arithmetic import tower_operations
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.seeds import seed_everything
 from benchmarks.quality.conditions import load_model
-from benchmarks.quality.measure import figures, model_name, result_name, run_rule, run_stock
+from benchmarks.quality.measure import figures, run_rule, run_stock
 from benchmarks.quality.questions import Batch, question_batches, scenes_from, visual_states
 from benchmarks.quality.rules import Rule
 from benchmarks.small_model.batches import image_inputs
-from benchmarks.small_model.tasks import DIGITS, Task, folder_of, task_of
+from benchmarks.small_model.tasks import DIGITS, Task, folder_of, model_name, result_name, task_of
 from trim_plugin import KCenter
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.planning.configuration import built_in_config

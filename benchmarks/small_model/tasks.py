@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.small_model import fine, pages, questions, scenes
 from benchmarks.small_model.pages import questions as page_questions
 from benchmarks.small_model.pages import scenes as page_scenes
+from trim_plugin.embedded import SMALL_MODEL
 
 FOLDERS = {"fine": fine.MODEL, "pages": pages.MODEL}
 """Models that lie beside the benchmarks, by name."""
@@ -84,4 +85,26 @@ def folder_of(given: str | Path) -> Path:
     return FOLDERS.get(str(given), Path(given))
 
 
-__all__ = ["DIGITS", "FOLDERS", "PAGES", "TASKS", "Task", "folder_of", "task_of"]
+def model_name(folder: Path) -> str:
+    """What a trained model is called: its folder's name, or that of the folder around one that is called "model".
+
+    Example:
+        >>> model_name(Path("runs/fine/model")), model_name(Path("runs/third"))
+        ('fine', 'third')
+    """
+    if folder == SMALL_MODEL:
+        return "shipped"
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def result_name(benchmark: str, folder: Path) -> str:
+    """The name of a benchmark's result about a trained model: its own about the shipped one.
+
+    Example:
+        >>> result_name("encoded", SMALL_MODEL), result_name("encoded", Path("runs/fine/model"))
+        ('encoded', 'encoded-fine')
+    """
+    return benchmark if folder == SMALL_MODEL else f"{benchmark}-{model_name(folder)}"
+
+
+__all__ = ["DIGITS", "FOLDERS", "PAGES", "TASKS", "Task", "folder_of", "model_name", "result_name", "task_of"]
