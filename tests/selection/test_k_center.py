@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -26,11 +27,14 @@ def choosing(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in rounds":
             patch.setattr(k_center, "FEW", 0)
+            patch.setattr(k_center, "SINGLY", 0)
+            patch.setattr(sys.modules[__name__], "NEARLY", 1e-4)
         yield request.param
 
 
-#: Cosines that differ by less may be in either order: `EQUAL` at the least, `NO_HASTE` of what a similarity can grow.
-NEARLY = 1e-4
+#: Cosines that differ by less may be in either order: what `covering.EQUAL` calls equal; in rounds `NO_HASTE` of what a
+#: similarity can grow.
+NEARLY = 1.2e-5
 
 
 def chosen_slowly(states, members, ours, count=None, radius=None):
@@ -129,20 +133,21 @@ def greedily(states, count):
 @settings(max_examples=12)
 @given(
     st.sampled_from([smooth, clustered, noise, blank]),
-    st.integers(200, 2000),
-    st.sampled_from([0.05, 0.1, 0.25, 0.5]),
+    st.one_of(st.integers(200, 1200), st.integers(1201, 2500)),
+    st.sampled_from([0.05, 0.1, 0.25, 0.35, 0.5]),
     st.integers(0, 2**20),
 )
-def test_rounds_cover_as_the_greedy_choice_does(kind, tokens, kept_share, seed):
+def test_it_covers_as_the_greedy_choice_does(choosing, kind, tokens, kept_share, seed):
+    if choosing == "in rounds":
+        pytest.skip("this is about what is chosen in rounds, and what is not")
     states = kind(tokens, torch.Generator().manual_seed(seed))
     everything = torch.ones(1, tokens, dtype=torch.bool)
     chosen = KCenter(kept_share).choose(states[None], everything)[0].nonzero()[:, 0]
     assert len(chosen) == math.ceil(kept_share * tokens - 1e-9)
     radius, mean = cover(states, greedily(states, len(chosen)))
     found = cover(states, chosen)
-    # One draw: the largest distance is that of one token, and one that is taken a step later shows.
-    assert found[0] <= 1.09 * radius + 1e-6
-    assert found[1] <= 1.05 * mean + 1e-6
+    assert found[0] <= 1.03 * radius + 1e-6
+    assert found[1] <= 1.03 * mean + 1e-6
 
 
 @pytest.mark.parametrize("kept_share", [0.1, 0.35])
@@ -156,8 +161,7 @@ def test_a_page_is_covered_within_three_per_cent(kept_share, choosing):
         found, best = cover(states, chosen), cover(states, greedily(states, len(chosen)))
         ratios.append([found[0] / best[0], found[1] / best[1]])
     radius, mean = torch.tensor(ratios).unbind(dim=1)
-    assert float(radius.mean()) <= 1.03
-    assert float(radius.max()) <= 1.05
+    assert float(radius.max()) <= 1.03
     assert float(mean.max()) <= 1.03
 
 

@@ -17,11 +17,14 @@ CANDIDATES = 384
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
 #: it is full with `LATE_RAMP` more, and that of the first rounds with `RAMP` more.
 ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
-#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance; ...
-FAR_ENOUGH = 0.95
+#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance: in
+#: groups of up to `SMALL` tokens, where a token taken too early shows more, and in larger ones; ...
+SMALL, FAR_ENOUGH = 3000, (0.98, 0.95)
 #: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
 #: uncovered, the later ones cover: only the last ones' distances stay.
 EARLY, FADING = 0.25, 0.7
+#: Rounds before the host asks for the first time whether a small group has enough: most pictures need so many, or more.
+ROUNDS_IF_SMALL = 22
 #: Rounds that differ in haste.
 SCHEDULED = 32
 #: How often candidates that are too near an earlier one are told from those whose earlier one is itself too near.
@@ -77,11 +80,11 @@ def _projection(width: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _haste(device: torch.device) -> torch.Tensor:
-    """float32 (tokens to choose, rounds): the share of the largest distance that a token may lack; later rounds and more tokens
-    are as the last ones."""
+    """float32 (2, tokens to choose, rounds): the share of the largest distance that a token may lack, in small groups and in
+    others; later rounds and more tokens are as the last ones."""
     more = (torch.arange(ONE_BY_ONE + RAMP + 1, dtype=torch.float32, device="cpu") - ONE_BY_ONE).clamp(min=0)[:, None]
     rounds = torch.arange(SCHEDULED, dtype=torch.float32, device="cpu")
-    late = (1 - FAR_ENOUGH) * (more / LATE_RAMP).clamp(max=1)
+    late = (1 - torch.tensor(FAR_ENOUGH)[:, None, None]) * (more / LATE_RAMP).clamp(max=1)
     return (late + EARLY * more / RAMP * FADING**rounds + NO_HASTE).to(device)
 
 
@@ -92,10 +95,12 @@ def _beyond(looked_at: int, device: torch.device) -> torch.Tensor:
     return beyond.masked_fill_(torch.ones_like(beyond).tril_(-1) > 0, BEYOND)
 
 
-def _rounds_for(wanted: int) -> int:
-    """How many rounds usually take so many tokens. One too many costs launches, one too few a host read."""
+def _rounds_for(wanted: int, count: int) -> int:
+    """How many rounds usually take so many of the tokens. One too many costs launches, one too few a host read."""
     if wanted <= ONE_BY_ONE:
         return wanted - 1
+    if count <= SMALL:
+        return min(wanted - 1, ROUNDS_IF_SMALL)
     haste = min(1.0, (wanted - ONE_BY_ONE) / RAMP)
     return min(wanted - 1, math.ceil(7.5 + 30 * (1 - haste) ** 2.5 + wanted / CANDIDATES))
 
@@ -118,7 +123,7 @@ def one_by_one(
     """Always the token that is least like all taken ones, the first of equal ones.
 
     Three operations a token, on similarities that are worked out once: for groups of few tokens, where a round would be more work
-    than it saves. Scratch: (rows, slots, slots) float32.
+    than it saves, and for few tokens of larger ones. Scratch: (rows, slots, slots) float32.
 
     Args:
         features: float32 (rows, slots, width), see `features_of`.
@@ -179,26 +184,26 @@ class Rounds:
     covered: float | None = None
 
     @classmethod
-    def begin(cls, features: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor) -> Rounds:
-        """With the token of each row that is most like the mean of its valid ones; `wanted`, int64 (rows, 1), says how many
-        tokens there are to choose: few are chosen without haste."""
+    def begin(cls, features: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> Rounds:
+        """With the token of each row that is most like the mean of its valid ones; int64 (rows, 1) say how many tokens there
+        are to choose, `wanted`, of how many, `counts`: few are chosen without haste."""
         first, most_alike = _first(features, valid)
         own = features.gather(1, first[..., None].expand(-1, -1, features.shape[2]))
         nearest = torch.bmm(features, own.transpose(1, 2))[..., 0].masked_fill_(~valid, DONE).scatter_(1, first, DONE)
         return cls(
             features,
             nearest,
-            haste=_haste(features.device)[wanted[:, 0].clamp(max=ONE_BY_ONE + RAMP)],
+            haste=_haste(features.device)[(counts[:, 0] > SMALL).long(), wanted[:, 0].clamp(max=ONE_BY_ONE + RAMP)],
             most_alike=most_alike,
             slots=[first],
             takes=[torch.ones_like(most_alike)],
             beyond=_beyond(min(CANDIDATES, features.shape[1]), features.device),
         )
 
-    def until_counted(self, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Go on until every row has as many tokens: int64 (rows, slots looked at), in order; bool, which of them were taken; and
+    def until_counted(self, wanted: list[int], there: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Go on until every row has as many tokens of those that are there: int64 (rows, slots looked at), in order; bool, which of them were taken; and
         int64, how many had been by then."""
-        due = max(map(_rounds_for, wanted))
+        due = max(map(_rounds_for, wanted, there))
         while True:
             for _ in range(due):
                 self._go_on()

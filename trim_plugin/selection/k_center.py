@@ -8,15 +8,17 @@ import math
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
-from trim_plugin.selection.covering import CANDIDATES, COLUMNS, Rounds, features_of, one_by_one
+from trim_plugin.selection.covering import CANDIDATES, COLUMNS, SMALL, Rounds, features_of, one_by_one
 from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack
 
 #: Bytes of features, and of what they are compared to, at a time.
 COVER_BYTES = 128 * 2**20
-#: Groups of at most so many tokens are chosen from one by one: no tile of a model that is used has as few.
+#: Groups of at most so many tokens are chosen from one by one: no tile of a model that is used has as few. So are ...
 FEW = 1200
+#: ... groups of up to `SMALL`, if at most so many of their tokens are kept: three launches each.
+SINGLY = 240
 
 
 class KCenter(VisualTokenProcessor):
@@ -26,11 +28,11 @@ class KCenter(VisualTokenProcessor):
     for merging (`TrimConfig(merge=True)`), where a kept token stands for those that resemble it. Sources: Gonzalez 1985
     (farthest-point clustering); core-sets, Sener and Savarese, arXiv 1708.00489; DivPrune, arXiv 2503.02175.
 
-    Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones. Of more, tokens are
-    taken in rounds. A round looks at the 384 tokens that are least like the chosen ones, goes through them from the
-    farthest on, and takes each that is at least 0.95 as far as the farthest, from chosen tokens and from those it takes itself;
-    the first rounds are content with 0.7. The cover of a page is the greedy choice's within about 3 %
-    (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it were alone.
+    Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones; so are up to 240 of
+    up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones, goes through them from the
+    farthest on, and takes each that is at least 0.95 as far as the farthest, from chosen tokens and from those it takes itself
+    (0.98 in groups of up to 3,000); the first rounds are content with a quarter less. The cover is the greedy choice's within
+    about 3 % (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
     in every round one product of N × 384 × 260 values, a sort of N, and 16 small operations: no N × K matrix exists. The host
@@ -103,13 +105,14 @@ class KCenter(VisualTokenProcessor):
         counts = rows.sum(dim=1, keepdim=True)
         there = [int(count) for count in counts[:, 0].tolist()]
         chosen, width = torch.zeros_like(rows), max(there, default=0)
-        if width > FEW and any(0 < count <= FEW for count in there):  # each kind as if it were alone
-            few = members & (counts <= FEW).view(*members.shape[:-1], 1)
+        limit = self._few
+        if width > limit and any(0 < count <= limit for count in there):  # each kind as if it were alone
+            few = members & (counts <= limit).view(*members.shape[:-1], 1)
             return self.choose(states, few) | self.choose(states, members & ~few)
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
-        at_once = max(1, COVER_BYTES // (4 * (FEATURES + COLUMNS + max(CANDIDATES, min(width, FEW))) * max(1, width)))
+        at_once = max(1, COVER_BYTES // (4 * (FEATURES + COLUMNS + max(CANDIDATES, min(width, limit))) * max(1, width)))
         with full_float32(states.device):
             for start in range(0, len(rows) if width else 0, at_once):
                 part = slice(start, start + at_once)
@@ -131,18 +134,23 @@ class KCenter(VisualTokenProcessor):
 
         `valid` is bool (rows, slots); `counts`, int64 (rows, 1), and `there` say how many of them are.
         """
-        few = max(there) <= FEW
+        few = max(there) <= self._few
         if self.kept_share is None:
             if few:
                 return one_by_one(features, valid, max(there), self.radius)
-            return Rounds.begin(features, valid, counts).until_covered(float(self.radius or 0.0))
+            return Rounds.begin(features, valid, counts, counts).until_covered(float(self.radius or 0.0))
         wanted = _rounded_up(self.kept_share, valid.shape[1], valid.device)[counts]
         known = [_rounded_up_of(self.kept_share, count) for count in there]
         if few:
             slots, _ = one_by_one(features, valid, max(known))
             return slots, torch.arange(slots.shape[1], device=slots.device) < wanted
-        slots, taken, place = Rounds.begin(features, valid, wanted).until_counted(known)
+        slots, taken, place = Rounds.begin(features, valid, wanted, counts).until_counted(known, there)
         return slots, taken & (place <= wanted)
+
+    @property
+    def _few(self) -> int:
+        """Groups of at most so many tokens are chosen from one by one."""
+        return FEW if self.kept_share is None else max(FEW, min(SMALL, int(SINGLY / self.kept_share)))
 
     @property
     def arguments(self) -> dict[str, float | None]:
