@@ -19,7 +19,7 @@ CANDIDATES = 384
 ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
 #: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance: in
 #: groups of up to `SMALL` tokens, where a token taken too early shows more, and in larger ones; ...
-SMALL, FAR_ENOUGH = 3000, (0.98, 0.95)
+SMALL, FAR_ENOUGH = 3000, (0.985, 0.95)
 #: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
 #: uncovered, the later ones cover: only the last ones' distances stay.
 EARLY, FADING = 0.25, 0.7
@@ -201,8 +201,8 @@ class Rounds:
         )
 
     def until_counted(self, wanted: list[int], there: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Go on until every row has as many tokens of those that are there: int64 (rows, slots looked at), in order; bool, which of them were taken; and
-        int64, how many had been by then."""
+        """Go on until every row has as many tokens of those that are there: int64 (rows, slots looked at), in order; bool, which
+        of them were taken; and int64, how many had been by then."""
         due = max(map(_rounds_for, wanted, there))
         while True:
             for _ in range(due):

@@ -29,10 +29,11 @@ class KCenter(VisualTokenProcessor):
     (farthest-point clustering); core-sets, Sener and Savarese, arXiv 1708.00489; DivPrune, arXiv 2503.02175.
 
     Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones; so are up to 240 of
-    up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones, goes through them from the
-    farthest on, and takes each that is at least 0.95 as far as the farthest, from chosen tokens and from those it takes itself
-    (0.98 in groups of up to 3,000); the first rounds are content with a quarter less. The cover is the greedy choice's within
-    about 3 % (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it were alone.
+    up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones,
+    goes through them from the farthest on, and takes each that is at least 0.95 as far as the farthest (0.985 in groups of up
+    to 3,000), from chosen tokens and from those it takes itself; the first rounds are content with a quarter less. The cover is
+    the greedy choice's within 3 %, but for one group in 500 (`docs/explanation/merging.md`). All visibility groups and samples
+    are chosen for at once, each as if it were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
     in every round one product of N × 384 × 260 values, a sort of N, and 16 small operations: no N × K matrix exists. The host
