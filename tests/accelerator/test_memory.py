@@ -48,6 +48,13 @@ def held(cache):
     return found
 
 
+def test_what_torch_keeps_of_earlier_work_is_free(split, free, monkeypatch):
+    before = [part.memory for part in parts_of(split[0])]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * MUCH)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * MUCH)
+    assert [part.memory for part in parts_of(split[0])] == pytest.approx([3 * own for own in before])
+
+
 def test_what_a_room_expects_on_a_device_is_what_a_cache_holds_there(split, free):
     model, processor = split
     cache = TrimmedCache(model, {"top_k_ratio": 1.0})

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trim_plugin import Engine, KCenter, TopPPerHead, TrimConfig, TrimmedCache, encode_pictures, prefill
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.asking.answers import Inputs
-from trim_plugin.compat import CACHE
+from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.engine.engine import EngineClosed
 from trim_plugin.engine.memory import Room
@@ -149,6 +149,27 @@ def test_a_picture_that_several_ask_about_is_read_once(small):
         handle.remove()
     assert len(read) == stats["pictures_encoded"] == 1
     assert stats["pictures_reused"] == len(EXAMPLES) - 1
+
+
+def test_what_is_held_is_told_as_of_each_alone(small):
+    model, processor = small
+    asked = [(one.question, PICTURES[:count]) for one, count in zip(EXAMPLES, (1, 0, 3, 1, 2), strict=False)]
+    for config in (CONFIG, TrimConfig(top_k_ratio=1.0), TrimConfig(processors=[KCenter(0.2)], kv_quantization="int8")):
+        with Engine(model, processor, config) as engine:
+            requests = [engine.submit(q, images=own, max_new_tokens=3, tell_held=True) for q, own in asked]
+            silent = engine.submit(*asked[0], max_new_tokens=3)
+            for (question, own), request in zip(asked, requests, strict=True):
+                prompt = written(processor, question, len(own))
+                inputs = Inputs.of(processor, [prompt], [[open_picture(picture) for picture in own]])
+                arguments = inputs.arguments(model, config)
+                output = model.generate(**arguments, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+                cache, told = cache_of(output), request.result().held
+                report = cache.report()
+                assert told.kept_indices == cache.kept_indices[0].tolist()
+                assert told.total_tokens == report.total_tokens[0]
+                assert told.cross_kv_bytes == report.cross_kv_bytes
+                assert told.stock_cross_kv_bytes == report.stock_cross_kv_bytes
+            assert silent.result().held is None
 
 
 WRONG = [

@@ -38,6 +38,7 @@ class Worker:
         max_new_tokens: longest answer, in text tokens, of rows that don't say.
         folder: what relative names of pictures start from.
         picture_folder: where encoded pictures are kept for later runs; None keeps none.
+        tell_held: whether each result says, under "held", which visual tokens were kept and what they take (`Held`); no JSON.
 
     Raises:
         ValueError: a number is not positive, or the configuration is one that an `Engine` cannot have.
@@ -66,12 +67,14 @@ class Worker:
         max_new_tokens: int = 128,
         folder: Path | str = ".",
         picture_folder: Path | str | None = None,
+        tell_held: bool = False,
     ) -> None:
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}.")
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.folder = Path(folder)
+        self.tell_held = tell_held
         self.engine = Engine(
             model, processor, config, memory=memory, max_running=max_running, picture_folder=picture_folder
         )
@@ -133,6 +136,7 @@ class Worker:
             [self.folder / image if isinstance(image, str | Path) else image for image in row.images],
             max_new_tokens=row.max_new_tokens or self.max_new_tokens,
             listener=listener,
+            tell_held=self.tell_held,
         )
 
     def result(self, request: Request, seconds: float) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class Worker:
             return {"error": error}
         if finished is None or finished.finish_reason == "cancelled":
             raise EngineClosed(f"The worker was closed while it answered. {error}".strip())
-        return {
+        result = {
             "answer": self.processor.decode(finished.tokens, skip_special_tokens=True).strip(),
             "tokens": len(finished.tokens),
             "prompt_tokens": finished.prompt_tokens,
@@ -158,6 +162,7 @@ class Worker:
             "kept": finished.kept,
             "seconds": round(seconds, 4),
         }
+        return {**result, "held": finished.held} if self.tell_held else result
 
 
 class _Run:

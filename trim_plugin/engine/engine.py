@@ -30,6 +30,16 @@ MAX_RUNNING = 32
 OWN_SETTINGS = ("kept_share", "top_k_ratio", "merge")
 
 
+def can_run(config: TrimConfig) -> bool:
+    """Whether its caches can grow and shrink as an engine's batch does.
+
+    Example:
+        >>> can_run(TrimConfig(top_k_ratio=0.25)), can_run(TrimConfig(top_k_ratio=0.25, static=True))
+        (True, False)
+    """
+    return not config.static and config.self_kv_quantization is None
+
+
 def running_config(config: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
     """A configuration that an engine can have.
 
@@ -41,7 +51,7 @@ def running_config(config: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
         0.25
     """
     found = TrimConfig.of(config)
-    if found.static or found.self_kv_quantization is not None:
+    if not can_run(found):
         raise ValueError(
             "An Engine's batch grows and shrinks, which static caches and transformers' quantized layers cannot. Use "
             "TrimConfig(static=False, self_kv_quantization=None)."
@@ -110,6 +120,7 @@ class Engine:
         pictures: Pictures | None = None,
         cache_config: Mapping[str, Any] | None = None,
         listener: Callable[[str | None], None] | None = None,
+        tell_held: bool = False,
         **settings: Any,
     ) -> Request:
         """Ask something.
@@ -121,6 +132,8 @@ class Engine:
             cache_config: what this request wants otherwise than the engine's configuration says, of `OWN_SETTINGS`: fields of
                 `TrimConfig`, and `kept_share` for `KCenter` with that share.
             listener: called by the engine's thread with every piece of text, and with None at the end. It must not wait.
+            tell_held: whether the answer says which visual tokens are kept and what they take (`Held`). That is read from the
+                device once a prompt, so ask for it only where it is looked at.
             settings: fields of `Sampling`, by name.
 
         Raises:
@@ -162,7 +175,7 @@ class Engine:
                 f"This request may take {lacking}. Ask for fewer new tokens or about fewer pictures, keep fewer visual tokens, "
                 "or give the engine more memory."
             )
-        request = Request(text, own, sampling, config, tokens, needed, listener)
+        request = Request(text, own, sampling, config, tokens, needed, listener, tell_held)
         self._scheduler.put(request)
         return request
 
@@ -213,4 +226,4 @@ class Engine:
         return self._scheduler.stats()
 
 
-__all__ = ["MAX_RUNNING", "OWN_SETTINGS", "Engine", "EngineClosed", "running_config"]
+__all__ = ["MAX_RUNNING", "OWN_SETTINGS", "Engine", "EngineClosed", "can_run", "running_config"]

@@ -153,7 +153,11 @@ def device_of(layer: torch.nn.Module) -> torch.device:
 
 
 def _free(device: torch.device) -> int | None:
-    return int(OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+    """What may be taken of a GPU's free memory, which torch may hold already: it keeps what earlier work has left."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(OF_FREE_MEMORY * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 def _expected_share(config: TrimConfig) -> float:

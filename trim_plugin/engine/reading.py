@@ -9,9 +9,10 @@ import torch
 
 from trim_plugin.arithmetic import pictures_at_a_time, pictures_read_together
 from trim_plugin.asking.answers import Inputs
+from trim_plugin.cache.joining import part_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room
-from trim_plugin.engine.request import Request
+from trim_plugin.engine.request import Held, Request
 from trim_plugin.engine.running import Running
 from trim_plugin.engine.sampling import Drawer, Writer
 from trim_plugin.forward.hooks import TrimmedCache
@@ -81,9 +82,10 @@ class Reader:
                 int(visible),
                 self._room.kept_bytes(int(kept)),
                 already,
+                held,
             )
-            for (request, already), own, real, (kept, visible) in zip(
-                chosen, ids, inputs.tensors["attention_mask"], counts, strict=True
+            for (request, already), own, real, (kept, visible), held in zip(
+                chosen, ids, inputs.tensors["attention_mask"], counts, _held(requests, cache), strict=True
             )
         ]
         return rows, cache, mask, output.logits[:, -1]
@@ -93,3 +95,24 @@ class Reader:
         shown = [own for own in pictures if not isinstance(own, Pictures)]
         made = iter(self._pictures.several(shown, self._config.tower_share, self._at_a_time) if shown else ())
         return [own if isinstance(own, Pictures) else next(made) for own in pictures]
+
+
+def _held(requests: Sequence[Request], cache: TrimmedCache) -> list[Held | None]:
+    """What is held of the pictures of each request that tells it; None for the others."""
+    if not any(request.tells_held for request in requests):
+        return [None] * len(requests)
+    most = max(request.shown for request in requests)
+    found: list[Held | None] = []
+    for place, request in enumerate(requests):
+        if not request.tells_held:
+            found.append(None)
+            continue
+        own = part_of(cache, slice(place, place + 1))
+        report = own.report()
+        # Those of fewer pictures are padded to as many as the others have.
+        total, stock = (
+            count * request.shown // most if request.shown else 0
+            for count in (report.total_tokens[0], report.stock_cross_kv_bytes)
+        )
+        found.append(Held(own.kept_indices[0].tolist(), total, report.cross_kv_bytes, stock))
+    return found

@@ -87,6 +87,23 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """What is held of a request's pictures, as if it were alone.
+
+    Args:
+        kept_indices: the visual tokens that decoding could read, ascending; they count through all of its pictures.
+        total_tokens: visual tokens that its pictures became, padding tiles included.
+        cross_kv_bytes: bytes of the visual keys and values.
+        stock_cross_kv_bytes: bytes that transformers' own cache would hold.
+    """
+
+    kept_indices: list[int]
+    total_tokens: int
+    cross_kv_bytes: int
+    stock_cross_kv_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """What came of a request.
 
@@ -97,6 +114,7 @@ class Finished:
         prompt_tokens: text tokens of the prompt.
         kept: visual tokens that decoding could read.
         visible: visual tokens that the prompt could read.
+        held: what is held of its pictures, if that was asked for.
     """
 
     text: str
@@ -105,6 +123,7 @@ class Finished:
     prompt_tokens: int
     kept: int
     visible: int
+    held: Held | None = None
 
 
 class Request:
@@ -122,11 +141,14 @@ class Request:
         prompt_tokens: int,
         takes: Taken,
         listener: Callable[[str | None], None] | None = None,
+        tells_held: bool = False,
     ) -> None:
         self.sampling, self.config, self.prompt_tokens = sampling, config, prompt_tokens
         #: What it draws with, whenever it has to be read again.
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._listener = listener
+        #: Whether its answer says what is held of its pictures.
+        self.tells_held = tells_held
         #: The prompt as the tokenizer gets it; RGB pictures, or encoded ones.
         self.prompt, self.pictures = prompt, pictures
         #: How many pictures there are.

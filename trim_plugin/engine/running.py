@@ -12,7 +12,7 @@ from trim_plugin.cache.joining import cut_left, join_running, part_of
 from trim_plugin.cache.report import held_bytes, stored_tensors
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
-from trim_plugin.engine.request import Finished, Request
+from trim_plugin.engine.request import Finished, Held, Request
 from trim_plugin.engine.sampling import Drawer, Writer
 from trim_plugin.forward.hooks import TrimmedCache
 
@@ -33,6 +33,7 @@ class Running:
     visual_bytes: int
     #: Characters that were sent already, before it had to be read again.
     already: int = 0
+    held: Held | None = None
 
     def write(self, token: int, ends: set[int]) -> str | None:
         """Send what a new token brings; the reason to finish, if there is one."""
@@ -48,7 +49,7 @@ class Running:
         self._send(self.writer.end())
         reason = "stop" if self.writer.stopped and reason == "length" else reason
         tokens, prompt = list(self.drawer.tokens), self.request.prompt_tokens
-        self.request.finish(Finished(self.writer.text, reason, tokens, prompt, self.kept, self.visible))
+        self.request.finish(Finished(self.writer.text, reason, tokens, prompt, self.kept, self.visible, self.held))
 
     def _send(self, text: str) -> None:
         start = len(self.writer.text) - len(text)
