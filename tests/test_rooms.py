@@ -67,6 +67,7 @@ TESTED_IN = {
     "planning.table": "commands/test_plan.py",
     "planning.job": "planning/test_planner.py",
     "planning.working_set": "planning/test_planner.py",
+    "evaluation.alone": "evaluation/test_together.py",
     "commands.generate": "integrations/test_generate_command.py",
     "generation.assisted": "exactness/test_decoding.py",
     "forward.tower": "exactness/test_pieces.py",

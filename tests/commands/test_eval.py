@@ -26,6 +26,45 @@ def test_compares_stock_and_ratios(data, tmp_path, capsys):
     assert "0.1, int8" in shown
 
 
+def test_times_say_in_what_company_they_were_taken(data, tmp_path, capsys):
+    command = ["eval", "--data", str(data), "--max-new-tokens", "2", "--top-k-ratio", "0.5", "--out"]
+    many, alone = tmp_path / "many", tmp_path / "alone"
+    assert main([*command, str(many)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "* up to 32 questions at once" in shown
+    assert main([*command, str(alone), "--max-running", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "at once" not in shown
+    rows = {name: json.loads((name / "summary.json").read_text()) for name in (many, alone)}
+    assert [row["at_once"] for row in rows[many]] == [1, 32]
+    assert [row["at_once"] for row in rows[alone]] == [1, 1]
+    for file in ("summary.md", "report.html"):
+        assert "* up to 32 questions at once" in (many / file).read_text()
+        assert "at once" not in (alone / file).read_text()
+    stock, ours = (many / "summary.md").read_text().splitlines()[2:4]
+    assert (stock.endswith("* |"), ours.endswith("* |")) == (False, True)
+    assert "(a share: up to 32 at once)" in (many / "report.html").read_text()
+
+
+def test_runs_in_unlike_company_have_no_time_together(data, tmp_path, capsys):
+    command = ["eval", "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main(command) == 0
+    file = tmp_path / "answers-0.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert main([*command, "--max-running", "4"]) == 0
+    stock, ours = json.loads((tmp_path / "summary.json").read_text())
+    assert (stock["at_once"], ours["at_once"], ours["seconds"]) == (1, None, None)
+    assert stock["seconds"] > 0
+    assert "Neither seconds nor memory where runs with different --max-running" in (tmp_path / "summary.md").read_text()
+
+
+def test_as_many_run_as_an_engine_runs():
+    from trim_plugin.commands.eval import MAX_RUNNING
+    from trim_plugin.engine import engine
+
+    assert MAX_RUNNING == engine.MAX_RUNNING
+
+
 def test_processes_share_the_questions(data, tmp_path, monkeypatch):
     """As under `accelerate launch`, which sets these variables; the second to end writes the summary."""
     out = tmp_path / "out"
@@ -82,6 +121,17 @@ def test_what_the_user_can_mend(data, tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert main(["eval", "--data", str(data), *out, "--limit", "0"]) == 2
     assert "--limit must be at least 1" in capsys.readouterr().err
+    right = ["eval", "--data", str(data), *out]
+    (data / "questions.jsonl").write_text('{"picture": "a.png", "question": "?"}')
+    for words, message in {
+        ("--max-running", "0"): "--max-running must be at least 1, got 0",
+        ("--memory", "much"): "--memory must look like",
+        ("--max-running", "1", "--memory", "1GiB"): "--memory is for questions that are answered at once",
+    }.items():
+        assert main([*right, *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "loading" not in error
 
 
 def test_answers_of_other_settings_are_refused(data, tmp_path, capsys):
@@ -110,13 +160,14 @@ def test_a_broken_picture_is_its_questions_error(data, tmp_path, capsys):
     command = ["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
     assert main(command) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "question broken is left out: not a picture that Pillow can read" in shown
+    assert "question broken is left out: cannot read" in shown
     assert [row["questions"] for row in json.loads((out / "summary.json").read_text())] == [2, 2]
     (data / "text.png").write_bytes((data / examples()[0].picture.name).read_bytes())
     assert main(command) == 0  # mended: answered now, the others are not answered again
     assert [row["questions"] for row in json.loads((out / "summary.json").read_text())] == [3, 3]
     lines = [json.loads(line) for line in (out / "answers-0.jsonl").read_text().splitlines()]
-    assert [line["question"] for line in lines if not line["error"]] == ["1", "1", "2", "2", "broken", "broken"]
+    answered = [line["question"] for line in lines if not line["error"]]
+    assert sorted(answered) == ["1", "1", "2", "2", "broken", "broken"]
 
 
 def test_another_rule_adds_a_row(data, tmp_path, capsys):
@@ -138,8 +189,11 @@ def test_another_rule_adds_a_row(data, tmp_path, capsys):
 def test_answers_say_what_was_asked(data, tmp_path):
     out = tmp_path / "out"
     assert main(["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]) == 0
-    for line, example in zip((out / "answers-0.jsonl").read_text().splitlines()[::2], examples(), strict=False):
-        answer = json.loads(line)
+    lines = sorted(
+        map(json.loads, (out / "answers-0.jsonl").read_text().splitlines()), key=lambda line: line["question"]
+    )
+    assert len(lines) == 4
+    for answer, example in zip(lines[::2], examples(), strict=False):
         assert answer["asked"] == example.question
         assert answer["pictures"] == [example.picture.name]
         assert answer["right"] == [example.answer]

@@ -17,7 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from trim_plugin.commands import UserError, user_errors
-from trim_plugin.commands.common import add_command, check_counts, checked_rules, generation_options, progress
+from trim_plugin.commands.batch import MAX_RUNNING, SHOWN_ERRORS
+from trim_plugin.commands.common import (
+    add_command,
+    bytes_of,
+    check_counts,
+    checked_rules,
+    generation_options,
+    progress,
+)
 from trim_plugin.commands.loading import (
     begin_loading,
     check_device,
@@ -64,6 +72,20 @@ def add_parser(subparsers: Any) -> None:
         default="exact",
         help="whether an answer must equal a given one or contain it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-running",
+        type=int,
+        default=MAX_RUNNING,
+        metavar="N",
+        help="questions that a trimmed cache answers at once; stock answers one at a time. With 1 all do, for times and memory "
+        "that compare (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for keys and values of questions that are answered at once, for instance 8GiB (default: most of what the device "
+        "has free)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first questions (default: all)")
     parser.add_argument(
         "--out",
@@ -83,9 +105,13 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     process, processes = process_of(os.environ)
     chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
-    check_counts(arguments, "limit", "max_new_tokens")
+    check_counts(arguments, "limit", "max_new_tokens", "max_running")
+    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
+    if memory is not None and arguments.max_running == 1:
+        raise UserError("--memory is for questions that are answered at once, but --max-running is 1. Leave one out")
     questions = _questions(arguments)
     begin_loading(arguments)
+    from trim_plugin.evaluation.page import note
     from trim_plugin.evaluation.run import evaluate
 
     check_device(device_of(arguments.device, os.environ))
@@ -103,6 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
             chosen,
             log,
             max_new_tokens=arguments.max_new_tokens,
+            max_running=arguments.max_running,
+            memory=memory,
             process=process,
             processes=processes,
             on_answer=lambda answer: bar.advance(task),
@@ -117,9 +145,14 @@ def run(arguments: argparse.Namespace) -> None:
     _write(arguments, rows, questions, answers, functools.partial(_shown, model, processor))
     if rows:
         console.print(_table(rows, arguments.match))
-    for question in unread:
+    say = functools.partial(console.print, highlight=False, markup=False)
+    if rows and note(rows):
+        say(note(rows), style="dim")
+    for question in unread[:SHOWN_ERRORS]:
         error = next(a.error for a in answers if a.question == question.name and a.error)
-        console.print(f"question {question.name} is left out: {error}", style="red", highlight=False, markup=False)
+        say(f"question {question.name} is left out: {error}", style="red")
+    if len(unread) > SHOWN_ERRORS:
+        say(f"and {len(unread) - SHOWN_ERRORS} more are left out; the answers' files say why", style="red")
     console.print(f"answers, summary and report.html: {arguments.out}", highlight=False)
 
 
@@ -167,20 +200,22 @@ def _write(
     answers: Sequence[Answer],
     pictures: Callable[[Question], list[Shown]],
 ) -> None:
-    from trim_plugin.evaluation.page import HEADINGS, cells, report_html
+    from trim_plugin.evaluation.page import cells, note, report_html, shown_headings
 
     folder = arguments.out
     write_whole(
         folder / "summary.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
     )
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    shown = shown_headings(rows)
+    lines = ["| " + " | ".join(shown) + " |", "| --- |" + " ---: |" * (len(shown) - 1)]
+    lines += ["| " + " | ".join(cells(row)[name] for name in shown) + " |" for row in rows]
+    lines += ["", note(rows)] if note(rows) else []
     write_whole(folder / "summary.md", "\n".join(lines) + "\n")
     write_whole(folder / "report.html", report_html(questions, rows, answers, pictures, arguments.match))
 
 
 def _table(rows: list[Summary], match: str) -> Table:
-    from trim_plugin.evaluation.page import HEADINGS, cells, shown_columns
+    from trim_plugin.evaluation.page import cells, shown_headings
 
     table = Table(
         title=f"agree and overlap with {rows[0].way}; right: {match} match; KV: of stock's bytes",
@@ -189,10 +224,10 @@ def _table(rows: list[Summary], match: str) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    columns = shown_columns(rows)
-    for heading in list(HEADINGS)[:columns]:
+    shown = shown_headings(rows)
+    for heading in shown:
         first = heading == "cache"
         table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
-        table.add_row(*cells(row)[:columns])
+        table.add_row(*(cells(row)[name] for name in shown))
     return table

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from trim_plugin.durable import append_lines, check_settings, whole_lines, write_whole
+from trim_plugin.evaluation.questions import Question
+from trim_plugin.variants import Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +24,21 @@ class Answer:
         question: name of the question.
         way: name of the variant.
         text: the answer.
-        seconds: wall-clock time of `generate`, vision tower and prefill included; of pictures that were encoded once for several
-            questions, this question's part.
+        seconds: wall-clock time of `generate`, vision tower and prefill included; of an answer that was given among others its
+            share of the time that all of them took.
         new_tokens: generated text tokens.
         visible_tokens: visual tokens that the text may read; 0 for stock, which does not count them.
         kept_tokens: visual tokens that decoding could read; 0 for stock.
         cross_kv_bytes: bytes of the cached visual keys and values; for stock see `stock_cross_kv_bytes` of the others.
         stock_cross_kv_bytes: bytes that transformers' own cache would hold.
-        peak_bytes: most memory allocated on the GPU during `generate`, weights included; 0 without a GPU.
+        peak_bytes: most memory allocated on the GPU meanwhile, weights included, and what others took that were answered at once;
+            0 without a GPU.
         asked: the question's text.
         pictures: file names of its pictures.
         right: answers that count as right; empty if none is known.
         kept: which visual tokens decoding could read, a bit each, as hexadecimal digits (`pack_kept`); empty for stock.
         error: why there is no answer; empty if there is one.
+        at_once: how many questions were answered at once, at most; 1 if this one was alone.
     """
 
     question: str
@@ -52,6 +56,26 @@ class Answer:
     right: Sequence[str] = ()
     kept: str = ""
     error: str = ""
+    at_once: int = 1
+
+    @classmethod
+    def blank(cls, question: Question, variant: Variant) -> Answer:
+        """An answer without text, with what was asked beside it."""
+        return cls(
+            question=question.name,
+            way=variant.name,
+            text="",
+            seconds=0.0,
+            new_tokens=0,
+            asked=question.text,
+            pictures=tuple(picture.name for picture in question.pictures),
+            right=question.answers,
+        )
+
+    @classmethod
+    def failed(cls, question: Question, variant: Variant, error: str) -> Answer:
+        """What is logged of a question that could not be answered."""
+        return dataclasses.replace(cls.blank(question, variant), error=error)
 
 
 def pack_kept(indices: Sequence[int], total: int) -> str:

@@ -59,7 +59,7 @@ def report_html(
 ) -> str:
     """The whole file: needs nothing beside it, no network and no script.
 
-    Questions on which the variants differ come first, those whose pictures could not be read last.
+    Questions on which the variants differ come first, those that could not be answered last.
 
     Args:
         questions: as read.
@@ -93,13 +93,14 @@ def report_html(
     )
 
 
-def cells(row: Summary) -> list[str]:
+def cells(row: Summary) -> dict[str, str]:
     """A summary row as text, a cell for each of `HEADINGS`."""
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.1f} %"
 
-    return [
+    star = "" if row.at_once == 1 else "*"
+    texts = (
         row.way,
         str(row.questions),
         "–" if row.accuracy is None else f"{percent(row.accuracy)} of {row.known}",
@@ -107,29 +108,54 @@ def cells(row: Summary) -> list[str]:
         percent(row.overlap),
         percent(row.kept_share),
         percent(row.cross_kv_ratio),
-        f"{row.seconds:.2f}",
-        "–" if row.peak_bytes is None else format_bytes(row.peak_bytes),
-    ]
+        "–" if row.seconds is None else f"{row.seconds:.2f}{star}",
+        "–" if row.peak_bytes is None else f"{format_bytes(row.peak_bytes)}{star}",
+    )
+    return dict(zip(HEADINGS, texts, strict=True))
 
 
-def shown_columns(rows: Sequence[Summary]) -> int:
-    """How many of `HEADINGS` say anything: the last is a GPU's."""
-    return len(HEADINGS) - all(row.peak_bytes is None for row in rows)
+def shown_headings(rows: Sequence[Summary]) -> list[str]:
+    """Those of `HEADINGS` that say anything: the last is a GPU's."""
+    return list(HEADINGS)[: len(HEADINGS) - all(row.peak_bytes is None for row in rows)]
+
+
+def note(rows: Sequence[Summary]) -> str:
+    """What has to be said about these rows' times and memory; empty if every question was alone.
+
+    Example:
+        >>> from trim_plugin.evaluation import summarize, variants_for
+        >>> given = [Answer("1", "stock", "two", 0.5, 2), Answer("1", "exact", "two", 0.1, 2, at_once=32)]
+        >>> note(summarize([Question("1", (), "?")], variants_for([1.0]), given))
+        '* up to 32 questions at once: a share of the time of all, which is not to be compared with one that was alone. ...'
+    """
+    numbers = {row.at_once for row in rows} - {1}
+    together = " or ".join(str(number) for number in sorted(number for number in numbers if number is not None))
+    said = []
+    if together:
+        said.append(
+            f"* up to {together} questions at once: a share of the time of all, which is not to be compared with one that was "
+            "alone. --max-running 1, with another --out, answers every question alone."
+        )
+    if None in numbers:
+        said.append("Neither seconds nor memory where runs with different --max-running have shared the questions.")
+    return " ".join(said)
 
 
 def _summary_table(rows: Sequence[Summary]) -> str:
-    columns = shown_columns(rows)
-    head = "".join(f'<th title="{_safe(why)}">{_safe(name)}</th>' for name, why in list(HEADINGS.items())[:columns])
-    body = "".join(f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells(row)[:columns])}</tr>" for row in rows)
-    notes = "; ".join(f"<b>{_safe(name)}</b> {_safe(why)}" for name, why in list(HEADINGS.items())[:columns])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p class=note>{notes}.</p>"
+    shown = shown_headings(rows)
+    head = "".join(f'<th title="{_safe(HEADINGS[name])}">{_safe(name)}</th>' for name in shown)
+    texts = [cells(row) for row in rows]
+    body = "".join(f"<tr>{''.join(f'<td>{_safe(own[name])}</td>' for name in shown)}</tr>" for own in texts)
+    notes = "; ".join(f"<b>{_safe(name)}</b> {_safe(HEADINGS[name])}" for name in shown)
+    said = f"{notes}. {_safe(note(rows))}".strip()
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p class=note>{said}</p>"
 
 
 def _overview(groups: Mapping[str, Sequence[str]]) -> str:
     parts = [f"First the questions on which the answers differ: {len(groups['different'])}"]
     parts.append(f"then those with the same answer: {len(groups['same'])}")
     if groups["unread"]:
-        parts.append(f"last those whose pictures could not be read: {len(groups['unread'])}")
+        parts.append(f"last those that could not be answered: {len(groups['unread'])}")
     return _safe("; ".join(parts) + ".")
 
 
@@ -160,6 +186,8 @@ def _card(question: Question, answer: Answer, first: Answer, shown: list[tuple[s
 
 def _figures(answer: Answer) -> str:
     time = f"{answer.new_tokens} tokens in {answer.seconds:.2f} s"
+    if answer.at_once > 1:
+        time += f" (a share: up to {answer.at_once} at once)"
     if not answer.visible_tokens:
         return time
     share = f"{100 * answer.kept_tokens / answer.visible_tokens:.0f} %"

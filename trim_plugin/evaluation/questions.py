@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.asking.rows import RowError, read_rows
+from trim_plugin.asking.rows import Row, RowError, read_rows
 
 QUESTIONS = "questions.jsonl"
 
@@ -31,6 +31,12 @@ class Question:
     answers: tuple[str, ...] = ()
     messages: tuple[dict[str, Any], ...] = dataclasses.field(default=(), hash=False)
     max_new_tokens: int | None = None
+
+    @property
+    def row(self) -> Row:
+        """As it is asked."""
+        text = "" if self.messages else self.text
+        return Row(self.name, self.pictures, text, self.messages, max_new_tokens=self.max_new_tokens)
 
 
 def read_questions(folder: Path, file: Path | None = None) -> list[Question]:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import torch
-
-from trim_plugin.asking.prompts import read_prompt
-from trim_plugin.asking.rows import Row
-from trim_plugin.compat import CACHE, cache_of
-from trim_plugin.evaluation.known import KnownPictures
-from trim_plugin.evaluation.log import Answer, AnswerLog, pack_kept
-from trim_plugin.evaluation.peaks import peak_bytes, reset_peaks
+from trim_plugin.engine.engine import MAX_RUNNING, can_run
+from trim_plugin.evaluation.alone import answers_alone
+from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question
-from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.pictures.encoded import Pictures
-from trim_plugin.pictures.prompting import open_picture, tensors_of
-from trim_plugin.pictures.recent import DEFAULT_BYTES
+from trim_plugin.evaluation.together import answers_together
 from trim_plugin.variants import Variant
 
 
@@ -32,133 +22,79 @@ def evaluate(
     log: AnswerLog,
     *,
     max_new_tokens: int = 64,
+    max_running: int = MAX_RUNNING,
+    memory: int | None = None,
     process: int = 0,
     processes: int = 1,
-    encoded_bytes: int = DEFAULT_BYTES,
     on_answer: Callable[[Answer], None] | None = None,
 ) -> None:
-    """Answer what the log doesn't hold yet, greedily, one question at a time, and log every answer.
+    """Answer greedily what the log doesn't hold yet, and log every answer as it comes.
 
-    Not with an `Engine`: what a question takes alone, its seconds and its peak memory, is a part of the result, and so is which
-    visual tokens are kept; one of the variants is transformers' own cache.
+    Trimmed variants answer many questions at once, one variant after the other (`Engine`); what each answers is what it would
+    alone. Transformers' own cache, and a variant that no engine can have, answer one at a time. So the seconds and peaks of the
+    two kinds are not to be compared, and `Answer.at_once` says which is which: `max_running=1` answers all questions one at a
+    time, each read anew, for times and memory that are.
 
-    A picture that cannot be read, or a chat that does not fit the model, is logged as its question's error; the others are
-    answered. Pictures that several questions ask about are encoded once, whole, for all trimmed variants of one `tower_share`,
-    which changes no answer; each question is charged its part of the time.
+    A question that cannot be answered (a picture that cannot be read, a chat that does not fit the model, too little memory)
+    has its error logged; the others are answered.
 
     Args:
-        model: an Mllama model, on its device.
+        model: an Mllama model, on its device. Nobody else may use it meanwhile.
         processor: its processor.
         questions: all questions; this process takes every `processes`-th.
         variants: how to answer each.
         log: where answers go.
         max_new_tokens: longest answer of questions that don't say.
+        max_running: questions that are answered at once; 1 answers each alone.
+        memory: bytes that their keys and values may take, as for `Engine`.
         process: which process this is, 0 … processes − 1.
         processes: how many share the questions.
-        encoded_bytes: most main memory for encoded pictures; 0 reads pictures anew for every answer.
         on_answer: called after every answer, for progress.
+
+    Raises:
+        ValueError: `max_running` or `memory` is no positive integer.
+        torch.AcceleratorError: the device is lost.
+        EngineClosed: an engine's thread has died.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from trim_plugin.embedded import examples, load_small_model
+        >>> from trim_plugin.variants import variants_for
+        >>> asked = [Question(str(n), (own.picture,), own.question) for n, own in enumerate(examples()[:2])]
+        >>> log = AnswerLog(Path(tempfile.mkdtemp()), {})
+        >>> evaluate(*load_small_model(), asked, variants_for([1.0]), log, max_new_tokens=4)
+        >>> [(answer.way, answer.at_once) for answer in log.answers()]
+        [('stock', 1), ('stock', 1), ('exact', 32), ('exact', 32)]
     """
+    for name, value in (("max_running", max_running), ("memory", memory)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     share = questions[process::processes]
-    known = KnownPictures(model, processor, share, encoded_bytes)
     done = {(answer.question, answer.way) for answer in log.answers() if not answer.error}
-    device = next(model.parameters()).device
-    most = model.config.get_text_config().max_position_embeddings
-    warm: set[str] = set()
 
-    def record(answer: Answer) -> None:
-        log.add(answer)
-        if on_answer is not None:
-            on_answer(answer)
+    def is_done(question: Question, variant: Variant) -> bool:
+        return (question.name, variant.name) in done
 
-    for question in share:
-        missing = [variant for variant in variants if (question.name, variant.name) not in done]
-        if not missing:
-            continue
-        try:
-            pictures = [open_picture(picture) for picture in question.pictures]
-            asked = Row(
-                images=tuple(pictures), question="" if question.messages else question.text, messages=question.messages
-            )
-            prompt = read_prompt(processor, asked, Path(), most, question.max_new_tokens or max_new_tokens)
-        except (FileNotFoundError, ValueError) as error:
-            for variant in missing:
-                record(_blank(question, variant, error=str(error)))
-            continue
-        tensors = tensors_of(processor, [prompt.text], [pictures])
-        inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
-        for variant in missing:
-            encoded = None if variant.stock else known.of(question, pictures, variant.tower_share)
-            asking = _Asked(question, variant, inputs, encoded, question.max_new_tokens or max_new_tokens)
-            if variant.name not in warm:  # the first generation pays for allocations and kernels: not timed
-                _generate(model, processor, asking)
-                warm.add(variant.name)
-            answer = _generate(model, processor, asking)
-            record(answer if encoded is None else known.charged(question, answer, variant.tower_share))
+    def answers() -> Generator[Answer, None, None]:
+        many = [variant for variant in variants if max_running > 1 and variant.config and can_run(variant.config)]
+        alone = [variant for variant in variants if variant not in many]
+        yield from answers_alone(model, processor, share, alone, max_new_tokens=max_new_tokens, is_done=is_done)
+        for variant in many:
+            missing = [question for question in share if not is_done(question, variant)]
+            if missing:
+                yield from answers_together(
+                    model,
+                    processor,
+                    missing,
+                    variant,
+                    max_new_tokens=max_new_tokens,
+                    max_running=max_running,
+                    memory=memory,
+                )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """A question to one variant: the processor's inputs, its pictures if they are encoded, and the longest answer."""
-
-    question: Question
-    variant: Variant
-    inputs: dict[str, torch.Tensor]
-    encoded: Pictures | None
-    max_new_tokens: int
-
-
-def _blank(question: Question, variant: Variant, error: str = "") -> Answer:
-    """An answer without text, with what was asked beside it."""
-    return Answer(
-        question=question.name,
-        way=variant.name,
-        text="",
-        seconds=0.0,
-        new_tokens=0,
-        asked=question.text,
-        pictures=tuple(picture.name for picture in question.pictures),
-        right=question.answers,
-        error=error,
-    )
-
-
-def _generate(model: Any, processor: Any, asked: _Asked) -> Answer:
-    question, variant, inputs = asked.question, asked.variant, asked.inputs
-    settings: dict[str, Any] = {}
-    if asked.encoded is not None:
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
-    elif variant.config is not None:
-        settings = {"cache_implementation": "trimmed", "cache_config": variant.config}
-    on_gpu = inputs["input_ids"].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-        reset_peaks()
-    start = time.perf_counter()
-    if asked.encoded is not None:
-        settings = {CACHE: TrimmedCache(model, variant.config, pictures=asked.encoded)}
-    output = model.generate(
-        **inputs, max_new_tokens=asked.max_new_tokens, do_sample=False, return_dict_in_generate=True, **settings
-    )
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    answer = dataclasses.replace(
-        _blank(question, variant),
-        text=processor.decode(new, skip_special_tokens=True).strip(),
-        seconds=seconds,
-        new_tokens=len(new),
-        peak_bytes=peak_bytes() if on_gpu else 0,
-    )
-    if variant.config is None:
-        return answer
-    cache = cache_of(output)
-    report = cache.report()
-    return dataclasses.replace(
-        answer,
-        visible_tokens=report.visible_tokens[0],
-        kept_tokens=report.kept_tokens[0],
-        cross_kv_bytes=report.cross_kv_bytes,
-        stock_cross_kv_bytes=report.stock_cross_kv_bytes,
-        kept=pack_kept(cache.kept_indices[0].tolist(), report.total_tokens[0]),
-    )
+    with contextlib.closing(answers()) as found:  # whatever happens, no engine is left behind
+        for answer in found:
+            log.add(answer)
+            if on_answer is not None:
+                on_answer(answer)

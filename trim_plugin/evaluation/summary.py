@@ -27,8 +27,10 @@ class Summary:
         overlap: mean F1 of the words shared with the first variant's answer, which suits long answers.
         kept_share: kept visual tokens over visible ones.
         cross_kv_ratio: bytes of cached visual keys and values over stock's.
-        seconds: per question.
-        peak_bytes: most memory on the GPU, over all questions.
+        seconds: per question. Compare those that were answered as many at once.
+        peak_bytes: most memory on the GPU, over all questions; likewise.
+        at_once: how many questions were answered at once, at most. None if some were answered in other company than others, by
+            runs that went on with another number: then there are no seconds and no peak.
     """
 
     way: str
@@ -39,8 +41,9 @@ class Summary:
     overlap: float
     kept_share: float | None
     cross_kv_ratio: float | None
-    seconds: float
+    seconds: float | None
     peak_bytes: int | None
+    at_once: int | None = 1
 
 
 def summarize(
@@ -109,6 +112,7 @@ def _summary(
 ) -> Summary:
     known = [(q, a) for q, a in zip(questions, answers, strict=True) if q.answers]
     pairs = [(a.text, b.text) for a, b in zip(answers, first, strict=True)]
+    numbers = {a.at_once for a in answers}
     visible, stock = sum(a.visible_tokens for a in answers), sum(a.stock_cross_kv_bytes for a in answers)
     return Summary(
         way=variant.name,
@@ -119,8 +123,9 @@ def _summary(
         overlap=_mean([word_overlap(text, other) for text, other in pairs]),
         kept_share=sum(a.kept_tokens for a in answers) / visible if visible else None,
         cross_kv_ratio=sum(a.cross_kv_bytes for a in answers) / stock if stock else None,
-        seconds=_mean([a.seconds for a in answers]),
-        peak_bytes=max(a.peak_bytes for a in answers) or None,
+        seconds=_mean([a.seconds for a in answers]) if len(numbers) == 1 else None,
+        peak_bytes=(max(a.peak_bytes for a in answers) or None) if len(numbers) == 1 else None,
+        at_once=numbers.pop() if len(numbers) == 1 else None,
     )
 
 
