@@ -59,6 +59,11 @@ def test_command_model_given_twice(said):
         assert "the model is given twice: a and b" in said(*command, "--model", "a", "--model", "b")
 
 
+def test_command_memory_for_one_at_a_time(said, data):
+    line = said("eval", "--data", data, "--max-running", "1", "--memory", "8GiB")
+    assert "--memory is for questions that are answered at once, but --max-running is 1. Leave one out" in line
+
+
 def test_command_model_not_found(said):
     line = said(*ASK, "--model", "./nowhere")
     assert "cannot load ./nowhere: there is no such folder, and a hub id looks like owner/name" in line
