@@ -18,6 +18,8 @@ from trim_plugin.forward.hooks import TrimmedCache
 
 #: Positions at the left that no running text needs are cut off once there are this many.
 CUT = 64
+#: What is held of those who have ended is let go once it is this share of all, or when others join: it costs a copy of the rest.
+ENDED_SHARE = 0.25
 
 
 @dataclasses.dataclass
@@ -72,6 +74,10 @@ class RunningBatch:
     def __init__(self, model: Any, config: TrimConfig) -> None:
         self._model, self._config = model, config
         self.rows: list[Running] = []
+        #: Where each stands in what is held: some have ended and are still in it.
+        self._places: list[int] = []
+        #: The same on the device, once a step needs it.
+        self._there: torch.Tensor | None = None
         self._cache: TrimmedCache | None = None
         self._mask = torch.empty(0, 0, dtype=torch.long, device="cpu")
 
@@ -83,6 +89,7 @@ class RunningBatch:
             cache: what their prompts have left; emptied here.
             mask: int64 (requests, text tokens), 0 for padding.
         """
+        self.tidy()
         if self._cache is None:
             self._cache, self._mask = TrimmedCache(self._model, self._config), mask[:0]
         own, other = join_running(self._cache, cache)
@@ -90,20 +97,28 @@ class RunningBatch:
         coming = torch.nn.functional.pad(mask, (other, 0))
         self._mask = torch.cat([before, coming]) if len(self.rows) else coming
         self.rows += rows
+        self._places = list(range(len(self.rows)))
 
     def step(self) -> torch.Tensor:
         """One forward with everybody's last token: logits (requests, vocabulary).
 
         If it fails, what is held is as it was.
         """
-        length = self._mask.shape[1]
+        held, length = self._mask.shape
+        tokens = [0] * held
+        for place, row in zip(self._places, self.rows, strict=True):
+            tokens[place] = row.drawer.tokens[-1]
         try:
-            logits, mask = self._forward(self._cache, self._mask, self.rows)
+            logits, mask = self._forward(self._cache, self._mask, tokens)
         except BaseException:
             self._take_back(length)
             raise
         self._mask = mask
-        return logits
+        if len(self.rows) == held:
+            return logits
+        if self._there is None:
+            self._there = torch.tensor(self._places, device=logits.device)
+        return logits.index_select(0, self._there)
 
     def failing(self) -> dict[int, BaseException]:
         """Whose step fails when it is taken alone, and how. What is held stays as it is.
@@ -114,21 +129,21 @@ class RunningBatch:
         found: dict[int, BaseException] = {}
         if self._cache is None:
             return found
-        for place in range(len(self.rows)):
+        for number, (place, row) in enumerate(zip(self._places, self.rows, strict=True)):
             own = slice(place, place + 1)
             try:
-                self._forward(part_of(self._cache, own), self._mask[own], self.rows[own])
+                self._forward(part_of(self._cache, own), self._mask[own], row.drawer.tokens[-1:])
             except torch.AcceleratorError:
                 raise
             except BaseException as error:  # noqa: BLE001 - this request's failure
-                found[place] = error
+                found[number] = error
         return found
 
     def _forward(
-        self, cache: TrimmedCache | None, mask: torch.Tensor, rows: Sequence[Running]
+        self, cache: TrimmedCache | None, mask: torch.Tensor, tokens: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits after the last token of each, and the mask with it."""
-        ids = torch.tensor([[row.drawer.tokens[-1]] for row in rows], device=mask.device)
+        ids = torch.tensor([[token] for token in tokens], device=mask.device)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         with torch.no_grad():
             output = self._model(
@@ -150,23 +165,37 @@ class RunningBatch:
 
     def forget(self) -> list[Running]:
         """Let everybody go, and all that is held."""
-        rows, self.rows = self.rows, []
+        rows, self.rows, self._places, self._there = self.rows, [], [], None
         self._cache, self._mask = None, torch.empty(0, 0, dtype=torch.long, device="cpu")
         return rows
 
-    def leave(self, places: Sequence[int]) -> list[Running]:
-        """Let these rows go."""
+    def leave(self, places: Sequence[int], at_once: bool = False) -> list[Running]:
+        """Let these rows go.
+
+        Args:
+            places: in `rows`.
+            at_once: whether what is held of them goes now; else it may stay for some steps, which costs less than going alone.
+        """
         gone = [self.rows[place] for place in places]
         stay = [place for place in range(len(self.rows)) if place not in set(places)]
-        self.rows = [self.rows[place] for place in stay]
+        self.rows, self._places = [self.rows[place] for place in stay], [self._places[place] for place in stay]
+        self._there = None
+        held = self._mask.shape[0]
         if not stay:
             self.forget()
-        elif places and self._cache is not None:
-            chosen = torch.tensor(stay, device="cpu")
-            self._cache.batch_select_indices(chosen)
-            self._mask = self._mask.index_select(0, chosen.to(self._mask.device))
-            self._cut()
+        elif at_once or held - len(stay) >= ENDED_SHARE * held:
+            self.tidy()
         return gone
+
+    def tidy(self) -> None:
+        """Hold nothing of those who have ended."""
+        if self._cache is None or len(self.rows) == self._mask.shape[0]:
+            return
+        chosen = torch.tensor(self._places, device="cpu")
+        self._cache.batch_select_indices(chosen)
+        self._mask = self._mask.index_select(0, chosen.to(self._mask.device))
+        self._places, self._there = list(range(len(self.rows))), None
+        self._cut()
 
     def _cut(self) -> None:
         """Drop positions that are padding in every text."""

@@ -170,6 +170,11 @@ class Scheduler:
         if not chosen:
             return
         try:
+            self._batch.tidy()  # what those who have ended held is counted as free
+        except BaseException as error:  # noqa: BLE001 - as below
+            self._start_over(error, chosen)
+            return
+        try:
             rows, cache, mask, logits = self._reader.read(chosen)
         except BaseException as error:  # noqa: BLE001 - one request's failure is that request's, whatever it is
             self._not_read(chosen, error)
@@ -245,11 +250,11 @@ class Scheduler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _gone(self, places: Sequence[int]) -> list[Running]:
+    def _gone(self, places: Sequence[int], at_once: bool = True) -> list[Running]:
         """Rows that leave the batch."""
         gone = [self._batch.rows[place] for place in places]
         try:
-            self._batch.leave(places)
+            self._batch.leave(places, at_once)
         except BaseException as error:  # noqa: BLE001 - those who leave have theirs already
             self._start_over(error)
         self._fitting = min(self._most, self._fitting + len(gone))
@@ -292,7 +297,7 @@ class Scheduler:
                 self._finish(row, reason)
                 ended.append(place)
         if ended:
-            self._gone(ended)
+            self._gone(ended, at_once=False)
 
     def _leave(self, places: Sequence[int], reason: str) -> None:
         for row in self._gone(places) if places else ():
