@@ -18,7 +18,7 @@ from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.engine.engine import EngineClosed
 from trim_plugin.engine.memory import Room
-from trim_plugin.engine.request import Sampling
+from trim_plugin.engine.request import Request, Sampling
 from trim_plugin.pictures.prompting import open_picture, written
 
 EXAMPLES = examples()
@@ -353,3 +353,24 @@ def test_a_request_may_keep_another_share_by_the_default_rule(small, rule):
         assert answer.kept == expected.report().kept_tokens[0]
         plain = engine.submit("Read all digits.", images=PICTURES[:1], max_new_tokens=2).result(60)
         assert plain.kept != answer.kept
+
+
+def test_a_request_that_is_cancelled_while_the_cancelled_are_looked_for_is_not_lost(small, monkeypatch):
+    """As by another thread, just after the engine has seen that it is not cancelled."""
+    own, looked = Request.cancelled, []
+
+    def cancelled(request):
+        seen = own.fget(request)
+        if request in looked:
+            request.cancel()
+        return seen
+
+    monkeypatch.setattr(Request, "cancelled", property(cancelled))
+    with Engine(*small, CONFIG, max_running=1) as engine:
+        first = engine.submit("Read all digits.", images=PICTURES[:1], max_new_tokens=30)
+        while not engine.stats()["running"]:
+            time.sleep(0.001)
+        second = engine.submit("Read all digits.", images=PICTURES[:1], max_new_tokens=30)
+        looked.append(second)
+        assert second.result(timeout=20).finish_reason == "cancelled"
+        assert first.result(timeout=20).finish_reason in ("stop", "length")

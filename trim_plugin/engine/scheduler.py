@@ -136,7 +136,9 @@ class Scheduler:
         self._leave([place for place, row in enumerate(self._batch.rows) if row.request.cancelled], "cancelled")
         with self._changed:
             cancelled = [request for request, _ in self._waiting if request.cancelled]
-            self._waiting = collections.deque(one for one in self._waiting if not one[0].cancelled)
+            if cancelled:
+                gone = set(map(id, cancelled))
+                self._waiting = collections.deque(one for one in self._waiting if id(one[0]) not in gone)
         for request in cancelled:
             self._finish(Running(request, Drawer(request.sampling, ()), Writer(self._tokenizer), 0, 0, 0), "cancelled")
 
