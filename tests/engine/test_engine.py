@@ -355,6 +355,25 @@ def test_a_request_may_keep_another_share_by_the_default_rule(small, rule):
         assert plain.kept != answer.kept
 
 
+def test_those_who_have_ended_leave_together(small, monkeypatch):
+    """Letting one go copies what is held of all others."""
+    copies, of_all = [], TrimmedCache.batch_select_indices
+    monkeypatch.setattr(TrimmedCache, "batch_select_indices", lambda cache, own: copies.append(1) or of_all(cache, own))
+    lengths, all_in = range(1, 17), threading.Event()
+    handle = small[0].model.vision_model.register_forward_pre_hook(lambda *_: all_in.wait(60) and None)
+    try:
+        with Engine(*small, TrimConfig(top_k_ratio=1.0)) as engine:
+            asked = [engine.submit("Read all digits.", images=PICTURES[4:5], max_new_tokens=new) for new in lengths]
+            all_in.set()
+            answers = [request.result(timeout=60) for request in asked]
+    finally:
+        handle.remove()
+    longest = answers[-1].tokens
+    assert [answer.tokens for answer in answers] == [longest[:new] for new in lengths]
+    assert len(longest) > 12  # they end one after the other
+    assert len(copies) <= 10
+
+
 def test_a_request_that_is_cancelled_while_the_cancelled_are_looked_for_is_not_lost(small, monkeypatch):
     """As by another thread, just after the engine has seen that it is not cancelled."""
     own, looked = Request.cancelled, []
