@@ -84,7 +84,8 @@ def _haste(device: torch.device) -> torch.Tensor:
     others; later rounds and more tokens are as the last ones."""
     more = (torch.arange(ONE_BY_ONE + RAMP + 1, dtype=torch.float32, device="cpu") - ONE_BY_ONE).clamp(min=0)[:, None]
     rounds = torch.arange(SCHEDULED, dtype=torch.float32, device="cpu")
-    late = (1 - torch.tensor(FAR_ENOUGH)[:, None, None]) * (more / LATE_RAMP).clamp(max=1)
+    lacking = 1 - torch.tensor(FAR_ENOUGH, dtype=torch.float32, device="cpu")[:, None, None]
+    late = lacking * (more / LATE_RAMP).clamp(max=1)
     return (late + EARLY * more / RAMP * FADING**rounds + NO_HASTE).to(device)
 
 
