@@ -374,6 +374,32 @@ def test_those_who_have_ended_leave_together(small, monkeypatch):
     assert len(copies) <= 10
 
 
+def test_closing_cancels_those_who_are_being_read(small, monkeypatch):
+    model, processor = small
+    monkeypatch.setattr(model.generation_config, "eos_token_id", -1)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        reading.set()
+        go_on.wait(20)
+
+    handle = model.model.vision_model.register_forward_pre_hook(wait)
+    try:
+        engine = Engine(model, processor, CONFIG)
+        request = engine.submit("How many?", images=PICTURES[:1], max_new_tokens=200)
+        assert reading.wait(20)
+        closing = threading.Thread(target=engine.close, kwargs={"cancel": True})
+        closing.start()
+        time.sleep(0.1)  # it waits for the engine's thread
+        go_on.set()
+        closing.join(20)
+    finally:
+        handle.remove()
+    finished = request.result(timeout=20)
+    assert finished.finish_reason == "cancelled"
+    assert len(finished.tokens) < 10
+
+
 def test_a_request_that_is_cancelled_while_the_cancelled_are_looked_for_is_not_lost(small, monkeypatch):
     """As by another thread, just after the engine has seen that it is not cancelled."""
     own, looked = Request.cancelled, []

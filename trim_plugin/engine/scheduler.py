@@ -51,6 +51,8 @@ class Scheduler:
         self._waiting: collections.deque[tuple[Request, int]] = collections.deque()
         self._changed = threading.Condition()
         self._closing = False
+        #: Whether nobody is answered any further: not even those who are just being read, and so neither wait nor run.
+        self._cancelling = False
         self.died: BaseException | None = None
         #: Nothing more is read until somebody has left: the device was full.
         self._full = False
@@ -78,9 +80,7 @@ class Scheduler:
         """Take nothing more, and end once all is answered, or at the next step."""
         with self._changed:
             self._closing = True
-            if cancel:
-                for request in self._requests():
-                    request.cancel()
+            self._cancelling |= cancel
             self._changed.notify_all()
 
     def check_open(self) -> None:
@@ -133,6 +133,9 @@ class Scheduler:
         return True
 
     def _drop_cancelled(self) -> None:
+        if self._cancelling:
+            for request in self._requests():
+                request.cancel()
         self._leave([place for place, row in enumerate(self._batch.rows) if row.request.cancelled], "cancelled")
         with self._changed:
             cancelled = [request for request, _ in self._waiting if request.cancelled]
