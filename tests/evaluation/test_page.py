@@ -47,6 +47,14 @@ def made():
     return text
 
 
+def test_every_error_is_shown_if_nothing_was_answered():
+    questions = [Question("unread", (Path("c.png"),), "Which?")]
+    given = list(answers("unread", "", "", error="not a picture: c.png"))
+    assert summarize(questions, WAYS, given) == []
+    text = report_html(questions, [], given, lambda question: pytest.fail("no picture can be shown"))
+    assert text.count("<p class=error>not a picture: c.png</p>") == 2
+
+
 class Reader(HTMLParser):
     """Checks that tags close in order and notes what is shown and fetched."""
 

@@ -69,7 +69,8 @@ def report_html(
         match: as in `summarize`.
     """
     found = {(answer.question, answer.way): answer for answer in answers}
-    names = [row.way for row in rows]
+    # If nothing was answered, there is no row, and every question's error is shown all the same.
+    names = [row.way for row in rows] or list(dict.fromkeys(answer.way for answer in answers))
     groups: dict[str, list[str]] = {"different": [], "same": [], "unread": []}
     styles: list[str] = []
     for question in questions:
