@@ -224,6 +224,27 @@ def test_a_page_is_chosen_in_few_launches(rule, most, reads, choosing):
     assert device.copies.total() == 0
 
 
+def test_pages_are_chosen_from_together_however_small_the_share(choosing):
+    """A GPU's launches are those of one page."""
+    if choosing == "in rounds":
+        pytest.skip("a page is chosen in rounds either way")
+    states = smooth(2 * 6404, torch.Generator().manual_seed(0)).view(2, 6404, 64)
+    with Emulation() as device:
+        states, members = states.to("cuda"), torch.ones(2, 6404, dtype=torch.bool).to("cuda")
+        KCenter(0.05).choose(states, members)  # tables are made once
+        device.clear()
+        KCenter(0.05).choose(states[:1], members[:1])
+        one = device.launches.total()
+        device.clear()
+        KCenter(0.05).choose(states, members)
+    assert device.launches.total() <= 1.5 * one
+
+
+def test_a_share_may_be_as_small_as_a_number_can_be():
+    chosen = KCenter(1e-310).choose(torch.randn(1, 50, 8), torch.ones(1, 50, dtype=torch.bool))
+    assert int(chosen.sum()) == 1
+
+
 def test_few_and_many_in_one_batch_are_each_as_alone(choosing):
     """Groups of both kinds, and a sample without any members."""
     generator = torch.Generator().manual_seed(5)

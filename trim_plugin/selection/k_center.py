@@ -113,7 +113,8 @@ class KCenter(VisualTokenProcessor):
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
-        at_once = max(1, COVER_BYTES // (4 * (FEATURES + COLUMNS + max(CANDIDATES, min(width, limit))) * max(1, width)))
+        compared = width if width <= limit else CANDIDATES  # with all others, or with what a round looks at
+        at_once = max(1, COVER_BYTES // (4 * (FEATURES + COLUMNS + compared) * max(1, width)))
         with full_float32(states.device):
             for start in range(0, len(rows) if width else 0, at_once):
                 part = slice(start, start + at_once)
@@ -151,7 +152,7 @@ class KCenter(VisualTokenProcessor):
     @property
     def _few(self) -> int:
         """Groups of at most so many tokens are chosen from one by one."""
-        return FEW if self.kept_share is None else max(FEW, min(SMALL, int(SINGLY / self.kept_share)))
+        return FEW if self.kept_share is None else max(FEW, int(min(SMALL, SINGLY / self.kept_share)))
 
     @property
     def arguments(self) -> dict[str, float | None]:
