@@ -110,6 +110,18 @@ def test_what_no_engine_can_have_is_answered_alone(small, tmp_path):
     assert found["a", "growing"].text == found["a", "fixed"].text
 
 
+@pytest.mark.parametrize(("name", "value", "at_once"), [("min_new_tokens", 4, 1), ("repetition_penalty", 1.0, 4)])
+def test_what_a_model_asks_for_beyond_greedy_holds_for_every_variant(
+    small, tmp_path, monkeypatch, name, value, at_once
+):
+    monkeypatch.setattr(small[0].generation_config, name, value)
+    questions = [Question(str(place), PICTURES[place : place + 1], EXAMPLES[place].question) for place in range(3)]
+    found = answers(small, tmp_path, questions, variants_for([1.0]), max_running=4)
+    assert {answer.at_once for (_, way), answer in found.items() if way == "exact"} == {at_once}
+    for (question, way), answer in found.items():
+        assert answer.text == found[question, "stock"].text, way
+
+
 def test_a_question_that_fails_is_its_own_error(small, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     questions = [

@@ -13,6 +13,18 @@ from trim_plugin.evaluation.questions import Question
 from trim_plugin.evaluation.together import answers_together
 from trim_plugin.variants import Variant
 
+#: What of a model's `generation_config` changes greedy answers of `generate`, and what it is where it changes nothing. An
+#: engine looks at none of it.
+CHANGING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (None, 1)),
+    **dict.fromkeys(
+        ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0)
+    ),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
+    **dict.fromkeys(("stop_strings", "max_time", "watermarking_config"), (None,)),
+}
+
 
 def evaluate(
     model: Any,
@@ -31,7 +43,8 @@ def evaluate(
     """Answer greedily what the log doesn't hold yet, and log every answer as it comes.
 
     Trimmed variants answer many questions at once, one variant after the other (`Engine`); what each answers is what it would
-    alone. Transformers' own cache, and a variant that no engine can have, answer one at a time. So the seconds and peaks of the
+    alone. Transformers' own cache, and a variant that no engine can have, answer one at a time; so does every variant where the
+    model's `generation_config` changes greedy answers (`CHANGING`), which no engine looks at. So the seconds and peaks of the
     two kinds are not to be compared, and `Answer.at_once` says which is which: `max_running=1` answers all questions one at a
     time, each read anew, for times and memory that are.
 
@@ -77,7 +90,8 @@ def evaluate(
         return (question.name, variant.name) in done
 
     def answers() -> Generator[Answer, None, None]:
-        many = [variant for variant in variants if max_running > 1 and variant.config and can_run(variant.config)]
+        together = max_running > 1 and _is_plain(model.generation_config)
+        many = [variant for variant in variants if together and variant.config and can_run(variant.config)]
         alone = [variant for variant in variants if variant not in many]
         yield from answers_alone(model, processor, share, alone, max_new_tokens=max_new_tokens, is_done=is_done)
         for variant in many:
@@ -98,3 +112,8 @@ def evaluate(
             log.add(answer)
             if on_answer is not None:
                 on_answer(answer)
+
+
+def _is_plain(generation_config: Any) -> bool:
+    """Whether greedy answers are the likeliest tokens up to an end token, as an engine's are."""
+    return all(getattr(generation_config, name, None) in plain for name, plain in CHANGING.items())
