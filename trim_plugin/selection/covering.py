@@ -17,8 +17,9 @@ CANDIDATES = 384
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
 #: it is full with `LATE_RAMP` more, and that of the first rounds with `RAMP` more.
 ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
-#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance: in
-#: groups of up to `SMALL` tokens, where a token taken too early shows more, and in larger ones; ...
+#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance, less
+#: 0.4 times what this lacks of 1, since limits go towards `BEYOND`: in groups of up to `SMALL` tokens, where a token taken too
+#: early shows more, and in larger ones. Where the farthest is no farther than that, all are far enough; ...
 SMALL, FAR_ENOUGH = 3000, (0.985, 0.95)
 #: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
 #: uncovered, the later ones cover: only the last ones' distances stay.

@@ -30,9 +30,10 @@ class KCenter(VisualTokenProcessor):
 
     Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones; so are up to 240 of
     up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones,
-    goes through them from the farthest on, and takes each that is at least 0.95 as far as the farthest (0.985 in groups of up
-    to 3,000), from chosen tokens and from those it takes itself; the first rounds are content with a quarter less. The cover is
-    the greedy choice's within 3 %, but for one group in 500 (`docs/explanation/merging.md`). All visibility groups and samples
+    goes through them from the farthest on, and takes each that is at least 0.95 as far as the farthest, less 0.02 (0.985 in
+    groups of up to 3,000, less 0.006), from chosen tokens and from those it takes itself; the first rounds are content with less.
+    On drawn pages the cover is the greedy choice's within 3 %, but for one group in 500; where the greedy choice leaves hardly
+    any distance, it is worse (`docs/explanation/merging.md`). All visibility groups and samples
     are chosen for at once, each as if it were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
