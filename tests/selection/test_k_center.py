@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -28,12 +27,10 @@ def choosing(request):
         if request.param == "in rounds":
             patch.setattr(k_center, "FEW", 0)
             patch.setattr(k_center, "SINGLY", 0)
-            patch.setattr(sys.modules[__name__], "NEARLY", 1e-4)
         yield request.param
 
 
-#: Cosines that differ by less may be in either order: what `covering.EQUAL` calls equal; in rounds `NO_HASTE` of what a
-#: similarity can grow.
+#: Cosines that differ by less may be in either order: what `covering.EQUAL` calls equal.
 NEARLY = 1.2e-5
 
 
@@ -113,6 +110,12 @@ def blank(tokens, generator):
     return states
 
 
+def near(tokens, generator):
+    """A smooth path of states that are all nearly the same: distances of a thousandth."""
+    steps = 0.02 * torch.randn(tokens, 64, generator=generator).cumsum(dim=0)
+    return 3 * torch.randn(1, 64, generator=generator) + steps + 0.02 * torch.randn(tokens, 64, generator=generator)
+
+
 def cover(states, chosen):
     """The largest and the mean distance to a chosen token."""
     rows = torch.nn.functional.normalize(states.double(), dim=-1)
@@ -130,10 +133,10 @@ def greedily(states, count):
     return torch.tensor(chosen)
 
 
-# The same draws every time: of 2,678 others 5 went beyond three per cent, four of them to less than 3.6.
+# The same draws every time: the largest distance is that of one token, and may be worse once in thousands.
 @settings(max_examples=24, derandomize=True)
 @given(
-    st.sampled_from([smooth, clustered, noise, blank]),
+    st.sampled_from([smooth, clustered, noise, blank, near]),
     st.one_of(st.integers(200, 1200), st.integers(1201, 2500)),
     st.sampled_from([0.05, 0.1, 0.25, 0.35, 0.5]),
     st.integers(0, 2**20),

@@ -17,13 +17,12 @@ CANDIDATES = 384
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
 #: it is full with `LATE_RAMP` more, and that of the first rounds with `RAMP` more.
 ONE_BY_ONE, LATE_RAMP, RAMP = 24, 200, 800
-#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance, less
-#: 0.4 times what this lacks of 1, since limits go towards `BEYOND`: in groups of up to `SMALL` tokens, where a token taken too
-#: early shows more, and in larger ones. Where the farthest is no farther than that, all are far enough; ...
-SMALL, FAR_ENOUGH = 3000, (0.985, 0.95)
+#: Full haste: a round takes what is at least this far from the chosen tokens, as a share of the farthest token's distance: in
+#: groups of up to `SMALL` tokens, where a token taken too early shows more, and in larger ones; ...
+SMALL, FAR_ENOUGH = 3000, (0.95, 0.90)
 #: ... and the first round takes what lacks this much more, each later one three tenths less of it. What the first tokens leave
 #: uncovered, the later ones cover: only the last ones' distances stay.
-EARLY, FADING = 0.25, 0.7
+EARLY, FADING = 0.3, 0.7
 #: Rounds before the host asks for the first time whether a small group has enough: most pictures need so many, or more.
 ROUNDS_IF_SMALL = 22
 #: Rounds that differ in haste.
@@ -35,8 +34,6 @@ EQUAL = 1e-5
 #: Similarities are (cosine + 2) / 4, so that a product with 0 is less like anything than any token. `SAME` is that of equal
 #: tokens; what is chosen, or no member, has `DONE`.
 SAME, DONE = 0.75, 1.0
-#: A limit is this far from the farthest similarity to `BEYOND`, if there is no haste: `EQUAL` at `SAME`, and never above `DONE`.
-NO_HASTE, BEYOND = 2.5e-5, 0.85
 #: Shorter states than about this have no direction: float32 cannot hold the squares of their values.
 SHORTEST = 1e-15
 #: Columns of features that make similarities of cosines: four, so that rows stay aligned.
@@ -87,14 +84,14 @@ def _haste(device: torch.device) -> torch.Tensor:
     rounds = torch.arange(SCHEDULED, dtype=torch.float32, device="cpu")
     lacking = 1 - torch.tensor(FAR_ENOUGH, dtype=torch.float32, device="cpu")[:, None, None]
     late = lacking * (more / LATE_RAMP).clamp(max=1)
-    return (late + EARLY * more / RAMP * FADING**rounds + NO_HASTE).to(device)
+    return (late + EARLY * more / RAMP * FADING**rounds).to(device)
 
 
 @functools.lru_cache(maxsize=8)
 def _beyond(looked_at: int, device: torch.device) -> torch.Tensor:
     """What limits go towards, (candidates, candidates): no candidate is too near itself or a later one."""
     beyond = torch.full((looked_at, looked_at), math.inf, dtype=torch.float32, device=device)
-    return beyond.masked_fill_(torch.ones_like(beyond).tril_(-1) > 0, BEYOND)
+    return beyond.masked_fill_(torch.ones_like(beyond).tril_(-1) > 0, SAME)
 
 
 def _rounds_for(wanted: int, count: int) -> int:
@@ -244,7 +241,7 @@ class Rounds:
         near, slots = near[:, : len(self.beyond)], slots[:, : len(self.beyond)]
         own = self.features.gather(1, slots[..., None].expand(-1, -1, self.features.shape[2]))
         haste = self.haste[:, min(len(self.takes), SCHEDULED) - 1]
-        limits = torch.lerp(near[:, :1, None], self.beyond, haste[:, None, None])
+        limits = torch.lerp(near[:, :1, None].add(EQUAL / 4), self.beyond, haste[:, None, None])
         limit = limits[:, -1, :1]
         if self.covered is not None:
             limit = limit.clamp(max=self.covered)

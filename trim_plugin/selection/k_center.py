@@ -30,16 +30,15 @@ class KCenter(VisualTokenProcessor):
 
     Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones; so are up to 240 of
     up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones,
-    goes through them from the farthest on, and takes each that is at least 0.95 as far as the farthest, less 0.02 (0.985 in
-    groups of up to 3,000, less 0.006), from chosen tokens and from those it takes itself; the first rounds are content with less.
-    On drawn pages the cover is the greedy choice's within 3 %, but for one group in 500; where the greedy choice leaves hardly
-    any distance, it is worse (`docs/explanation/merging.md`). All visibility groups and samples
-    are chosen for at once, each as if it were alone.
+    goes through them from the farthest on, and takes each that is at least 0.9 as far as the farthest (0.95 in groups of up to
+    3,000), from chosen tokens and from those it takes itself; the first rounds are content with less. The cover is the greedy
+    choice's within 3 % (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it
+    were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
-    in every round one product of N × 384 × 260 values, a sort of N, and 16 small operations: no N × K matrix exists. The host
+    in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. The host
     is read twice in most cases: how many members there are, and whether enough are chosen. For a page of the 11B model 10 to
-    16 rounds choose 641 of 6,404 tokens, 14 to 16 rounds 2,242. Scratch: up to 1,460 float32 values a token (128 MiB of them
+    16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values a token (128 MiB of them
     at a time).
 
     Args:
