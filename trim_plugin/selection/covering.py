@@ -42,6 +42,11 @@ COLUMNS = 4
 ROUNDS_UNASKED = 6
 #: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
 DIGITS = 6
+#: What is wrong where states are NaN.
+NAN_STATES = (
+    "The visual states are NaN: the picture or the model's weights hold NaN or inf, so KCenter could not choose. "
+    "top_k_ratio=1.0 chooses nothing and does what transformers does."
+)
 #: Tokens that are taken one after the other before the host asks whether a radius is covered.
 TAKEN_UNASKED = 32
 
@@ -117,7 +122,7 @@ def _first(features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def one_by_one(
-    features: torch.Tensor, valid: torch.Tensor, most: int, radius: float | None = None
+    features: torch.Tensor, valid: torch.Tensor, most: int, unclear: list[torch.Tensor], radius: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Always the token that is least like all taken ones, the first of equal ones.
 
@@ -128,17 +133,15 @@ def one_by_one(
         features: float32 (rows, slots, width), see `features_of`.
         valid: bool (rows, slots).
         most: how many tokens are taken at most.
+        unclear: bool (1,) is added to it, whether a state is NaN; what is returned means nothing then.
         radius: no more are taken once none is further than this from a taken one.
 
     Returns:
         int64 (rows, tokens), the slots in order; bool, whether something was still uncovered: those count that were taken then.
 
-    Raises:
-        ValueError: a state is NaN.
-
     Example:
         >>> states = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
-        >>> one_by_one(features_of(states), torch.ones(1, 4, dtype=torch.bool), most=3)[0]
+        >>> one_by_one(features_of(states), torch.ones(1, 4, dtype=torch.bool), most=3, unclear=[])[0]
         tensor([[1, 2, 0]])
     """
     first, most_alike = _first(features, valid)
@@ -155,7 +158,7 @@ def one_by_one(
         torch.maximum(nearest, alike[rows, slot], out=nearest)
         if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
             break
-    _check(most_alike[:, 0].tolist())
+    unclear.append(most_alike.isnan().any()[None])
     return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered
 
 
@@ -262,7 +265,4 @@ class Rounds:
 
 def _check(most_alike: list[float]) -> None:
     if any(map(math.isnan, most_alike)):
-        raise ValueError(
-            "The visual states are NaN: the picture or the model's weights hold NaN or inf, so KCenter could not choose. "
-            "top_k_ratio=1.0 chooses nothing and does what transformers does."
-        )
+        raise ValueError(NAN_STATES)

@@ -8,7 +8,7 @@ import math
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
-from trim_plugin.selection.covering import CANDIDATES, COLUMNS, SMALL, Rounds, features_of, one_by_one
+from trim_plugin.selection.covering import CANDIDATES, COLUMNS, NAN_STATES, SMALL, Rounds, features_of, one_by_one
 from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack
@@ -37,9 +37,9 @@ class KCenter(VisualTokenProcessor):
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
     in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. The host
-    is read twice in most cases: how many members there are, and whether enough are chosen. For a page of the 11B model 10 to
-    16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values a token (128 MiB of them
-    at a time).
+    asks the device whether rounds have chosen enough, once in most cases, and how many members there are if nobody knows. For a
+    page of the 11B model 10 to 16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values
+    a token (128 MiB of them at a time).
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
@@ -81,17 +81,40 @@ class KCenter(VisualTokenProcessor):
         """Keep what is chosen in each group for all heads."""
         if states is None:
             raise TypeError("KCenter needs the visual states as a third argument.")
-        members = group[:, None] == torch.arange(groups, device=group.device)[:, None]
-        left = members & (scores != -math.inf).any(dim=1)[:, None]
-        chosen = self.choose(states, left)
+        members = members_of(group, groups) & (scores != -math.inf).any(dim=1)[:, None]
+        chosen = self.choose(states, members)
         return scores.masked_fill(~(chosen if groups == 1 else chosen.any(dim=1, keepdim=True)), -math.inf)
 
-    def choose(self, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    def keeps(self, count: int) -> int:
+        """How many of so many tokens of a group a share keeps.
+
+        Raises:
+            ValueError: with a radius that depends on the picture.
+
+        Example:
+            >>> KCenter(0.1).keeps(101), KCenter(0.1).keeps(0)
+            (11, 0)
+        """
+        if self.kept_share is None:
+            raise ValueError(f"How many tokens {self} keeps depends on the picture.")
+        return max(1, math.ceil(self.kept_share * count - 1e-9)) if count else 0
+
+    def choose(
+        self,
+        states: torch.Tensor,
+        members: torch.Tensor,
+        *,
+        counts: list[list[int]] | None = None,
+        unclear: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The tokens to keep, without any prompt.
 
         Args:
             states: (batch, tokens, width), visual states.
             members: bool (batch, tokens), the tokens to choose among; or (batch, groups, tokens), for each group apart.
+            counts: for every sample, how many members each of its groups has, where somebody knows; None: the device is asked.
+            unclear: a list for bool tensors (1,) that nobody has looked at yet, whether states are NaN. None: they are looked at,
+                and an error is raised.
 
         Returns:
             bool, of the shape of `members`; nothing where there are no members.
@@ -101,15 +124,28 @@ class KCenter(VisualTokenProcessor):
         """
         if self.kept_share == 1.0:
             return members
+        asked: list[torch.Tensor] = []
+        chosen = self._choose(states, members, counts, asked)
+        if unclear is not None:
+            unclear.extend(asked)
+        else:
+            check_states(asked)
+        return chosen
+
+    def _choose(
+        self, states: torch.Tensor, members: torch.Tensor, known: list[list[int]] | None, unclear: list[torch.Tensor]
+    ) -> torch.Tensor:
         tokens = members.shape[-1]
         rows = members.reshape(-1, tokens)
         counts = rows.sum(dim=1, keepdim=True)
-        there = [int(count) for count in counts[:, 0].tolist()]
+        there = counts[:, 0].tolist() if known is None else [count for sample in known for count in sample]
         chosen, width = torch.zeros_like(rows), max(there, default=0)
         limit = self._few
         if width > limit and any(0 < count <= limit for count in there):  # each kind as if it were alone
             few = members & (counts <= limit).view(*members.shape[:-1], 1)
-            return self.choose(states, few) | self.choose(states, members & ~few)
+            fewer = [[count if count <= limit else 0] for count in there]
+            more = [[count if count > limit else 0] for count in there]
+            return self._choose(states, few, fewer, unclear) | self._choose(states, members & ~few, more, unclear)
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
@@ -123,14 +159,19 @@ class KCenter(VisualTokenProcessor):
                 else:
                     sample = torch.arange(len(rows), device=rows.device)[part, None] // (len(rows) // len(states))
                     features = features_of(states, sample * tokens + positions[part])
-                slots, taken = self._cover(features, valid[part], counts[part], there[part])
+                slots, taken = self._cover(features, valid[part], counts[part], there[part], unclear)
                 # A slot that is not taken repeats the first one, which is taken.
                 slots = torch.where(taken, slots, slots[:, :1])
                 chosen[part].scatter_(1, slots if positions is None else positions[part].gather(1, slots), True)
         return (chosen if whole else chosen & rows).view_as(members)
 
     def _cover(
-        self, features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, there: list[int]
+        self,
+        features: torch.Tensor,
+        valid: torch.Tensor,
+        counts: torch.Tensor,
+        there: list[int],
+        unclear: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of features (rows, slots, width) in the order in which they are chosen, and which of them are taken.
 
@@ -139,12 +180,12 @@ class KCenter(VisualTokenProcessor):
         few = max(there) <= self._few
         if self.kept_share is None:
             if few:
-                return one_by_one(features, valid, max(there), self.radius)
+                return one_by_one(features, valid, max(there), unclear, self.radius)
             return Rounds.begin(features, valid, counts, counts).until_covered(float(self.radius or 0.0))
-        wanted = _rounded_up(self.kept_share, valid.shape[1], valid.device)[counts]
-        known = [_rounded_up_of(self.kept_share, count) for count in there]
+        wanted = _kept_of_each(self, valid.shape[1], valid.device)[counts]
+        known = [self.keeps(count) for count in there]
         if few:
-            slots, _ = one_by_one(features, valid, max(known))
+            slots, _ = one_by_one(features, valid, max(known), unclear)
             return slots, torch.arange(slots.shape[1], device=slots.device) < wanted
         slots, taken, place = Rounds.begin(features, valid, wanted, counts).until_counted(known, there)
         return slots, taken & (place <= wanted)
@@ -163,13 +204,19 @@ class KCenter(VisualTokenProcessor):
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
 
 
-def _rounded_up_of(kept_share: float, count: int) -> int:
-    """Tokens to keep of so many."""
-    return max(1, math.ceil(kept_share * count - 1e-9))
+def check_states(unclear: list[torch.Tensor]) -> None:
+    """Raise `ValueError` if any of these bool tensors (1,) says that a visual state is NaN; the device is asked once for all."""
+    if unclear and any(torch.cat(unclear).tolist()):
+        raise ValueError(NAN_STATES)
+
+
+def members_of(group: torch.Tensor, groups: int) -> torch.Tensor:
+    """bool (batch, groups, tokens): the tokens of each visibility group, of int64 (batch, tokens), the group of each."""
+    return group[:, None] == torch.arange(groups, device=group.device)[:, None]
 
 
 @functools.lru_cache(maxsize=16)
-def _rounded_up(kept_share: float, most: int, device: torch.device) -> torch.Tensor:
+def _kept_of_each(rule: KCenter, most: int, device: torch.device) -> torch.Tensor:
     """int64 (most + 1,): tokens to keep of every number of them. A table, so that 0.1 of 260 tokens are 26 whatever a device's
     float32 makes of it; some have no float64."""
-    return torch.tensor([_rounded_up_of(kept_share, count) for count in range(most + 1)], device=device)
+    return torch.tensor([rule.keeps(count) for count in range(most + 1)], device=device)
