@@ -13,8 +13,6 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE
-from trim_plugin.forward.finding import cross_layers
-from trim_plugin.forward.hooks import before_layer
 
 TILES = 4
 ASPECT_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -175,11 +173,6 @@ def trimmed(model: Any, inputs: dict[str, torch.Tensor], config: Any, new: int =
 
 #: Two samples of unequal pictures and texts.
 PAIR = [Sample((1, (6,), 6)), Sample((2, (1,), 3))]
-
-
-def has_hooks(text_model: Any) -> bool:
-    """Whether every cross-attention layer of an `MllamaTextModel` carries trim_plugin's hooks."""
-    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
 def prefilled(

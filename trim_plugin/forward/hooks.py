@@ -24,8 +24,10 @@ from trim_plugin.forward.finding import (
     Parts,
     attaching,
     attention_of,
+    check_attention,
     check_layers_get_caches,
     check_reads_caches,
+    cross_layers,
     find_text_model,
     parts_of,
     put_on,
@@ -70,14 +72,9 @@ def _attach(model: torch.nn.Module, parts: Parts) -> None:
             put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
 
 
-def check_attention(model: Any) -> None:
-    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
-    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
-    if implementation is not None and implementation.endswith("flex_attention"):
-        raise ValueError(
-            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
-            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
-        )
+def has_hooks(text_model: Any) -> bool:
+    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
+    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
 @Hook
@@ -151,17 +148,17 @@ def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     text = _text_of(kwargs)
     if not isinstance(cache, HeldCache) or text is None:
         return None
-    rows, brings = text.shape[1], kwargs.get("cross_attention_states") is not None
-    if not brings and rows == 1 and torch.compiler.is_compiling():
+    rows, brings, mask = text.shape[1], kwargs.get("cross_attention_states") is not None, kwargs.get("attention_mask")
+    decodes = not brings and rows == 1
+    if decodes and torch.compiler.is_compiling():
         return None  # decoding is kept free of anything that a compiled graph could not hold
     _check_cache(text_model, cache, len(text))
-    mask = kwargs.get("attention_mask")
-    if not brings and rows == 1:
+    if decodes:
         cache.turn = None  # one that was prepared, and never begun
-    elif cache.turn is None and (brings or cache.kept is not None):
-        cache.turn = Turn(padding=padding_of(mask, int(cache.get_seq_length()), rows))
-    elif cache.turn is not None and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
+    elif cache.turn is not None:
         return (), {**kwargs, "attention_mask": cache.turn.text_mask(text_model, cache, text, mask)}
+    elif brings or cache.kept is not None:
+        cache.turn = Turn(padding=padding_of(mask, int(cache.get_seq_length()), rows))
     return None
 
 

@@ -110,12 +110,12 @@ class Turn:
             text_model: the model.
             cache: its cache, before the forward.
             text: (batch, rows) or (batch, rows, width), what it reads.
-            mask: int64 (batch, text tokens so far), its attention mask.
+            mask: its attention mask: int64 (batch, text tokens so far), None, or one that is made already.
 
         Returns:
             None if nothing is padding; bool (batch, 1, rows, text tokens so far) for sdpa attention; else the mask as it is.
         """
-        if self.seen is None or mask.ndim != 2:
+        if self.seen is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or torch.compiler.is_compiling():
             return mask
         padded = bool(self.seen.padding.any())
         if not padded and mask.shape[1] == text.shape[1]:

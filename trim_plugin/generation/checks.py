@@ -14,8 +14,14 @@ import torch
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedSample
-from trim_plugin.forward.finding import check_layers_get_caches, check_reads_caches, find_text_model, parts_of
-from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, check_attention, has_hooks
+from trim_plugin.forward.finding import (
+    check_attention,
+    check_layers_get_caches,
+    check_reads_caches,
+    find_text_model,
+    parts_of,
+)
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, has_hooks
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
