@@ -251,16 +251,6 @@ def _places(text_model: Any) -> tuple[list[int], list[int]]:
     return cross_places, self_places
 
 
-def check_attention(model: Any) -> None:
-    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
-    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
-    if implementation is not None and implementation.endswith("flex_attention"):
-        raise ValueError(
-            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
-            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
-        )
-
-
 def check_layers_get_caches(text_model: Any) -> None:
     """Raise `ValueError` if transformers would run decoder layers of an `MllamaTextModel` without the cache.
 

@@ -24,10 +24,8 @@ from trim_plugin.forward.finding import (
     Parts,
     attaching,
     attention_of,
-    check_attention,
     check_layers_get_caches,
     check_reads_caches,
-    cross_layers,
     find_text_model,
     parts_of,
     put_on,
@@ -72,9 +70,14 @@ def _attach(model: torch.nn.Module, parts: Parts) -> None:
             put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
 
 
-def has_hooks(text_model: Any) -> bool:
-    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
-    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
+def check_attention(model: Any) -> None:
+    """Raise `ValueError` if an Mllama model, with or without its tower, runs with flex attention."""
+    implementation = getattr(model.config, "text_config", model.config)._attn_implementation
+    if implementation is not None and implementation.endswith("flex_attention"):
+        raise ValueError(
+            f"The trimmed cache does not work with attn_implementation={implementation!r}, whose masks say nothing of padding. "
+            'Load the model with attn_implementation="sdpa" or "eager", or call model.set_attn_implementation("sdpa").'
+        )
 
 
 @Hook

@@ -8,9 +8,9 @@ import math
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
-from trim_plugin.selection.covering import CANDIDATES, COLUMNS, NAN_STATES, SMALL, Rounds, features_of, one_by_one
 from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
+from trim_plugin.selection.rounds import CANDIDATES, DONE, EQUAL, NAN_STATES, SAME, SMALL, Rounds
 from trim_plugin.selection.visibility import pack
 
 #: Bytes of features, and of what they are compared to, at a time.
@@ -19,6 +19,16 @@ COVER_BYTES = 128 * 2**20
 FEW = 1200
 #: ... groups of up to `SMALL`, if at most so many of their tokens are kept: three launches each.
 SINGLY = 240
+#: float32 values of states that are copied at a time, 52 MiB.
+BLOCK_VALUES = 13 * 2**20
+#: Shorter states than about this have no direction: float32 cannot hold the squares of their values.
+SHORTEST = 1e-15
+#: Columns of features that make similarities of cosines: four, so that rows stay aligned.
+COLUMNS = 4
+#: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
+DIGITS = 6
+#: Tokens that are taken one after the other before the host asks whether a radius is covered.
+TAKEN_UNASKED = 32
 
 
 class KCenter(VisualTokenProcessor):
@@ -97,7 +107,7 @@ class KCenter(VisualTokenProcessor):
         """
         if self.kept_share is None:
             raise ValueError(f"How many tokens {self} keeps depends on the picture.")
-        return max(1, math.ceil(self.kept_share * count - 1e-9)) if count else 0
+        return _rounded_up(self.kept_share, count) if count else 0
 
     def choose(
         self,
@@ -178,16 +188,20 @@ class KCenter(VisualTokenProcessor):
         `valid` is bool (rows, slots); `counts`, int64 (rows, 1), and `there` say how many of them are.
         """
         few = max(there) <= self._few
+        first, most_alike = _first(features, valid)
+        if few:
+            unclear.append(most_alike.isnan().any()[None])
         if self.kept_share is None:
             if few:
-                return one_by_one(features, valid, max(there), unclear, self.radius)
-            return Rounds.begin(features, valid, counts, counts).until_covered(float(self.radius or 0.0))
-        wanted = _kept_of_each(self, valid.shape[1], valid.device)[counts]
+                return one_by_one(features, valid, first, max(there), self.radius)
+            return Rounds.begin(features, valid, first, most_alike, counts, counts).until_covered(self.radius or 0.0)
+        wanted = _kept_of_each(self.kept_share, valid.shape[1], valid.device)[counts]
         known = [self.keeps(count) for count in there]
         if few:
-            slots, _ = one_by_one(features, valid, max(known), unclear)
+            slots, _ = one_by_one(features, valid, first, max(known))
             return slots, torch.arange(slots.shape[1], device=slots.device) < wanted
-        slots, taken, place = Rounds.begin(features, valid, wanted, counts).until_counted(known, there)
+        rounds = Rounds.begin(features, valid, first, most_alike, wanted, counts)
+        slots, taken, place = rounds.until_counted(known, there)
         return slots, taken & (place <= wanted)
 
     @property
@@ -215,8 +229,94 @@ def members_of(group: torch.Tensor, groups: int) -> torch.Tensor:
     return group[:, None] == torch.arange(groups, device=group.device)[:, None]
 
 
+def _rounded_up(kept_share: float, count: int) -> int:
+    return max(1, math.ceil(kept_share * count - 1e-9))
+
+
 @functools.lru_cache(maxsize=16)
-def _kept_of_each(rule: KCenter, most: int, device: torch.device) -> torch.Tensor:
+def _kept_of_each(kept_share: float, most: int, device: torch.device) -> torch.Tensor:
     """int64 (most + 1,): tokens to keep of every number of them. A table, so that 0.1 of 260 tokens are 26 whatever a device's
     float32 makes of it; some have no float64."""
-    return torch.tensor([rule.keeps(count) for count in range(most + 1)], device=device)
+    return torch.tensor([_rounded_up(kept_share, count) for count in range(most + 1)], device=device)
+
+
+def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (rows, slots, features + `COLUMNS`), whose products are similarities: the states (batch, tokens, width) at places,
+    int64 (rows, slots), among all of them (None: as they are); or a random projection that keeps their distances."""
+    width, used = states.shape[-1], min(states.shape[-1], FEATURES)
+    projection = _projection(width, states.device) if width > FEATURES else None
+    all_states, flat = states.reshape(-1, width), None if places is None else places.flatten()
+    found = states.new_empty(len(all_states if flat is None else flat), used + COLUMNS, dtype=torch.float32)
+    block = max(1, BLOCK_VALUES // width)
+    for start in range(0, len(found), block):
+        part = slice(start, start + block)
+        rows = all_states[part] if flat is None else all_states.index_select(0, flat[part])
+        if projection is None:
+            found[part, :used] = rows
+        else:
+            torch.mm(rows.float(), projection, out=found[part, :used])
+    length = torch.linalg.vector_norm(found[:, :used], dim=1, keepdim=True)
+    # Half of what has length 1, and what adds a half to every product.
+    found[:, :used].div_(torch.rsub(length, SHORTEST, alpha=-2))
+    found[:, used:] = math.sqrt(0.5 / COLUMNS)
+    return found.view(*(states.shape[:2] if places is None else places.shape), -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _projection(width: int, device: torch.device) -> torch.Tensor:
+    """The same Gaussian matrix (width, `FEATURES`) everywhere: which tokens are kept must not depend on a seed or a device."""
+    drawn = torch.empty(width, FEATURES, dtype=torch.float32, device="cpu")
+    drawn.normal_(generator=torch.Generator().manual_seed(0))
+    return (drawn / math.sqrt(FEATURES)).to(device)
+
+
+def _first(features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 (rows, 1), the slot of the token that is most like the mean of its row's valid ones; and float32 (rows, 1), how like
+    it is: NaN if a state is."""
+    plain = features[..., :-COLUMNS]
+    mean = torch.bmm(valid[:, None].float(), plain)
+    alike = torch.bmm(plain, mean.transpose(1, 2))[..., 0].masked_fill_(~valid, -torch.inf)
+    most_alike = alike.amax(dim=1, keepdim=True)
+    # Two tokens are equally like their mean: the first of equal ones, whatever rounding makes of them.
+    limit = torch.sub(most_alike, torch.linalg.vector_norm(mean, dim=2), alpha=EQUAL / 2)  # features are halves
+    return alike.ge_(limit).argmax(dim=1, keepdim=True), most_alike
+
+
+def one_by_one(
+    features: torch.Tensor, valid: torch.Tensor, first: torch.Tensor, most: int, radius: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Always the token that is least like all taken ones, the first of equal ones.
+
+    Three operations a token, on similarities that are worked out once: for groups of few tokens, where a round would be more work
+    than it saves, and for few tokens of larger ones. Scratch: (rows, slots, slots) float32.
+
+    Args:
+        features: float32 (rows, slots, width), see `features_of`.
+        valid: bool (rows, slots).
+        first: int64 (rows, 1), the slot to begin with.
+        most: how many tokens are taken at most.
+        radius: no more are taken once none is further than this from a taken one.
+
+    Returns:
+        int64 (rows, tokens), the slots in order; bool, whether something was still uncovered: those count that were taken then.
+
+    Example:
+        >>> states = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
+        >>> valid, first = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[1]])
+        >>> one_by_one(features_of(states), valid, first, most=3)[0]
+        tensor([[1, 2, 0]])
+    """
+    alike = torch.bmm(features, features.transpose(1, 2)).round_(decimals=DIGITS)
+    alike.diagonal(dim1=1, dim2=2).fill_(DONE)
+    rows, slot = torch.arange(len(alike), device=alike.device), first[:, 0]
+    nearest = torch.maximum(alike[rows, slot], (~valid).float())  # which is `DONE`
+    slots, least = [slot], [torch.full_like(nearest[:, 0], -DONE)]
+    covered = DONE if radius is None else SAME - radius / 4
+    while len(slots) < most:
+        low, slot = nearest.min(dim=1)
+        slots.append(slot)
+        least.append(low)
+        torch.maximum(nearest, alike[rows, slot], out=nearest)
+        if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
+            break
+    return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trim_plugin.selection.covering import NAN_STATES
 from trim_plugin.selection.k_center import KCenter, check_states, members_of
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
+from trim_plugin.selection.rounds import NAN_STATES
 from trim_plugin.selection.visibility import Tiles
 
 
@@ -237,13 +237,13 @@ def _choose(
     unclear: list[torch.Tensor],
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
-    states, read = states.to(scores.device) if processors.needs_states else states, group >= 0
-    rule = _alone(processors)
+    read, rule = group >= 0, _alone(processors)
     if groups > 0 and rule is not None:
-        counts = None if known is None else known.groups
-        survivors = rule.choose(states, members_of(group, groups), counts=counts, unclear=unclear).any(dim=1)
+        members, counts = members_of(group, groups), None if known is None else known.groups
+        survivors = rule.choose(states.to(group.device), members, counts=counts, unclear=unclear).any(dim=1)
         return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
     checks.no_scores(scores)
+    states = states.to(scores.device) if processors.needs_states else states
     if groups > 0 and processors.knows_groups:
         survivors = (processors.in_groups(scores, group, groups, states) != -math.inf).any(dim=1)
         return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
