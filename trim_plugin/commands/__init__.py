@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Module of every subcommand, and what `trim-plugin --help` says of it.
 COMMANDS = {
@@ -38,6 +42,17 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)
         self.status = status
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:".
+
+    Args:
+        stderr: whether that is stderr instead of stdout.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def first_line(error: BaseException) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from trim_plugin.commands import UserError, user_errors
+from trim_plugin.commands import UserError, plain_console, user_errors
 from trim_plugin.commands.batch import MAX_RUNNING, SHOWN_ERRORS
 from trim_plugin.commands.common import (
     add_command,
@@ -102,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, or a file cannot be read.
     """
-    console = Console()
+    console = plain_console()
     process, processes = process_of(os.environ)
     chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
     check_counts(arguments, "limit", "max_new_tokens", "max_running")
@@ -138,22 +137,21 @@ def run(arguments: argparse.Namespace) -> None:
     answers = log.answers()
     complete = whole_variants(questions, chosen, answers)
     if len({variant.name for variant in complete} & names) < len(names):
-        console.print(f"process {process} of {processes} is done; the last one writes the summary", highlight=False)
+        console.print(f"process {process} of {processes} is done; the last one writes the summary")
         return
     rows = summarize(questions, complete, answers, arguments.match)
     unread = [question for question in questions if any(a.error for a in answers if a.question == question.name)]
     _write(arguments, rows, questions, answers, functools.partial(_shown, model, processor))
     if rows:
         console.print(_table(rows, arguments.match))
-    say = functools.partial(console.print, highlight=False, markup=False)
     if rows and note(rows):
-        say(note(rows), style="dim")
+        console.print(note(rows), style="dim")
     for question in unread[:SHOWN_ERRORS]:
         error = next(a.error for a in answers if a.question == question.name and a.error)
-        say(f"question {question.name} is left out: {error}", style="red")
+        console.print(f"question {question.name} is left out: {error}", style="red")
     if len(unread) > SHOWN_ERRORS:
-        say(f"and {len(unread) - SHOWN_ERRORS} more are left out; the answers' files say why", style="red")
-    console.print(f"answers, summary and report.html: {arguments.out}", highlight=False)
+        console.print(f"and {len(unread) - SHOWN_ERRORS} more are left out; the answers' files say why", style="red")
+    console.print(f"answers, summary and report.html: {arguments.out}")
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:

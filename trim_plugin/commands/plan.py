@@ -7,10 +7,8 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-
 from trim_plugin.arithmetic import taken_for
-from trim_plugin.commands import UserError
+from trim_plugin.commands import UserError, plain_console
 from trim_plugin.commands.common import (
     WEIGHTS,
     add_command,
@@ -150,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
     else:
-        table.show(Console(), model, job, arguments.weights, plans, memory, fits)
+        table.show(plain_console(), model, job, arguments.weights, plans, memory, fits)
 
 
 def _job(arguments: argparse.Namespace) -> Job:

@@ -30,7 +30,7 @@ def show(
     """Print everything.
 
     Args:
-        console: where to.
+        console: where to; one that takes words as they are (`commands.plain_console`), since a model's name is its user's.
         model: its name, for the title.
         job: what is generated.
         weights: their format.
@@ -40,7 +40,7 @@ def show(
     """
     console.print(_table(_title(model, job, weights, plans), plans, fits))
     for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def _title(model: str, job: Job, weights: str, plans: list[Plan]) -> str:
