@@ -27,7 +27,8 @@ COMMANDS = {
 AFTER_INTERRUPTION = dict.fromkeys(("batch", "eval"), "the same command goes on where it stopped")
 
 
-#: Exit statuses: a mistake in the call, and a run that went through while some rows are errors.
+#: Exit statuses: a mistake in the call; and a run that went through, but whose rows are not all answered (`batch`), or whose
+#: comparison lacks a whole variant (`eval`).
 MISTAKE, FAILED_ROWS = 2, 1
 
 
