@@ -189,6 +189,8 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 - as above
             self._start_over(error, chosen)
             return
+        # Not after a step: those who have failed together would be read together again, and nobody else as long as somebody runs.
+        self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
         self._write(choose([row.drawer for row in rows], logits), first=len(self._batch.rows) - len(rows))
 
     def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
@@ -212,7 +214,6 @@ class Scheduler:
             self._not_stepped(error)
             return
         self._write(choose([row.drawer for row in self._batch.rows], logits), first=0)
-        self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
 
     def _not_stepped(self, error: BaseException) -> None:
         """A step has failed: whoever fails alone is told, and the others go on. If nobody does, there were too many at once."""
