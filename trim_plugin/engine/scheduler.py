@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
+from trim_plugin.asking.answers import is_full
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.reading import Reader
@@ -313,15 +313,3 @@ class Scheduler:
 def _alike(one: Request, other: Request) -> bool:
     """Whether two prompts can be read together."""
     return bool(one.pictures) == bool(other.pictures) and one.config == other.config
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a failure says that memory was not enough.
-
-    Example:
-        >>> is_full(torch.OutOfMemoryError("CUDA out of memory.")), is_full(ValueError("no"))
-        (True, False)
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))

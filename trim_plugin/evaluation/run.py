@@ -49,7 +49,8 @@ def evaluate(
     time, each read anew, for times and memory that are.
 
     A question that cannot be answered (a picture that cannot be read, a chat that does not fit the model, too little memory)
-    has its error logged; the others are answered.
+    has its error logged; the others are answered. A trimmed variant of which many questions in a row fail alike is given up, its
+    other questions with the same error, and the next variant has its turn.
 
     Args:
         model: an Mllama model, on its device. Nobody else may use it meanwhile.
@@ -67,6 +68,7 @@ def evaluate(
     Raises:
         ValueError: `max_running` or `memory` is no positive integer.
         torch.AcceleratorError: the device is lost.
+        OSError: a disk is full, or gone.
         EngineClosed: an engine's thread has died.
 
     Example:
