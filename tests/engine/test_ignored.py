@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -27,6 +28,16 @@ def answer(small):
         return engine.submit(EXAMPLE.question, images=[EXAMPLE.picture], max_new_tokens=8).result(timeout=60).tokens
 
 
+@contextlib.contextmanager
+def said():
+    """What is said of settings that are not applied; libraries may warn of their own matters."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(one.message) for one in caught if "does not apply" in str(one.message)]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -41,9 +52,9 @@ def answer(small):
 def test_an_engine_says_what_it_does_not_apply_and_answers_without(small, monkeypatch, name, value):
     expected = answer(small)
     monkeypatch.setattr(small[0].generation_config, name, value)
-    with pytest.warns(UserWarning, match="An Engine does not apply") as said:
+    with said() as messages:
         assert answer(small) == expected
-    (message,) = {str(one.message) for one in said}
+    (message,) = messages
     assert f" {name}=" in message
     assert len(message) < 400
     assert "\n" not in message
@@ -52,18 +63,19 @@ def test_an_engine_says_what_it_does_not_apply_and_answers_without(small, monkey
 def test_several_are_named_together(small, monkeypatch):
     monkeypatch.setattr(small[0].generation_config, "no_repeat_ngram_size", 2)
     monkeypatch.setattr(small[0].generation_config, "min_length", 3)
-    with pytest.warns(UserWarning, match="no_repeat_ngram_size=2, min_length=3 of") as said:
+    with said() as messages:
         answer(small)
-    assert len(said) == 1
+    (message,) = messages
+    assert "no_repeat_ngram_size=2, min_length=3 of" in message
 
 
 def test_nothing_is_said_of_a_plain_model(small, monkeypatch):
     """Not of how a model would like to be drawn from, either: what is drawn is up to each request."""
     for name, value in {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.0}.items():
         monkeypatch.setattr(small[0].generation_config, name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with said() as messages:
         answer(small)
+    assert messages == []
     assert ignored(GenerationConfig()) == {}
 
 
@@ -76,6 +88,6 @@ def test_batch_says_it_when_it_begins(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--questions", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"]
     assert main(["batch", str(model), "--weights", "fp32", *words]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "no_repeat_ngram_size" in line]
-    assert len(said) == 1
-    assert said[0].startswith("trim-plugin batch: An Engine does not apply no_repeat_ngram_size=2 of the model's ")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no_repeat_ngram_size" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("trim-plugin batch: An Engine does not apply no_repeat_ngram_size=2 of the model's ")
