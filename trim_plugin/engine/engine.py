@@ -173,7 +173,9 @@ class Engine:
             prompt = read_prompt(self._processor, row, Path(), most, sampling.max_new_tokens)
             text, tokens, tiles = prompt.text, prompt.tokens, prompt.tiles
             own = [decoded(picture) for picture in prompt.pictures]
-        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), self._room.visual_bytes(tiles, config))
+        held = None if pictures is None else len(pictures.index)
+        visual = self._room.visual_bytes(tiles, config, held)
+        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), visual)
         lacking = self._room.lacking(Taken(), needed)
         if lacking is not None:
             raise ValueError(
