@@ -57,12 +57,6 @@ METHODS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "GenerationConfig": {"to_json_string": (("use_diff", "ignore_metadata"), ()), "to_json_file": ((), ())},
 }
 
-#: The same of `GenerationConfig`.
-CONFIGURATION_METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "to_json_string": (("use_diff", "ignore_metadata"), ()),
-    "to_json_file": ((), ()),
-}
-
 #: Fields of `GenerationConfig` that the wrapped methods read.
 SETTINGS = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "disable_compile"),

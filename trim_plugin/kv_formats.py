@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -103,14 +103,8 @@ class EvenLevels(KVFormat):
         """The rows again, in `dtype`."""
         from bitsandbytes import functional
 
-        state = functional.QuantState(
-            absmax=quantized.scales.flatten(),
-            shape=_shape(quantized),
-            code=quantized.levels,
-            blocksize=BLOCK,
-            dtype=dtype,
-        )
-        return functional.dequantize_blockwise(quantized.codes, state).view(_shape(quantized))
+        state = _state(quantized, dtype)
+        return functional.dequantize_blockwise(quantized.codes, state).view(state.shape)
 
 
 class FourBits(KVFormat):
@@ -138,22 +132,24 @@ class FourBits(KVFormat):
         """The rows again, in `dtype`."""
         from bitsandbytes import functional
 
-        state = functional.QuantState(
-            absmax=quantized.scales.flatten(),
-            shape=_shape(quantized),
-            code=quantized.levels,
-            blocksize=BLOCK,
-            quant_type=self.kind,
-            dtype=dtype,
-        )
-        return functional.dequantize_4bit(quantized.codes.view(-1, 1), state).view(_shape(quantized))
+        state = _state(quantized, dtype, self.kind)
+        return functional.dequantize_4bit(quantized.codes.view(-1, 1), state).view(state.shape)
 
 
-def _shape(quantized: Quantized) -> torch.Size:
+def _state(quantized: Quantized, dtype: torch.dtype, kind: str | None = None) -> Any:
+    """What bitsandbytes' functions are told of codes, and the shape of the rows."""
     import torch
+    from bitsandbytes import functional
 
     batch, tokens, blocks = quantized.scales.shape
-    return torch.Size((batch, tokens, blocks * BLOCK))
+    return functional.QuantState(
+        absmax=quantized.scales.flatten(),
+        shape=torch.Size((batch, tokens, blocks * BLOCK)),
+        code=quantized.levels,
+        blocksize=BLOCK,
+        quant_type=kind,
+        dtype=dtype,
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError, first_line, user_errors
@@ -21,9 +21,6 @@ from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import require_bitsandbytes
 from trim_plugin.planning.configuration import ModelNumbers, read_config
-
-if TYPE_CHECKING:
-    pass
 
 #: Names of torch's dtypes.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
