@@ -186,11 +186,11 @@ def append_lines(file: Path, lines: Iterable[bytes]) -> None:
             raise
 
 
-def check_settings(before: Path, settings: Mapping[str, Any], whose: str, another: str) -> None:
-    """Compare settings with those in a file.
+def check_settings(before: Path | Mapping[str, Any], settings: Mapping[str, Any], whose: str, another: str) -> None:
+    """Compare settings with earlier ones.
 
     Args:
-        before: a JSON file that `write_whole` wrote.
+        before: the earlier ones, or a JSON file of them that `write_whole` wrote.
         settings: those of now.
         whose: what goes with the settings, for the message.
         another: what may be given instead, for the message.
@@ -198,7 +198,7 @@ def check_settings(before: Path, settings: Mapping[str, Any], whose: str, anothe
     Raises:
         ValueError: a setting differs.
     """
-    known = json.loads(before.read_text(encoding="utf-8"))
+    known = json.loads(before.read_text(encoding="utf-8")) if isinstance(before, Path) else before
     for name in sorted(set(known) | set(settings)):
         if known.get(name) != settings.get(name):
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from trim_plugin.asking import first_line
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.hooks import TrimmedCache
@@ -166,7 +167,7 @@ def tried(call: Callable[[], Made]) -> tuple[Made | None, str, bool]:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         return None, f"out of memory, even alone: {said}" if full else said, full
 
 

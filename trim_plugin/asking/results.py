@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from trim_plugin.asking.rows import Row
-from trim_plugin.durable import append_lines, draft_of, whole_lines, write_whole
+from trim_plugin.durable import append_lines, check_settings, draft_of, whole_lines, write_whole
 
 #: What has a result: a row's id, and the name of the way in which it was answered, where ways are compared.
 Slot = tuple[str, str]
@@ -249,13 +249,8 @@ class Results:
         return settings
 
     def _check_settings(self, known: Mapping[str, Any]) -> None:
-        for name in sorted((set(known) | set(self._settings)) - {MARK}):
-            before, now = known.get(name), self._settings.get(name)
-            if before != now:
-                raise ValueError(
-                    f"{self.file} holds the results of another run ({name} was {before!r}, now {now!r}). "
-                    "Give another file, or remove this one."
-                )
+        before = {name: value for name, value in known.items() if name != MARK}
+        check_settings(before, self._settings, f"{self.file} holds the results", "file")
 
 
 def _slot(result: Mapping[str, Any]) -> Slot:

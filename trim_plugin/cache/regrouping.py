@@ -29,8 +29,7 @@ def padded_columns(kept: KeptTokens) -> Columns:
 def _padded_columns(kept: KeptTokens) -> Columns:
     parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
-    count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}
-    counts = [count_of[source] for source in range(kept.sources)]
+    counts = [kept.count_of[source] for source in range(kept.sources)]
     # One copy for both: how many tokens each has, and which tiles it can read.
     numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable], dim=1).to(device)
     valid = first_places(numbers[:, 0], width)
@@ -77,11 +76,7 @@ def regrouped(
     if bucket and len({*copies}) > 1:  # one class has one number of copies: here every sample gets its own row
         sources, order = [sources[source] for source in order], range(len(order))
         copies = [1] * len(sources)
-    count_of = [
-        {source: count for own in record.classes for source, count in zip(own.sources, own.counts, strict=True)}
-        for record in records
-    ]
-    counts = [count_of[record][source] for record, source in sources]
+    counts = [records[record].count_of[source] for record, source in sources]
     first, sized = records[0], any(record.sized for record in records)
     uploaded, planned = Uploaded(first.device), []
     for members, width in classify(counts, copies, bucket):

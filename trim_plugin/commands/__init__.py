@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from trim_plugin.asking import first_line as first_line
+
 #: Module of every subcommand, and what `trim-plugin --help` says of it.
 COMMANDS = {
     "demo": "answer questions about pictures, stock beside trimmed",
@@ -38,12 +40,6 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)
         self.status = status
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from trim_plugin.arithmetic import parse_bytes, share
 from trim_plugin.commands import COMMANDS, UserError, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
+from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 from trim_plugin.variants import Variant, variants_for
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: The name of the model that ships with the package.
 SMALL = "small"
-#: As in `trim_plugin.integrations.accelerate.WEIGHTS`, which is not imported before it is needed.
-WEIGHTS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 #: `--device` values that spread a model over all devices there are.
 SPREAD = ("auto", "balanced", "sequential")
 MAX_NEW_TOKENS = 128
@@ -72,7 +71,7 @@ def model_options() -> argparse.ArgumentParser:
     add_model(parent, f"a folder or hub id; '{SMALL}' is the model that ships with the package (default: {SMALL})")
     parent.add_argument(
         "--weights",
-        choices=WEIGHTS,
+        choices=WEIGHT_FORMATS,
         help="dtype, or quantization by bitsandbytes (default: fp32 for the small model, bf16 for others)",
     )
     parent.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in safetensors (default: none)")

@@ -12,7 +12,6 @@ from rich.console import Console
 from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
-    WEIGHTS,
     add_command,
     add_length_option,
     add_model,
@@ -27,6 +26,7 @@ from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import configuration, fitting, planner, table
 from trim_plugin.planning.job import Job
+from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 
 DEFAULT_MODEL = "11b"
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     _add_job(parser)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="bf16", help="dtype or quantization (default: %(default)s)"
+        "--weights", choices=WEIGHT_FORMATS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
     parser.add_argument(
         "--top-k-ratio",

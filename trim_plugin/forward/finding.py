@@ -190,12 +190,9 @@ def cross_layers(text_model: Any) -> list[Any]:
 
 
 def first_cross_layer(text_model: Any) -> Any:
-    """The first cross-attention decoder layer that runs, or a wrapper that hands on its attributes."""
-    for entry in text_model.layers:
-        for layer in _inside(entry):
-            if _is_cross(layer):
-                return entry if hasattr(entry, "cross_attn") else layer
-    raise ValueError(f"{type(text_model).__name__} has no cross-attention layers.")
+    """The first cross-attention decoder layer of what `find_text_model` has found, or a wrapper that hands on its attributes."""
+    entry, layer = next((entry, one) for entry in text_model.layers for one in _inside(entry) if _is_cross(one))
+    return entry if hasattr(entry, "cross_attn") else layer
 
 
 def attention_of(layer: Any) -> Any:

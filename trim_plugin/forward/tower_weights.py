@@ -7,7 +7,6 @@ read and never changed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -248,8 +247,7 @@ def _made_up(base: Any, adapter: Any) -> Any:
     if isinstance(base, nn.Embedding):
         made: Any = nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
     elif isinstance(base, nn.modules.conv._ConvNd):
-        made = copy.copy(base)
-        made.__dict__.update(_copy_of_shape(base))
+        made = _copy_of(base, {})
     else:
         made = nn.Linear(
             base.in_features, base.out_features, bias=getattr(base, "bias", None) is not None, device="meta"
@@ -262,9 +260,3 @@ def _made_up(base: Any, adapter: Any) -> Any:
                 (heights * width).reshape(parameter.shape) * len(width) ** -0.5, False
             )
     return made
-
-
-def _copy_of_shape(base: Any) -> dict[str, Any]:
-    """What a copied layer must have for itself, so that the first one stays as it is."""
-    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(base) if name.endswith("_hooks") or "_hooks_" in name}
-    return {"_parameters": dict(base._parameters), "_buffers": dict(base._buffers), **hooks}

@@ -18,24 +18,8 @@ from trim_plugin.pictures.rgb import POSTSCRIPT, to_rgb
 
 #: What is read, where Pillow or a plugin of it can: formats of pictures alone. For PostScript Pillow runs another program.
 FORMATS = (
-    *(
-        "PNG",
-        "JPEG",
-        "WEBP",
-        "GIF",
-        "BMP",
-        "DIB",
-        "TIFF",
-        "PPM",
-        "JPEG2000",
-        "AVIF",
-        "HEIF",
-        "ICO",
-        "ICNS",
-        "PSD",
-        "QOI",
-    ),
-    *("DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"),
+    *("ICO", "ICNS", "PSD", "QOI", "DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
 )
 _POSTSCRIPT_BEGINS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 #: What Pillow's decoders raise on broken files.
