@@ -8,6 +8,7 @@ from transformers import MllamaForConditionalGeneration
 
 from benchmarks.common.models import transformers_config
 from trim_plugin.compat import cache_of
+from trim_plugin.integrations.bitsandbytes import SKIPPED
 from trim_plugin.planning import configuration, model_sizes
 
 from ..random_models import Sample, random_config, random_inputs, random_model, trimmed
@@ -40,7 +41,7 @@ def test_every_parameter_of_transformers_model_is_counted(which, weights):
         found[part] = found.get(part, 0) + times * math.prod(shape)
     assert found == expected
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linear = {name for name in linear if not name.endswith(model_sizes.UNQUANTIZED)}
+    linear = {name for name in linear if not name.endswith(SKIPPED)}
     shapes = sorted(tuple(model.get_submodule(name).weight.shape) for name in linear)
     assert shapes == sorted(
         shape

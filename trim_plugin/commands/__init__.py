@@ -30,12 +30,7 @@ MISTAKE, FAILED_ROWS = 2, 1
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line on stderr, no traceback.
-
-    Args:
-        message: the line.
-        status: the exit status.
-    """
+    """Something the user can mend: shown as one line on stderr, without a traceback; the program exits with `status`."""
 
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)

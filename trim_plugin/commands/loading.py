@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError, first_line, user_errors
-from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs
+from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs, remarks
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import require_bitsandbytes
 from trim_plugin.planning.configuration import ModelNumbers, read_config
@@ -52,11 +51,11 @@ def begin_loading(arguments: argparse.Namespace) -> None:
 
 
 def _remarks(arguments: argparse.Namespace) -> list[str]:
-    """What sizes were taken for, where a person may have meant something else."""
+    """Remarks on the sizes among the options."""
     entries = [entry.partition("=") for entry in arguments.max_memory or []]
     sizes = [(f"--max-memory {device}:", size) for device, _, size in entries]
     sizes += [("--memory", size) for size in [getattr(arguments, "memory", None)] if size is not None]
-    return [remark for option, size in sizes if (remark := taken_for(size, option)) is not None]
+    return remarks(sizes)
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError
 from trim_plugin.commands.common import (
     add_command,
@@ -19,6 +18,7 @@ from trim_plugin.commands.common import (
     bytes_of,
     check_counts,
     check_ratio,
+    remarks,
     tower_share,
 )
 from trim_plugin.commands.loading import model_numbers, model_of
@@ -145,7 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
     fits = {}
     if memory is not None:
         fits = {one.name: fitting.largest_fit(config, job, one, memory, **settings) for one in variants}
-    for remark in _remarks(arguments):
+    sizes = (("--memory", arguments.memory), ("--reserve", arguments.reserve))
+    for remark in remarks((option, text) for option, text in sizes if text is not None):
         print(remark, file=sys.stderr)
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
@@ -165,13 +166,6 @@ def _job(arguments: argparse.Namespace) -> Job:
         expand_size=arguments.expand_size,
         pixels_on_device=arguments.pixels_on_device,
     )
-
-
-def _remarks(arguments: argparse.Namespace) -> list[str]:
-    """What words were taken for, where a person may have meant something else."""
-    sizes = [("--memory", arguments.memory), ("--reserve", arguments.reserve)]
-    found = [taken_for(text, option) for option, text in sizes if text is not None]
-    return [remark for remark in found if remark is not None]
 
 
 def _result(

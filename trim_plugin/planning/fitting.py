@@ -42,15 +42,7 @@ def largest_fit(
     weights: str = "bf16",
     reserve: int = RESERVE,
 ) -> Fit:
-    """The largest batch whose peak, with the reserve, stays within `memory` bytes.
-
-    Args:
-        config: the model's configuration.
-        job: what is generated; its batch does not matter.
-        variant: how.
-        memory: bytes of the device.
-        weights: format of the weights.
-        reserve: bytes to be left free.
+    """The largest batch whose peak, with the reserve, stays within `memory` bytes. The job's own batch does not matter.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -80,7 +72,7 @@ def largest_fit(
 
 
 def _weights_too_large(config: Configuration, weights: str, reserve: int, memory: int) -> str:
-    """That the weights alone do not fit, and in which format or on how many devices they would."""
+    """A sentence: the weights alone do not fit; in which format, or on how many devices, they would."""
     free = memory - reserve
     if free <= 0:
         return f"the reserve alone takes {format_bytes(reserve)}"

@@ -12,9 +12,8 @@ from trim_plugin.planning.configuration import Configuration
 #: As `trim-plugin generate --weights` names them: dtypes, and bitsandbytes' formats.
 WEIGHT_FORMATS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 QUANTIZED_WEIGHTS = ("int8", "nf4", "fp4")
-#: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
-UNQUANTIZED = ("multi_modal_projector", "lm_head")
-#: The other linear layers, by their names in `parameters`: what quantization makes smaller.
+#: The linear layers that quantization makes smaller, by their names in `parameters`. Projector and `lm_head` are not among them,
+#: see `SKIPPED` of trim_plugin.integrations.bitsandbytes.
 QUANTIZED = frozenset(
     ("attention_proj", "fc1", "fc2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 )
@@ -29,8 +28,8 @@ def weight_bytes(config: Configuration, weights: str = "bf16") -> dict[str, int]
 
     Args:
         config: the model's configuration.
-        weights: "bf16", "fp32", "fp16", or "int8", "nf4" and "fp4" (bitsandbytes: linear layers quantized, except the
-            projector and `lm_head`, the rest in 16 bits).
+        weights: one of `WEIGHT_FORMATS`. "int8", "nf4" and "fp4" are bitsandbytes': linear layers are quantized, except the
+            projector and `lm_head`; the rest has 16 bits.
 
     Raises:
         ValueError: an unknown format.
@@ -55,9 +54,8 @@ def cross_kv_bytes(config: Configuration, batch: int, tokens: int, kv: str | Non
     """Bytes of the cross-attention layers' keys and values.
 
     Args:
-        config: the model's configuration.
-        batch: samples.
-        tokens: visual tokens that a sample's layer holds (the longest sample's).
+        config, batch: of what.
+        tokens: visual tokens that a layer holds of each sample.
         kv: a name of `KV_FORMATS` for quantized caches, None for the model's dtype.
         element: bytes of a number in the model's dtype.
 

@@ -184,8 +184,9 @@ def variants(
     prefill_pictures: int | None = None,
     tower_share: float | None = None,
 ) -> list[PlannedVariant]:
-    """Stock, exact, and trimmed for every ratio and share, the default rule's share where there is none; a `tower_share` is for
-    trimmed alone.
+    """Stock, exact, and a trimmed variant for every ratio and share, or for the default rule's share where none is given.
+
+    `tower_share` is that of the trimmed variants.
 
     Example:
         >>> [variant.name for variant in variants((0.25,))], [variant.name for variant in variants((0.25, 0.1))][2:]
@@ -206,14 +207,7 @@ def variants(
 def plan(
     config: Configuration, job: Job, variant: PlannedVariant, *, weights: str = "bf16", reserve: int = RESERVE
 ) -> Plan:
-    """Memory of one variant.
-
-    Args:
-        config: the model's configuration.
-        job: what is generated.
-        variant: how.
-        weights: format of the weights, see `weight_bytes`.
-        reserve: bytes to be left free.
+    """The memory that a job takes with one variant; the format of the weights is one of `weight_bytes`.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -278,10 +272,7 @@ def samples_by_kept(config: Configuration, job: Job, variant: PlannedVariant) ->
 
 
 def width_classes(kept: Mapping[int, int]) -> list[tuple[int, int]]:
-    """How a cache lays out samples that keep so many visual tokens: the width of every class, and its samples.
-
-    Args:
-        kept: how many samples keep so many, see `samples_by_kept`.
+    """How a cache lays out samples, of which `samples_by_kept` says what they keep: the width of every class, and its samples.
 
     Example:
         >>> width_classes({1601: 3, 6404: 1}), width_classes({1601: 3, 1700: 1})

@@ -27,17 +27,7 @@ COLUMNS = (
 def show(
     console: Console, model: str, job: Job, weights: str, plans: list[Plan], memory: int | None, fits: dict[str, Fit]
 ) -> None:
-    """Print everything.
-
-    Args:
-        console: where to.
-        model: its name, for the title.
-        job: what is generated.
-        weights: their format.
-        plans: a row each.
-        memory: bytes of the device; None if they don't matter.
-        fits: what fits, by the name of the variant; empty without `memory`.
-    """
+    """Print the plans, a row each, and what fits into `memory`: `fits` by the name of the variant, empty without a memory."""
     console.print(_table(_title(model, job, weights, plans), plans, fits))
     for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
         console.print(line, highlight=False, markup=False)
@@ -82,7 +72,7 @@ def _size(one: Plan, field: str, unit: int) -> str:
 
 
 def _fitting(job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fit]) -> list[str]:
-    """Which variants fit, what limits the largest batch, and why no sample fits: variants of the same reason in one line."""
+    """Sentences: which variants fit, what limits the largest batch, and why not even one sample fits."""
     if memory is None:
         return []
     fitting = [one.variant.name for one in plans if one.needed <= memory]
