@@ -124,10 +124,7 @@ def check_contract() -> None:
 
 
 def check_modules(modules: Iterable[Any]) -> None:
-    """Check a model's own modules that will carry hooks: a subclass, or what another package has put on one, may differ.
-
-    Args:
-        modules: cross-attention decoder layers, and models around them.
+    """Check the modules of a model that will carry hooks: a subclass, or what another package has put on one, may differ.
 
     Raises:
         UnsupportedTransformersError: one lacks an argument of its forward, or what queries and keys are worked out with.

@@ -187,13 +187,7 @@ def append_lines(file: Path, lines: Iterable[bytes]) -> None:
 
 
 def check_settings(before: Path | Mapping[str, Any], settings: Mapping[str, Any], whose: str, another: str) -> None:
-    """Compare settings with earlier ones.
-
-    Args:
-        before: the earlier ones, or a JSON file of them that `write_whole` wrote.
-        settings: those of now.
-        whose: what goes with the settings, for the message.
-        another: what may be given instead, for the message.
+    """Compare settings with those of `before`, which may be a JSON file; `whose` and `another` are parts of the message.
 
     Raises:
         ValueError: a setting differs.

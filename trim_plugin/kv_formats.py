@@ -42,11 +42,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class KVFormat(ABC):
-    """One format. Rows are (batch, tokens, values), values a multiple of `BLOCK`.
-
-    Args:
-        bits: bits of a value's code.
-    """
+    """One format, whose codes have so many bits. Rows are (batch, tokens, values), values a multiple of `BLOCK`."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -108,11 +104,7 @@ class EvenLevels(KVFormat):
 
 
 class FourBits(KVFormat):
-    """4 bits, levels of bitsandbytes. Source of "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314.
-
-    Args:
-        kind: bitsandbytes' name of the levels, "nf4" or "fp4".
-    """
+    """4 bits; `kind` is bitsandbytes' name of the levels. "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(bits=4)

@@ -15,7 +15,7 @@ from filelock import FileLock
 from trim_plugin.asking.rows import Row
 from trim_plugin.durable import append_lines, check_settings, draft_of, whole_lines, write_whole
 
-#: What has a result: a row's id, and the name of the way in which it was answered, where ways are compared.
+#: What has a result: a row's id, and the name of the variant that answered it, where variants are compared.
 Slot = tuple[str, str]
 #: How every line begins that is written here. Whatever else stands at a file's end was not cut off by an interruption.
 BEGINNING = b'{"id": "'
@@ -91,13 +91,9 @@ class Results:
             return [result for line in self._lines(0) if (result := self._result(line)) is not None]
 
     def add(self, results: Iterable[Mapping[str, Any]]) -> int:
-        """Append results; they are on disk when this returns.
+        """Append results: "id", "answer" or "error", and perhaps "way", the variant. They are on disk when this returns.
 
-        Args:
-            results: each with "id", a text, "answer" or "error", and perhaps "way"; what has a result already is left out.
-
-        Returns:
-            How many were appended.
+        What has a result already is left out. Returns how many were appended.
         """
         with self._locked():
             self._catch_up()

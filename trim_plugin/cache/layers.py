@@ -221,13 +221,10 @@ class Lent:
 
     Knows its shape without a look at the tensors. Whoever treats it as a tensor (another attention function, a user) gets a
     padded one with a row for every sample of the batch, made for the call.
-
-    Args:
-        layer: the layer that holds them.
-        name: "keys" or "values".
     """
 
     def __init__(self, layer: CrossAttentionLayer, name: str) -> None:
+        #: The layer that holds them, and "keys" or "values".
         self.layer, self.name = layer, name
 
     def numel(self) -> int:

@@ -27,10 +27,7 @@ _installing = threading.Lock()  # two threads would put one configuration into a
 class NamingOurs:
     """A cross-attention module's configuration as it is, but while it reads what a trimmed cache lends it names our function.
 
-    Copies and pickles are the plain configuration, so that a saved model needs nothing of this package.
-
-    Args:
-        real: the configuration.
+    Copies and pickles are the plain configuration, `real`, so that a saved model needs nothing of this package.
     """
 
     def __init__(self, real: Any) -> None:

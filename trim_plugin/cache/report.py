@@ -17,7 +17,7 @@ class TrimReport:
 
     Args:
         total_tokens: visual tokens that the pictures became, padding tiles included, per sample.
-        visible_tokens: those that at least one text row (neither blind nor padding) may read, per sample.
+        visible_tokens: those that at least one text row other than padding may read, per sample.
         kept_tokens: those that decoding can read, per sample.
         cross_kv_bytes: bytes of the tensors that hold cross-attention keys and values (scales of quantized ones and
             padding between samples included).

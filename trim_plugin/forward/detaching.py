@@ -1,4 +1,4 @@
-"""The way back: a model without any hook of trim_plugin."""
+"""Takes every hook of trim_plugin off a model."""
 
 from __future__ import annotations
 

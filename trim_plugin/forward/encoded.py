@@ -26,11 +26,9 @@ class EncodedSample:
     total: int
 
     def check_fits(self, model: torch.nn.Module, known: dict[str, Any] | None = None) -> None:
-        """Raise `ValueError` if the pictures were encoded by another model than this one. Nothing to compare here.
+        """Raise `ValueError` if another model has encoded the pictures, where a subclass knows which one has.
 
-        Args:
-            model: the model that shall read them.
-            known: what has been worked out about the model for another sample of the batch; filled here, so that it is done once.
+        `known` is what this has found out about the model for other samples of the batch, and is added to.
         """
 
 

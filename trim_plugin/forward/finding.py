@@ -283,10 +283,6 @@ def whole_weights(model: torch.nn.Module, *parts: torch.nn.Module) -> Iterator[N
     """Within this context parts of a model have their weights whole, as in a forward of the model, though FSDP2 spreads them.
 
     For parts that run by themselves. All processes have to enter it.
-
-    Example:
-        >>> with whole_weights(torch.nn.Linear(2, 1)):
-        ...     pass
     """
     near = {id(inner) for part in parts for inner in part.modules()}
     spread: list[Any] = [one for one in model.modules() if hasattr(one, "unshard") and hasattr(one, "reshard")]

@@ -46,11 +46,7 @@ def holders(model: Any, cache: TrimmedCache, recorder: GroupRecorder) -> np.ndar
     """The kept token that stands for each visual token, after the first prefill of a cache with a batch of one.
 
     A cache does not keep this: it is worked out again as the prefill did, from the keys of the first cross-attention layer.
-
-    Args:
-        model: the model that filled the cache.
-        cache: the cache, with `recorder` among its processors.
-        recorder: what it noted.
+    The model is the one that filled the cache, and `recorder` one of the cache's processors.
 
     Returns:
         int64 (visual tokens,): a kept token holds itself; −1 for tokens that are gone, unread or of a group that decoding cannot

@@ -29,10 +29,7 @@ _STRANGE = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImpl
 
 
 def measured(parts: list[nn.Module]) -> torch.Tensor:
-    """A row for every layer, float32 (layers, COLUMNS), on the CPU; NaN where weights cannot be read.
-
-    Args:
-        parts: modules: the tower and the projector.
+    """A row for every layer of tower and projector, float32 (layers, COLUMNS), on the CPU; NaN where weights cannot be read.
 
     Example:
         >>> layer = nn.Linear(4, 2)

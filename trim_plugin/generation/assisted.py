@@ -44,7 +44,7 @@ class ForbidTokensBeyond:
 class _PromptFirst:
     """`get_candidates` that offers none at first: the prompt is read alone.
 
-    Candidates in the same forward would vote, and read visual tokens in the first cross-attention layer that decoding cannot.
+    Candidates in the same forward would score, and read visual tokens in the first cross-attention layer that decoding cannot.
     So with sampling the first token is drawn before there are candidates, and a seed gives other tokens than stock's.
     """
 
@@ -110,7 +110,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
 
 
 def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, Any], pictures: dict[str, Any]) -> None:
-    """Run the assistant's prefill: `generate` drops the pictures from an assistant's inputs, so it would guess blindly.
+    """Run the assistant's prefill here: `generate` drops the pictures from an assistant's inputs, so it would not see them.
 
     The text is read to its end, so that the assistant keeps what the prompt's last row may read; the generator takes back what
     it wants to run again.

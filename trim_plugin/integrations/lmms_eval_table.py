@@ -26,15 +26,7 @@ RULES = {"kept_share": "k-center", "radius": "radius"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One metric of one task in one result file.
-
-    Args:
-        cache: "stock", "exact", or the ratio, with KV bits if quantized.
-        task: the task's name.
-        metric: the metric's name.
-        value: as lmms-eval gives it.
-        date: when it ended, for telling which of two is newer.
-    """
+    """One metric of one task in one result file; `cache` is as `cache_of` returns it."""
 
     cache: str
     task: str

@@ -147,15 +147,7 @@ def answer_rows(
     num_cpus: float | None = None,
     **settings: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The engine of `trim-plugin batch --engine ray`: results some at a time, in the order in which they come.
-
-    Args:
-        rows: of `asking.rows.read_rows`.
-        model: a folder or hub id.
-        actors: as for `answer`.
-        num_cpus: as for `answer`.
-        settings: `Recipe`'s.
-    """
+    """What `trim-plugin batch --engine ray` answers rows by: results some at a time, as they come; arguments as for `answer`."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     recipe = Recipe(model, **settings)

@@ -27,10 +27,7 @@ class Pictures(EncodedSample):
     `first + second` are the pictures of both in a row, for instance a document's pages that were encoded one by one.
 
     Args:
-        states: (tokens, width of the text model), visual states.
-        index: int64 (tokens,), which visual token each is, ascending.
-        sizes: int64 (tokens,), how many visual tokens each stands for.
-        total: visual tokens of the pictures, padding tiles and merged ones included.
+        states, index, sizes, total: as of `EncodedSample`.
         tiles: real tiles of every picture.
         most_tiles: tiles that the model pads every picture to.
         tile_tokens: visual tokens of a tile.
@@ -141,11 +138,7 @@ class Pictures(EncodedSample):
         """Raise `ValueError` unless this model encoded the pictures, with the adapters of now: merged or not, in any format."""
         own = find_model(model)
         vision = own.config.vision_config
-        layout = (
-            vision.max_num_tiles,
-            tile_tokens(vision),
-            own.config.text_config.hidden_size,
-        )
+        layout = (vision.max_num_tiles, tile_tokens(vision), own.config.text_config.hidden_size)
         if layout != (self.most_tiles, self.tile_tokens, self.states.shape[-1]):
             raise ValueError(
                 f"These pictures were encoded by another model: {self.most_tiles} tiles of {self.tile_tokens} tokens of "

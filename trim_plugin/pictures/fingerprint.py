@@ -37,10 +37,7 @@ def fingerprint(model: Any) -> torch.Tensor:
 
     NaN where weights cannot be read: offloaded ones, and those spread over processes. The first call reads all weights. Later
     ones look at a few numbers of each, at their versions and places, and at which adapters are active with which scales; only
-    if something has changed, all weights are read again.
-
-    Args:
-        model: an `MllamaModel`.
+    if something has changed, all weights are read again. The model is an `MllamaModel`.
 
     Example:
         >>> from trim_plugin.embedded import load_small_model

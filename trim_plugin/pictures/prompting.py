@@ -47,10 +47,7 @@ def open_picture(source: Path | str | bytes) -> Image.Image:
     """Open a picture file as RGB, upright, transparency over white (`to_rgb`).
 
     Of an animation or a file of several pages the first is read, with a `UserWarning` that says so. Nothing but regular files
-    is opened, and no program is run: PostScript is refused, which Pillow gives to Ghostscript.
-
-    Args:
-        source: a file, or a file's bytes.
+    is opened, and no program is run: PostScript is refused, which Pillow gives to Ghostscript. Bytes are those of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,10 +78,7 @@ def open_picture(source: Path | str | bytes) -> Image.Image:
 def opened(source: Path | str | bytes) -> Iterator[Image.Image]:
     """A picture of which the header alone has been read: its size is known, its pixels are decoded once they are asked for.
 
-    Every picture that comes from outside is opened here.
-
-    Args:
-        source: a file, or a file's bytes.
+    Every picture that comes from outside is opened here, a file or a file's bytes.
 
     Raises:
         UnidentifiedImageError: of none of the formats `FORMATS`.

@@ -81,11 +81,7 @@ class RecentPictures:
         self.reused = 0
 
     def __call__(self, pictures: Sequence[Image.Image], tower_share: float | None = None) -> Pictures:
-        """These pictures in a row, encoded now or earlier.
-
-        Args:
-            pictures: the pictures.
-            tower_share: as for `encode_pictures`; each share has encoded pictures of its own.
+        """These pictures in a row, encoded now or earlier; each `tower_share` has encoded pictures of its own.
 
         Raises:
             ValueError: no picture is given, or as for `encode_pictures`.
@@ -96,12 +92,7 @@ class RecentPictures:
     def several(
         self, samples: Sequence[Sequence[Image.Image]], tower_share: float | None = None, at_a_time: int = 1
     ) -> list[Pictures]:
-        """The pictures of several samples, each sample's in a row.
-
-        Args:
-            samples: for every sample its pictures.
-            tower_share: as for `encode_pictures`.
-            at_a_time: most pictures that the vision tower is given in one call.
+        """The pictures of several samples, each sample's in a row; the vision tower is given at most `at_a_time` in one call.
 
         Raises:
             ValueError, OSError: as for a call.
