@@ -4,7 +4,7 @@ import torch
 
 from trim_plugin import KCenter, TopKPerHead, TrimConfig, TrimmedCache, visualize
 from trim_plugin.compat import CACHE
-from trim_plugin.forward.holders import GroupRecorder, holders
+from trim_plugin.forward.holders import ScoreRecorder, holders
 from trim_plugin.pictures.visualize import draw_regions
 
 from ..random_models import Sample, random_inputs, random_model
@@ -12,7 +12,7 @@ from ..random_models import Sample, random_inputs, random_model
 
 def prefilled(sample, rule, merge=True):
     model = random_model(seed=2, image_size=16)
-    recorder = GroupRecorder()
+    recorder = ScoreRecorder()
     cache = TrimmedCache(model, TrimConfig(processors=(recorder, rule), merge=merge))
     with torch.no_grad():
         model(**random_inputs(model, [sample], seed=4), **{CACHE: cache}, use_cache=True)

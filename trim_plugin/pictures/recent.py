@@ -20,7 +20,6 @@ from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_each
 from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.selection.processors import ProcessorLike
 
 #: Bytes that are held unless something else is said: 20 whole pictures of the 11B model in bfloat16.
 DEFAULT_BYTES = 2**30
@@ -29,7 +28,7 @@ Key = tuple[tuple[int, int], float | None, bytes]
 
 
 class RecentPictures:
-    """Encodes pictures and keeps the ones asked for last, each under what it shows: several questions, one call of the tower.
+    """Encodes pictures whole and keeps the ones asked for last, each under what it shows: several questions, one tower call.
 
     What is held lies in main memory; a generation takes it to the model's device, a piece of the batch at a time.
 
@@ -37,14 +36,13 @@ class RecentPictures:
         model: an Mllama model, or a wrapper around one. Its weights, adapters and their scales may change: pictures of before
             are not given then.
         processor: its `MllamaProcessor`.
-        rule: as for `encode_pictures`; None is whole, with the same answers as the pictures themselves.
         most_bytes: of encoded pictures that are held at a time, in main memory; the least recently asked for go first.
-        folder: where whole pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
+        folder: where pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
             another model, of other adapters, or of a tower that was trained since, are written anew. Nothing is ever removed:
             delete the folder, or files of it, whenever you like. None keeps nothing on disk.
 
     Raises:
-        ValueError: `most_bytes` is negative, or a folder is given with a rule.
+        ValueError: `most_bytes` is negative.
         OSError: the folder cannot be made.
 
     Example:
@@ -60,15 +58,12 @@ class RecentPictures:
         self,
         model: torch.nn.Module,
         processor: Any,
-        rule: ProcessorLike | None = None,
         most_bytes: int = DEFAULT_BYTES,
         folder: Path | str | None = None,
     ) -> None:
         if most_bytes < 0:
             raise ValueError(f"most_bytes must be 0 or more, got {most_bytes}.")
-        if folder is not None and rule is not None:
-            raise ValueError("folder and rule are both given, but files there hold whole pictures. Choose one.")
-        self._model, self._processor, self._rule = model, processor, rule
+        self._model, self._processor = model, processor
         self._most_bytes = most_bytes
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
@@ -132,17 +127,11 @@ class RecentPictures:
         """Bytes of the pictures held now."""
         return self._nbytes
 
-    def forget(self) -> None:
-        """Hold nothing any more."""
-        self._held.clear()
-        self._nbytes = 0
-
     def _key(self, picture: Image.Image, tower_share: float | None) -> Key:
         return picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
 
     def _encode(self, pictures: Sequence[Image.Image], tower_share: float | None) -> list[Pictures]:
-        share = checked_share(tower_share)
-        made = encode_each(self._model, self._processor, pictures, self._rule, tower_share=share)
+        made = encode_each(self._model, self._processor, pictures, tower_share=checked_share(tower_share))
         self.encoded += len(made)
         return [one.to("cpu") for one in made]
 

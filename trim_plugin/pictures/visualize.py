@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from trim_plugin.arithmetic import picture_tokens, tile_side
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.holders import GroupRecorder, holders
+from trim_plugin.forward.holders import ScoreRecorder, holders
 from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.selection.processors import VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,35 +43,6 @@ class KeptFigure(Figure):
         self.savefig(file, format="png", dpi=80)
         data = base64.b64encode(file.getvalue()).decode()
         return f'<img style="max-width:100%" src="data:image/png;base64,{data}">'
-
-
-class ScoreRecorder(VisualTokenProcessor):
-    """Notes the head-mean score of every visual token and changes nothing. Put it first in a list of processors.
-
-    Example:
-        >>> recorder = ScoreRecorder()
-        >>> scores = torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])
-        >>> recorder(scores, torch.ones(1, 2, dtype=torch.bool)) is scores
-        True
-        >>> recorder.head_mean[0]
-        tensor([[0.3000, 0.7000]])
-    """
-
-    def __init__(self) -> None:
-        #: One tensor (samples, visual tokens) for every call; NaN outside the visibility group of the call.
-        self.head_mean: list[torch.Tensor] = []
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Record; shapes as in `VisualTokenProcessor.__call__`."""
-        self.head_mean.append(scores.mean(dim=1).masked_fill(~visible, float("nan")).cpu())
-        return scores
-
-    def scores(self, sample: int = 0) -> np.ndarray:
-        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
-
-        Right for a batch of one; with more, a call may hold only those samples that have such a group.
-        """
-        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +119,11 @@ def visualize(
         )
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
-    recorder, groups = ScoreRecorder(), GroupRecorder()
+    recorder = ScoreRecorder()
     cache = TrimmedCache(
         model,
         TrimConfig(
-            processors=(recorder, groups, *settings.processor_list),
+            processors=(recorder, *settings.processor_list),
             merge=settings.merge,
             tower_share=settings.tower_share,
         ),
@@ -163,7 +133,7 @@ def visualize(
     total = cache.report().total_tokens[0]
     kept = np.zeros(total)
     kept[cache.kept_indices[0].cpu().numpy()] = 1.0
-    holding = holders(model, cache, groups) if settings.merge else None
+    holding = holders(model, cache, recorder) if settings.merge else None
     return _draw(picture_as_seen(inputs, image, tile_map), tile_map, kept, recorder.scores(), holding, title)
 
 
