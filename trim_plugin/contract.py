@@ -65,13 +65,7 @@ SETTINGS = (
 
 #: Names of `cache_utils`, and the methods that a trimmed cache and its layers override or call.
 _LAYER = (
-    "update",
-    "lazy_initialization",
-    "get_seq_length",
-    "get_mask_sizes",
-    "get_max_length",
-    "reset",
-    "reorder_cache",
+    *("update", "lazy_initialization", "get_seq_length", "get_mask_sizes", "get_max_length", "reset", "reorder_cache"),
 )
 CACHE_CLASSES: dict[str, tuple[str, ...]] = {
     "Cache": (

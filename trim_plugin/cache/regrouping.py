@@ -124,12 +124,8 @@ def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens], uplo
     found: list[_Run] = []
     for record, number, rows in runs:
         whole = rows == list(range(len(records[record].classes[number].sources)))
-        found.append((record, number, _everything if whole else uploaded.rows(rows)))
+        found.append((record, number, (lambda: None) if whole else uploaded.rows(rows)))
     return found
-
-
-def _everything() -> None:
-    """All rows of a class."""
 
 
 def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: int, fill: int = 0) -> torch.Tensor:

@@ -40,7 +40,7 @@ def begin_loading(arguments: argparse.Namespace) -> None:
         if not arguments.adapter.is_dir():
             raise UserError(f"no adapter in {arguments.adapter}: there is no such folder")
         needs("--adapter", "peft", "peft", "accelerate")
-    check_is_mllama(model_of(arguments.model))
+    model_numbers(model_of(arguments.model))
     if weights_of(arguments) not in DTYPES:
         with user_errors(ImportError):
             require_bitsandbytes(f"--weights {arguments.weights}")
@@ -165,11 +165,6 @@ def check_device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {text} cannot be used here: {first_line(error)}") from None
     return text
-
-
-def check_is_mllama(path_or_id: str) -> None:
-    """Read the configuration alone and raise `UserError` unless it is an Mllama model's."""
-    model_numbers(path_or_id)
 
 
 def model_numbers(path_or_id: str) -> ModelNumbers:

@@ -13,11 +13,7 @@ import torch
 class EncodedSample:
     """The visual tokens of one sample's pictures.
 
-    Args:
-        states: (tokens, width of the text model), visual states.
-        index: int64 (tokens,), which visual token each is, ascending.
-        sizes: int64 (tokens,), how many visual tokens each stands for.
-        total: visual tokens of the pictures, padding tiles and merged ones included.
+    `trim_plugin.pictures.encoded.Pictures`, which says what these are, is one with all that is known of its pictures.
     """
 
     states: torch.Tensor

@@ -92,7 +92,7 @@ class Owner:
         self.bound = False
         self._model: Any = None
         #: Returns its `MllamaTextModel`; None if that is gone. Hooks ask for it at every forward.
-        self.text_model: Callable[[], Any] = _nobody
+        self.text_model: Callable[[], Any] = lambda: None
 
     def bind(self, model: torch.nn.Module, text_model: torch.nn.Module) -> None:
         """Be this model from now on."""
@@ -110,10 +110,6 @@ class Owner:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Owner, ()
-
-
-def _nobody() -> None:
-    """The text model of an owner that is bound to none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,10 @@ class Pictures(EncodedSample):
     `first + second` are the pictures of both in a row, for instance a document's pages that were encoded one by one.
 
     Args:
-        states, index, sizes, total: as of `EncodedSample`.
+        states: (tokens, width of the text model), visual states.
+        index: int64 (tokens,), which visual token each is, ascending.
+        sizes: int64 (tokens,), how many visual tokens each stands for.
+        total: visual tokens of the pictures, padding tiles and merged ones included.
         tiles: real tiles of every picture.
         most_tiles: tiles that the model pads every picture to.
         tile_tokens: visual tokens of a tile.

@@ -47,7 +47,10 @@ def open_picture(source: Path | str | bytes) -> Image.Image:
     """Open a picture file as RGB, upright, transparency over white (`to_rgb`).
 
     Of an animation or a file of several pages the first is read, with a `UserWarning` that says so. Nothing but regular files
-    is opened, and no program is run: PostScript is refused, which Pillow gives to Ghostscript. Bytes are those of a file.
+    is opened, and no program is run: PostScript is refused, which Pillow gives to Ghostscript.
+
+    Args:
+        source: a file, or a file's bytes.
 
     Raises:
         FileNotFoundError: there is no such file.

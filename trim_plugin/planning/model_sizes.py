@@ -54,7 +54,8 @@ def cross_kv_bytes(config: Configuration, batch: int, tokens: int, kv: str | Non
     """Bytes of the cross-attention layers' keys and values.
 
     Args:
-        config, batch: of what.
+        config: the model's configuration.
+        batch: samples.
         tokens: visual tokens that a layer holds of each sample.
         kv: a name of `KV_FORMATS` for quantized caches, None for the model's dtype.
         element: bytes of a number in the model's dtype.
