@@ -1,4 +1,4 @@
-"""What a trimmed cache shall do, checked before any work."""
+"""`TrimConfig`, the settings of a trimmed cache: they are checked when they are made, before any work."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def _named(function: Callable[..., Any], first: int) -> tuple[str, ...] | None:
-    """The same from a given argument on, of a function that nobody keeps."""
+    """What `_arguments` returns, from argument `first` on. Not remembered: a module's own `forward` dies with the module."""
     parameters = list(inspect.signature(function).parameters.values())
     named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     hands_on = {one.kind for one in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}

@@ -1,4 +1,4 @@
-"""Files that interruptions leave whole: replaced at once, or grown by whole lines of JSON; and files opened without waiting."""
+"""Writes files that an interruption leaves whole, and opens files without waiting for a pipe or a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking about pictures: a row, what `generate` gets of it, what comes back, and where that is kept.
+"""Asking about pictures: rows are read, written as prompts and answered, and results are kept in a file.
 
 Commands, batches, evaluations and servers share it.
 """

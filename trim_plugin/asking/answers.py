@@ -1,4 +1,4 @@
-"""What `generate` is given for prompts, and what comes back: the one place for every command, batch and benchmark."""
+"""Makes arguments of `generate` out of prompts and pictures, and answers with their counts out of what it returns."""
 
 from __future__ import annotations
 

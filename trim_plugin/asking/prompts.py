@@ -1,4 +1,4 @@
-"""A row's prompt: the text as the tokenizer gets it, its length, and pictures that are known to be pictures."""
+"""Writes a row's prompt in the model's chat format, counts its tokens, and checks its pictures by their headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results in one JSON Lines file: durable, each once, with what was asked, and gone on with after any interruption."""
+"""A JSON Lines file of results: every row is answered once, and a run goes on after any interruption."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Results:
         return (name, way) in self._failed
 
     def failed(self, name: str, way: str = "") -> bool:
-        """Whether that result is an error."""
+        """Whether a row's result is an error."""
         return self._failed.get((name, way), False)
 
     def read(self) -> list[dict[str, Any]]:

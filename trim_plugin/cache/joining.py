@@ -1,4 +1,4 @@
-"""Caches put together, layer by layer: the micro-batches of one prompt, and batches that come to a running one."""
+"""Splits a batch's cache into parts and joins them again: micro-batches of a prompt, or requests of a running batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who reads what is held: a decoding step reads every kept token once, wherever it lies and however many samples share it.
+"""The attention function of decoding: a step reads every kept token once, however many samples and heads share it.
 
 Transformers hands `layers[i].keys` and `.values` to the attention function that a module's configuration names. Ours gets a
 `Lent` instead of a tensor and reads each width class as it lies: copies of a source, and the query heads that share a

@@ -1,4 +1,4 @@
-"""Other sources in other classes: what batch operations, joined micro-batches and later turns make of a record."""
+"""Makes a new record out of held ones: other sources in other width classes, for batches, joins and later turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding and loading the model that a subcommand is asked for: whatever is wrong with it is said first, and as that."""
+"""Finds and loads the model that a subcommand is asked for, and says what is wrong with it before anything is loaded."""
 
 from __future__ import annotations
 

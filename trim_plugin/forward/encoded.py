@@ -1,4 +1,4 @@
-"""Visual tokens that enter a forward ready made: what the tower yields for a sample's pictures, whole or merged."""
+"""Encoded pictures as a forward takes them: visual tokens of every sample, padded to a batch."""
 
 from __future__ import annotations
 

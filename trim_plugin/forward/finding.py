@@ -181,7 +181,7 @@ def decoder_layers(text_model: Any) -> list[Any]:
 
 
 def cross_layers(text_model: Any) -> list[Any]:
-    """The cross-attention decoder layers among them."""
+    """The cross-attention decoder layers of an `MllamaTextModel`, like `decoder_layers`."""
     return [layer for layer in decoder_layers(text_model) if _is_cross(layer)]
 
 
@@ -197,7 +197,7 @@ def attention_of(layer: Any) -> Any:
 
 
 def attentions_in(layer: Any) -> list[Any]:
-    """The same and its copies, out of their wrapper."""
+    """The attention of a cross-attention decoder layer and its copies, out of their wrapper."""
     return [one for one in layer.cross_attn.modules() if isinstance(one, MllamaTextCrossAttention)] or [
         layer.cross_attn
     ]

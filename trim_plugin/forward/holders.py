@@ -1,4 +1,4 @@
-"""Which kept token stands for a visual token: worked out again when someone asks, since no cache needs to hold it."""
+"""Tells which kept token stands for each visual token: no cache holds that, so it is worked out again."""
 
 from __future__ import annotations
 

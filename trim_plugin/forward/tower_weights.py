@@ -1,4 +1,4 @@
-"""What the vision tower and the projector do with their weights now: a row of numbers a layer, adapters of any kind included.
+"""Measures the layers of vision tower and projector, with their adapters: a row of numbers a layer, which fingerprints compare.
 
 A layer is measured by what it makes of a few fixed vectors, so that an adapter and the same adapter merged measure alike. Peft's
 wrappers are known by their attributes; a copy of a wrapper, in float64 and around a layer of its own, is what runs. The model is

@@ -1,4 +1,4 @@
-"""From pictures to what a forward reads of them."""
+"""Encodes pictures: runs the vision tower once, and keeps all of its visual tokens or those that a rule chooses."""
 
 from __future__ import annotations
 

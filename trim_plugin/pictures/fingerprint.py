@@ -1,4 +1,4 @@
-"""Which model encoded a picture: numbers that tell another model, one that was trained since, and other adapters.
+"""Tells whether a model is the one that encoded a picture: not another, not trained since, with the same adapters.
 
 What counts is what shapes the visual states: the vision tower and the projector, with the adapters that are active on them and
 their scales. An adapter and the same adapter merged into the weights are the same; so is a model in another format.

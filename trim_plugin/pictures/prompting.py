@@ -1,4 +1,4 @@
-"""From a picture and a question to the inputs of `generate`."""
+"""Opens pictures, writes prompts in the model's chat format, and makes the inputs of `generate` out of both."""
 
 from __future__ import annotations
 

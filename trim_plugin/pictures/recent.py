@@ -1,4 +1,4 @@
-"""Pictures that are asked about again: encoded once, remembered as long as there is room, in a folder for later runs too."""
+"""Remembers encoded pictures for the next question about them: in memory as long as there is room, and in a folder."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class RecentPictures:
             self._nbytes -= self._held.popitem(last=False)[1].nbytes
 
     def _keep(self, picture: Image.Image, made: Pictures, tower_share: float | None) -> None:
-        """In the folder, if there is one."""
+        """Write it into the folder, if there is one."""
         if self._folder is None:
             return
         try:
@@ -153,7 +153,7 @@ class RecentPictures:
             raise OSError(error.errno, said, str(self._folder)) from None
 
     def _name(self, picture: Image.Image, tower_share: float | None) -> str:
-        """Of the picture's file: what it shows, and what else its encoding depends on."""
+        """The name of a picture's file: a hash of what it shows and of what else its encoding depends on."""
         own = () if tower_share is None else (tower_share,)
         kind = repr((picture.size, str(self._model.dtype), *own))
         return hashlib.blake2b(kind.encode() + picture.tobytes(), digest_size=20).hexdigest() + ".safetensors"

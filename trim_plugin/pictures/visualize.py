@@ -1,4 +1,4 @@
-"""Pictures of what a trimmed cache keeps."""
+"""Draws which visual tokens of a picture a trimmed cache keeps, their scores, and what each stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits into a memory, and what limits it."""
+"""Finds the largest batch that fits into a memory, and says what limits it."""
 
 from __future__ import annotations
 

@@ -48,9 +48,9 @@ MEASURED_KEPT = (
     (0.5, 0.965),
     (1.0, 1.0),
 )
-#: Numbers of a plan that are upper bounds where micro-batches are counted as if each held the fullest samples,
+#: Numbers of a plan that are upper bounds where samples have different tiles: every micro-batch counts as one of the fullest.
 FULLEST = ("prefill_kv", "prefill_set", "prefill_peak", "needed")
-#: and where samples keep different numbers of tokens that only their mean is known of.
+#: Numbers that are upper bounds where samples keep different numbers of tokens, of which only the mean is known.
 UPPER_BOUNDS = ("cross_kv", "held_tokens", "decode_set", "decode_peak", *FULLEST)
 
 
@@ -90,7 +90,7 @@ class PlannedVariant:
 
     @property
     def forecast(self) -> bool:
-        """Whether the share is that of a ratio, so that samples keep more or less than it."""
+        """Whether the share is forecast from a ratio: single samples will keep more or less."""
         return self.top_k_ratio is not None and self.kept_share is not None and self.kept_share < 1.0
 
 

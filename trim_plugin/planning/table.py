@@ -1,4 +1,4 @@
-"""What `trim-plugin plan` shows a person: a row for each variant, and what fits in sentences."""
+"""Prints what `trim-plugin plan` shows a person: a table with a row for each variant, and sentences on what fits."""
 
 from __future__ import annotations
 
