@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.kept import KeptTokens, Picked
-from trim_plugin.cache.regrouping import Parts, side_by_side
+from trim_plugin.cache.regrouping import ClassParts, side_by_side
 from trim_plugin.cache.stores import Plain, Store
 from trim_plugin.kv_formats import require_bitsandbytes
 
@@ -166,7 +166,7 @@ class CrossAttentionLayer(DynamicLayer):
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def regroup(
-        self, kept: KeptTokens, recipe: Sequence[tuple[Parts, int]], layers: Sequence[CrossAttentionLayer]
+        self, kept: KeptTokens, recipe: Sequence[tuple[ClassParts, int]], layers: Sequence[CrossAttentionLayer]
     ) -> None:
         """Hold what `KeptTokens.regrouped` says, put together from these layers, which may be this one.
 
@@ -265,7 +265,7 @@ def of_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
     return of_sources.index_select(0, kept.sources_on(of_sources.device))
 
 
-def _assembled(sources: Sequence[Sequence[Store]], parts: Parts, width: int) -> Store:
+def _assembled(sources: Sequence[Sequence[Store]], parts: ClassParts, width: int) -> Store:
     """One store out of parts of others; the same one where that is a whole store."""
     stores = []
     for layer, number, rows in parts:

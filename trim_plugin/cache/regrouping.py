@@ -12,7 +12,7 @@ from trim_plugin.cache.stores import padded_join
 from trim_plugin.selection.select import Columns
 
 #: A width class put together from held ones: (which cache, which of its classes, rows; None for all of them) in order.
-Parts = list[tuple[int, int, slice | torch.Tensor | None]]
+ClassParts = list[tuple[int, int, slice | torch.Tensor | None]]
 #: The same before the rows have been copied to the device.
 _Run = tuple[int, int, Callable[[], slice | torch.Tensor | None]]
 
@@ -44,21 +44,21 @@ def _padded_columns(kept: KeptTokens) -> Columns:
     )
 
 
-def side_by_side(kept: KeptTokens, device: torch.device) -> Parts:
+def side_by_side(kept: KeptTokens, device: torch.device) -> ClassParts:
     """All sources in their order, as one class; rows are told where they are read."""
 
-    def made() -> Parts:
+    def made() -> ClassParts:
         uploaded = Uploaded(device)
         runs = _runs([(0, source) for source in range(kept.sources)], [kept], uploaded)
         return [(record, number, rows()) for record, number, rows in runs]
 
-    found: Parts = kept.once("side by side", device, made)
+    found: ClassParts = kept.once("side by side", device, made)
     return found
 
 
 def regrouped(
     records: Sequence[KeptTokens], sources: Sequence[tuple[int, int]], order: Sequence[int], bucket: int
-) -> tuple[KeptTokens, list[tuple[Parts, int]]]:
+) -> tuple[KeptTokens, list[tuple[ClassParts, int]]]:
     """Other sources in other classes, put together from what one or several records hold.
 
     Args:
@@ -128,7 +128,7 @@ def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens], uplo
     return found
 
 
-def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: int, fill: int = 0) -> torch.Tensor:
+def _assembled(records: Sequence[KeptTokens], parts: ClassParts, name: str, width: int, fill: int = 0) -> torch.Tensor:
     """The classes' `index` or `sizes`, put together as the layers' stores are."""
     tensors = []
     for record, number, rows in parts:

@@ -15,7 +15,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 
 from trim_plugin.arithmetic import format_bytes
 from trim_plugin.cache.report import held_bytes
-from trim_plugin.planning.model_sizes import part_of
+from trim_plugin.planning.model_sizes import model_part
 
 PRESETS = ("nf4", "fp4", "int8")
 
@@ -247,7 +247,7 @@ def _placed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     for name, module in model.named_modules():
         part = ""
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            part = "adapters" if "lora_" in f"{name}.{own}" else part_of(f"{name}.{own}", crossing)
+            part = "adapters" if "lora_" in f"{name}.{own}" else model_part(f"{name}.{own}", crossing)
             yield from ((part, one) for one in (tensor, *_quantization_state(tensor)))
         yield from ((part, one) for one in _quantization_state(getattr(module, "state", None)))
 

@@ -313,7 +313,7 @@ def _prefill(
     if job.tower:
         earlier = 0 if variant.stock else caches * (job.batch - samples) // job.batch
         # While the tower reads some images of a micro-batch, the states of all of them are gathered.
-        gathered = 0 if images >= last else working_set.visual_states(config, last, element)
+        gathered = 0 if images >= last else working_set.visual_state_bytes(config, last, element)
         tower = working_set.tower(config, images, element, job.most_tiles, variant.tower_share)
         moments.append((earlier, gathered + tower))
     if not variant.stock and (samples < job.batch or job.expand_size > 1):

@@ -70,7 +70,7 @@ def tower(config: Configuration, images: int, element: int, tiles: int = 4, shar
     )
 
 
-def visual_states(config: Configuration, images: int, element: int) -> int:
+def visual_state_bytes(config: Configuration, images: int, element: int) -> int:
     """Bytes of what the text model reads of images."""
     return images * picture_tokens(config.vision_config) * config.text_config.hidden_size * element
 
