@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -147,8 +146,7 @@ def device_of(device: str, environment: Mapping[str, str]) -> str:
     if device in SPREAD and not torch.accelerator.is_available():
         return "cpu"
     several = int(environment.get("WORLD_SIZE", 1)) > 1
-    # Spreading is accelerate's; without it a model goes to one device.
-    if device in SPREAD and (several or importlib.util.find_spec("accelerate") is None):
+    if device in SPREAD and several:  # every process has a device of its own
         device = str(torch.accelerator.current_accelerator())
     return f"{device}:{environment.get('LOCAL_RANK', 0)}" if several and device in ("cuda", "xpu") else device
 

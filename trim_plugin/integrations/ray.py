@@ -140,12 +140,7 @@ def answer(
 
 
 def answer_rows(
-    rows: Sequence[Row],
-    model: str,
-    *,
-    actors: int | None = None,
-    num_cpus: float | None = None,
-    **settings: Any,
+    rows: Sequence[Row], model: str, *, actors: int | None = None, num_cpus: float | None = None, **settings: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """What `trim-plugin batch --engine ray` answers rows by: results some at a time, as they come; arguments as for `answer`."""
     if not ray.is_initialized():

@@ -123,9 +123,7 @@ def visualize(
     cache = TrimmedCache(
         model,
         TrimConfig(
-            processors=(recorder, *settings.processor_list),
-            merge=settings.merge,
-            tower_share=settings.tower_share,
+            processors=(recorder, *settings.processor_list), merge=settings.merge, tower_share=settings.tower_share
         ),
     )
     with torch.no_grad():
@@ -189,13 +187,7 @@ def _draw(
         f"{int(patches.sum())} of {patches.size} patches, {int(class_tokens.sum())} of {class_tokens.size} class tokens"
     )
     right.imshow(picture.mean(axis=2), cmap="gray", interpolation="nearest", alpha=0.35)
-    heat = right.imshow(
-        tile_map.patches(scores),
-        cmap="magma",
-        interpolation="nearest",
-        alpha=0.85,
-        extent=whole,
-    )
+    heat = right.imshow(tile_map.patches(scores), cmap="magma", interpolation="nearest", alpha=0.85, extent=whole)
     right.set_title("score: attention of the text, mean over heads")
     figure.colorbar(heat, ax=right, shrink=0.8)
     if holding is not None:
