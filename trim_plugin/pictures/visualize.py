@@ -224,29 +224,26 @@ def draw_regions(axes: Axes, picture: np.ndarray, holding: np.ndarray, own: np.n
     grey = np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2)
     zoom = (height // holding.shape[0], width // holding.shape[1])
     names = np.unique(holding[holding >= 0])
-    colours = np.array([_colour(number) for number in range(len(names))] + [(1.0, 1.0, 1.0)])
+    colours = np.concatenate([_colours(len(names)), np.ones((1, 3))])
     number = np.where(holding < 0, len(names), np.searchsorted(names, holding))
     tinted = np.kron(number, np.ones(zoom, dtype=int))
     axes.imshow((1 - TINT) * grey + TINT * colours[tinted], interpolation="nearest")
-    for before, after, line in (
-        (number[:, :-1], number[:, 1:], lambda row, column: ((column + 1,) * 2, (row, row + 1))),
-        (number[:-1], number[1:], lambda row, column: ((column, column + 1), (row + 1,) * 2)),
-    ):
-        for row, column in zip(*np.nonzero(before != after), strict=True):
-            xs, ys = line(row, column)
-            axes.plot(np.array(xs) * zoom[1] - 0.5, np.array(ys) * zoom[0] - 0.5, color="black", linewidth=0.8)
+    tops, lefts = np.arange(len(number) + 1) * zoom[0] - 0.5, np.arange(number.shape[1] + 1) * zoom[1] - 0.5
+    rows, columns = np.nonzero(number[:, :-1] != number[:, 1:])
+    axes.vlines(lefts[columns + 1], tops[rows], tops[rows + 1], color="black", linewidth=0.8)
+    rows, columns = np.nonzero(number[:-1] != number[1:])
+    axes.hlines(tops[rows + 1], lefts[columns], lefts[columns + 1], color="black", linewidth=0.8)
     rows, columns = np.nonzero(own)
     axes.scatter((columns + 0.5) * zoom[1] - 0.5, (rows + 0.5) * zoom[0] - 0.5, s=7, color="black", zorder=3)
 
 
-def _colour(number: int) -> tuple[float, float, float]:
-    """Colours that differ however many there are: hues a golden ratio apart, in three lightnesses."""
+def _colours(count: int) -> np.ndarray:
+    """Colours that differ however many there are, (count, 3): hues a golden ratio apart, in three lightnesses."""
     from matplotlib.colors import hsv_to_rgb
 
-    red, green, blue = hsv_to_rgb(
-        (number * 0.618034 % 1.0, (0.85, 0.5, 0.7)[number % 3], (0.95, 0.9, 0.65)[number % 3])
-    )
-    return float(red), float(green), float(blue)
+    number = np.arange(count)
+    lightness = np.array([(0.85, 0.95), (0.5, 0.9), (0.7, 0.65)])[number % 3]
+    return np.asarray(hsv_to_rgb(np.column_stack([number * 0.618034 % 1.0, lightness])))
 
 
 def dropped_overlay(kept: np.ndarray) -> np.ndarray:
