@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from trim_plugin.cache.kept import first_places
+from trim_plugin.cache.stores import padded_join
+
 
 @dataclasses.dataclass
 class EncodedSample:
@@ -62,11 +65,8 @@ class EncodedBatch:
         longest = max(len(sample.index) for sample in samples)
 
         def padded(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            first = getattr(samples[0], name)
-            whole = torch.full((len(samples), longest, *first.shape[1:]), fill, dtype=dtype, device=device)
-            for row, sample in zip(whole, samples, strict=True):
-                row[: len(sample.index)] = getattr(sample, name).to(device, dtype)
-            return whole
+            own = [getattr(sample, name)[None].to(device, dtype) for sample in samples]
+            return padded_join(own, longest, dim=1, fill=fill)
 
         lengths = torch.tensor([len(sample.index) for sample in samples], device=device)
         total = max(sample.total for sample in samples)
@@ -74,7 +74,7 @@ class EncodedBatch:
             states=padded("states", 0, dtype),
             index=padded("index", 0, torch.long),
             sizes=padded("sizes", 1, torch.long),
-            valid=torch.arange(longest, device=device) < lengths[:, None],
+            valid=first_places(lengths, longest),
             total=total,
             complete=all(len(sample.index) == total for sample in samples),
         )
