@@ -35,12 +35,12 @@ class Inputs:
 
     @classmethod
     def of(cls, processor: Any, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Inputs:
-        """Of prompts as the tokenizer gets them, and for each its pictures, RGB, which `generate` is to read."""
+        """Inputs of prompts as the tokenizer gets them, with each one's pictures, RGB, which `generate` is to read."""
         return cls(tensors_of(processor, prompts, pictures))
 
     @classmethod
     def about(cls, processor: Any, prompts: Sequence[str], encoded: Sequence[Pictures]) -> Inputs:
-        """Of encoded pictures, one `Pictures` for every prompt."""
+        """Inputs of prompts about encoded pictures, one `Pictures` for each."""
         tiles = [own.tiles for own in encoded]
         return cls(prompt_inputs(processor, tiles, prompts, encoded[0].most_tiles), tuple(encoded))
 

@@ -305,7 +305,7 @@ class Uploaded:
         return there
 
     def rows(self, rows: Sequence[int]) -> Callable[[], slice | torch.Tensor]:
-        """The same for rows of a tensor: a slice where they follow each other, which needs no copy."""
+        """Note row numbers of a tensor; returns what gives them, a slice where they follow each other, which needs no copy."""
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return lambda: slice(rows[0], rows[0] + len(rows))
         return self.add(rows)

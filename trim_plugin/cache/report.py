@@ -70,7 +70,7 @@ class TrimReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """The same as a table, which a notebook shows."""
+        """The report as a table, which a notebook shows."""
         share = f"{self.cross_kv_ratio:.1%}".replace("%", " %")
         lines = [["sample", "kept", "visible", "in all"]]
         for sample, counts in enumerate(zip(self.kept_tokens, self.visible_tokens, self.total_tokens, strict=True)):

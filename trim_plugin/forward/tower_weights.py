@@ -97,7 +97,7 @@ def _unknown() -> torch.Tensor:
 
 
 def _row_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Of weights that belong to no layer: positions, norms, gates."""
+    """The row of weights that belong to no layer: positions, norms, gates."""
     row = _unknown()
     if parameter.is_floating_point() and not parameter.is_meta:
         matrix = parameter.reshape(len(parameter) if parameter.ndim > 1 else 1, -1)
@@ -108,7 +108,7 @@ def _row_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _row(base: Any, adapter: Any) -> torch.Tensor:
-    """Of a layer, and of the adapter around it."""
+    """The row of a layer and the adapter around it."""
     row = _unknown()
     row[1], row[3 + PROBES :] = 0, 0
     if adapter is not None:

@@ -96,7 +96,7 @@ class Answerer:
 
 
 class JsonAnswerer(Answerer):
-    """The same for a file's rows as JSON texts, which may differ from each other in any way."""
+    """An actor that gets a file's rows as JSON texts, since their fields may differ from row to row."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A column "row" in, a column "result" out."""

@@ -99,7 +99,7 @@ class Pictures(EncodedSample):
         return cls(**stored.read(Path(path), device))
 
     def to(self, device: str | torch.device) -> Pictures:
-        """The same with its tensors on a device."""
+        """These pictures with their tensors on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("states", "index", "sizes")}
         return dataclasses.replace(self, **moved)
 
