@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 
@@ -56,19 +57,11 @@ def largest_fit(
     def planned(batch: int) -> Plan:
         return plan(config, dataclasses.replace(job, batch=batch), variant, weights=weights, reserve=reserve)
 
-    def fits(batch: int) -> bool:
-        return planned(batch).needed <= memory
-
-    low, high = 0, 1
-    while high < MOST and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    over = planned(low + 1)
+    largest = bisect.bisect_right(range(1, MOST), memory, key=lambda batch: planned(batch).needed)
+    over = planned(largest + 1)
     if over.weights_total + reserve >= memory:
-        return Fit(low, "weights", _weights_too_large(config, weights, reserve, memory))
-    return Fit(low, *_limit(over, memory))
+        return Fit(largest, "weights", _weights_too_large(config, weights, reserve, memory))
+    return Fit(largest, *_limit(over, memory))
 
 
 def _weights_too_large(config: Configuration, weights: str, reserve: int, memory: int) -> str:
