@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, cache_utils, modeling_outputs
+from transformers import GenerationConfig, cache_utils, masking_utils, modeling_outputs
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.models.mllama import modeling_mllama
@@ -87,6 +87,12 @@ def test_a_renamed_argument_of_a_forward(monkeypatch, fresh, owner, argument):
     monkeypatch.setattr(found, "forward", renamed(found.forward, argument))
     refused(model, inputs, f"did not find: {argument}= of {owner}.forward")
     assert torch.equal(generate(model, inputs).sequences, expected), "stock goes on"
+
+
+def test_a_renamed_argument_of_the_masks(monkeypatch, fresh):
+    planted = renamed(masking_utils.create_causal_mask, "allow_is_causal_skip")
+    monkeypatch.setattr(masking_utils, "create_causal_mask", planted)
+    refused(*fresh, "did not find: allow_is_causal_skip= of transformers.masking_utils.create_causal_mask")
 
 
 def test_a_layer_written_anew_with_another_name(monkeypatch, fresh):

@@ -80,7 +80,7 @@ TESTED_IN = {
     "pictures.fingerprint": "pictures/test_encoded.py",
     "pictures.layout": "pictures/test_encoded.py",
     "pictures.rgb": "pictures/test_opening.py",
-    "selection.covering": "selection/test_k_center.py",
+    "selection.rounds": "selection/test_k_center.py",
     "forward.encoded": "exactness/test_encoded.py",
     "forward.detaching": "forward/test_hooks.py",
 }

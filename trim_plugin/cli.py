@@ -22,7 +22,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 1 if rows failed, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 2 for a mistake in the call, 1 if rows failed, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     # The first word without a dash: options of the program itself take no values.
     name = next((word for word in words if not word.startswith("-")), "")

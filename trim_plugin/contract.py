@@ -22,7 +22,7 @@ from trim_plugin.compat import CACHE, UnsupportedTransformersError, unsupported
 
 MIXIN, CONFIGURATION = "transformers.generation.utils", "transformers.generation.configuration_utils"
 MLLAMA, CACHES = "transformers.models.mllama.modeling_mllama", "transformers.cache_utils"
-OUTPUTS = "transformers.modeling_outputs"
+OUTPUTS, MASKS = "transformers.modeling_outputs", "transformers.masking_utils"
 
 #: Arguments of forwards, by class, that hooks read or replace, or that are passed by name.
 FORWARDS: dict[str, tuple[str, ...]] = {
@@ -55,6 +55,11 @@ METHODS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "_get_candidate_generator": ((), ("input_ids", "model_kwargs")),
     },
     "GenerationConfig": {"to_json_string": (("use_diff", "ignore_metadata"), ()), "to_json_file": ((), ())},
+}
+
+#: The same of functions of `MASKS`, behind the configuration.
+MASK_FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "create_causal_mask": (("inputs_embeds", "attention_mask", CACHE), ("allow_is_causal_skip",)),
 }
 
 #: Fields of `GenerationConfig` that the wrapped methods read.
@@ -183,7 +188,7 @@ def _missing_in_generation() -> Iterator[str]:
         yield from (f"GenerationConfig.{name}" for name in _settings_not_in(configuration.GenerationConfig))
 
 
-def _missing_methods(owner: type, methods: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> Iterator[str]:
+def _missing_methods(owner: Any, methods: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> Iterator[str]:
     for name, (first, by_name) in methods.items():
         method = getattr(owner, name, None)
         if method is None:
@@ -215,6 +220,7 @@ def _missing_in_models() -> Iterator[str]:
             yield f"{name} in {CACHES}"
         else:
             yield from (f"{name}.{method}" for method in methods if not hasattr(found, method))
+    yield from _missing_methods(importlib.import_module(MASKS), MASK_FUNCTIONS)
     outputs = importlib.import_module(OUTPUTS)
     for name in WITH_CACHE:
         if CACHE not in getattr(getattr(outputs, name, None), "__dataclass_fields__", {}):

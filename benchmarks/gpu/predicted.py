@@ -27,7 +27,7 @@ from benchmarks.common.models import transformers_config
 from benchmarks.common.results import write_result
 from benchmarks.gpu.counted import Counting, OnPaper
 from trim_plugin import KCenter, TrimConfig, TrimmedCache
-from trim_plugin.arithmetic import PADDING_SHARE, tile_tokens, tokens_left
+from trim_plugin.arithmetic import PADDING_SHARE, tile_tokens
 from trim_plugin.forward.tower_merging import TowerCall, merging_in_tower
 from trim_plugin.selection.merging import Merging
 
@@ -75,7 +75,7 @@ def choosing(members: int, tokens: int, width: int, share: float) -> Counts:
     states = (states + 2 * torch.randn(states.shape, generator=generator)).bfloat16()
     chosen_among = torch.arange(tokens)[None] < members
     with Counting("cpu") as counting:
-        _CHOOSE(KCenter(share), states, chosen_among)
+        _CHOOSE(KCenter(share), states, chosen_among, counts=[[members]])
     return counting.found
 
 
@@ -98,7 +98,7 @@ def _noted(counting: Counting, parts: dict[str, Counts]) -> Iterator[None]:
 
         return wrapped
 
-    def choose(rule: KCenter, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    def choose(rule: KCenter, states: torch.Tensor, members: torch.Tensor, **known: Any) -> torch.Tensor:
         tokens = states.shape[1]
         counting.found += choosing(tokens, tokens, states.shape[2], float(rule.kept_share or 1.0))
         return members.clone()
@@ -139,12 +139,10 @@ def tower(model: Any, tiles: int, share: float | None) -> tuple[Counts, Counts]:
     patches, most = tile_tokens(vision), vision.max_num_tiles
     whole = most * -(-patches // 8) * 8
     inputs = {name: tensor for name, tensor in page(model).items() if name in _TOWER_INPUTS}
-    reduce = TowerCall.reduce
+    reduce, real = TowerCall.reduce, (torch.arange(most) < tiles).view(1, 1, -1)
     with torch.no_grad(), Counting("meta") as counting, OnPaper(counting):
-        if share is not None:
-            counting.told = tokens_left(tiles, most, patches, whole, share)
 
-        def choose(rule: KCenter, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        def choose(rule: KCenter, states: torch.Tensor, members: torch.Tensor, **known: Any) -> torch.Tensor:
             of_patches = rule.kept_share != PADDING_SHARE
             among = tiles * (patches - 1) if of_patches else whole - tiles * patches
             counting.found += choosing(among, whole, states.shape[2], float(rule.kept_share or 1.0))
@@ -159,7 +157,7 @@ def tower(model: Any, tiles: int, share: float | None) -> tuple[Counts, Counts]:
         with (
             mock.patch.object(TowerCall, "reduce", reduced),
             mock.patch.object(KCenter, "choose", choose),
-            merging_in_tower(model.model.vision_model, share, inputs["aspect_ratio_mask"]),
+            merging_in_tower(model.model.vision_model, share, real),
         ):
             model.model.vision_model(**inputs)
     return counting.found, parts["tower"]

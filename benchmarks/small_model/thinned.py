@@ -27,7 +27,7 @@ def chosen_tokens(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
         >>> labels = np.zeros((2, 4, 1), dtype=int)
         >>> labels[1, 2:] = 7
         >>> chosen_tokens(labels, 5, np.random.default_rng(0)).tolist()
-        [0, 2, 5, 8, 9]
+        [0, 4, 5, 8, 9]
     """
     wanted = np.concatenate([np.full((len(labels), 1), 2), labels[:, :, 0] > 0], axis=1).ravel()
     order = np.argsort(-(wanted + rng.random(len(wanted)) * 0.5), kind="stable")

@@ -265,9 +265,9 @@ WRITES = ("encoded", "encoded, k-center", "encoded, beams")
 OF_SMALL = (*WRITES, "engine", "engine, exact")
 
 
-def emulated_place(devices: int, attention: str) -> Place:
-    """A random model on one device, or its layers on two. To be called within an emulation."""
-    model = on_devices(random_model(attention=attention), devices, SPLIT)
+def emulated_place(devices: int, attention: str, **settings: Any) -> Place:
+    """A random model (of these settings) on one device, or its layers on two. To be called within an emulation."""
+    model = on_devices(random_model(attention=attention, **settings), devices, SPLIT)
     return Place(model, "cuda:0", functools.partial(_small, devices, attention))
 
 

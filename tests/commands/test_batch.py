@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from trim_plugin.batching.worker import RowsFail
 from trim_plugin.cli import main
 from trim_plugin.commands import FAILED_ROWS
 from trim_plugin.embedded import load_small_model
@@ -228,6 +229,32 @@ def test_rows_that_failed(tmp_path, capsys):
     assert main([*words, "--retry-errors"]) == 0
     assert "answer" in read(out)["row 1"]
     assert len(out.read_text().splitlines()) == 2
+
+
+def test_what_fails_every_row_stops_the_run_and_costs_no_result(tmp_path, monkeypatch):
+    """A mistake in code: a run of thousands shall not go on to fail of it row by row."""
+    rows = scene_rows(tmp_path, 60)
+    write(tmp_path, rows)
+    words, out = command(tmp_path)
+    loaded = load_small_model()
+
+    def fail(*args):
+        raise AttributeError("odd")
+
+    monkeypatch.setattr("trim_plugin.commands.batch.load_model", lambda arguments: loaded)
+    handle = loaded[0].get_input_embeddings().register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RowsFail, match="AttributeError: odd"):
+            main(words)
+    finally:
+        handle.remove()
+    failed = read(out)
+    assert 16 <= len(failed) < 60
+    assert {result["error"] for result in failed.values()} == {"AttributeError: odd"}
+    assert main(words) == FAILED_ROWS  # goes on
+    assert len(read(out)) == 60
+    assert main([*words, "--retry-errors"]) == 0
+    assert {name: result["answer"] for name, result in read(out).items()} == one_by_one(rows, tmp_path)
 
 
 def test_pictures_are_looked_for_beside_the_questions(tmp_path, monkeypatch):

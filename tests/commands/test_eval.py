@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from trim_plugin.cli import main
+from trim_plugin.commands import FAILED_ROWS
 from trim_plugin.embedded import examples
 
 
@@ -234,3 +235,68 @@ def test_a_chat_that_names_other_pictures_is_its_questions_error(data, tmp_path,
         main(["eval", "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2", "--top-k-ratio", "1"]) == 0
     )
     assert "question wrong is left out: the prompt names 2 pictures" in " ".join(capsys.readouterr().out.split())
+
+
+def test_variant_without_an_answer(data, tmp_path, capsys):
+    """What others have answered is summed up all the same."""
+    out = tmp_path / "out"
+    command = ["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main([*command, "--memory", "1KiB"]) == FAILED_ROWS
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("trim-plugin eval: no question was answered with 0.5. Mend what ")
+    assert "is left out" not in printed.out
+    assert [(row["way"], row["questions"]) for row in json.loads((out / "summary.json").read_text())] == [("stock", 2)]
+    for text in (" ".join(printed.out.split()), (out / "summary.md").read_text(), (out / "report.html").read_text()):
+        assert "0.5 has answered none of 2 questions. The first error: This request may take " in text
+    assert "could not be answered" not in (out / "report.html").read_text()
+    assert main(command) == 0  # mended
+    assert [row["questions"] for row in json.loads((out / "summary.json").read_text())] == [2, 2]
+    assert "has answered none" not in (out / "summary.md").read_text()
+
+
+def test_nothing_answered_by_anybody(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    for picture in data.glob("*.png"):
+        picture.write_text("no picture")
+    words = ["--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main(["eval", "--data", str(data), "--out", str(out), *words]) == FAILED_ROWS
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("trim-plugin eval: no question was answered with stock, 0.5. Mend what ")
+    assert "question 1 is left out: cannot read" in " ".join(printed.out.split())
+    assert json.loads((out / "summary.json").read_text()) == []
+    summary, page = (out / "summary.md").read_text(), (out / "report.html").read_text()
+    for text in (summary, page):
+        for name in ("stock", "0.5"):
+            assert f"{name} has answered none of 2 questions. The first error: cannot read" in text
+    assert "|" not in summary
+    assert "<table>" not in page
+    assert "could not be answered: 2" in page
+
+
+def test_no_question_was_answered_by_all(data, tmp_path, capsys):
+    """Each variant has answered another one, so nothing can be compared."""
+    command = ["eval", "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main(command) == 0
+    capsys.readouterr()
+    file = tmp_path / "answers-0.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if (line["question"] == "1") == (line["way"] == "stock"):
+            line |= {"text": "", "error": "lost"}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for picture in data.glob("*.png"):
+        picture.write_text("no picture")
+    assert main(command) == FAILED_ROWS
+    said = "no question was answered by all variants, so there is nothing to compare. Mend what "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"trim-plugin eval: {said}")
+    said = "No question was answered with all of stock, 0.5, so there is nothing to compare.\n"
+    assert (tmp_path / "summary.md").read_text() == said
+
+
+def test_what_an_earlier_run_could_not_answer_is_not_this_run_s_failure(data, tmp_path, capsys):
+    command = ["eval", "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2"]
+    assert main([*command, "--no-stock", "--top-k-ratio", "0.5", "--memory", "1KiB"]) == FAILED_ROWS
+    assert main([*command, "--top-k-ratio", "0.3"]) == 0
+    assert [row["way"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["stock", "0.3"]
+    assert "0.5 has answered none of 2 questions" in (tmp_path / "summary.md").read_text()

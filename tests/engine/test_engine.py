@@ -293,6 +293,19 @@ def test_what_a_share_will_keep_is_known_to_the_token(small, config):
     assert room.kept_bytes(report.kept_tokens[0] - 1) <= room.visual_bytes(tiles) <= report.cross_kv_bytes
 
 
+@pytest.mark.parametrize("rule", [None, KCenter(0.25)], ids=str)
+def test_what_encoded_pictures_will_keep_is_counted_by_what_they_hold(small, rule):
+    model, processor = small
+    pictures = encode_pictures(model, processor, [PICTURES[0]], rule=rule)
+    cache = TrimmedCache(model, pictures=pictures)
+    prefill(model, cache, **pictures.inputs(processor, "Read all digits."))
+    kept, room = cache.report().kept_tokens[0], Room(model, cache.config, None)
+    expected = room.visual_bytes(sum(pictures.tiles), encoded=len(pictures.index))
+    assert room.kept_bytes(kept - 1) <= expected <= room.kept_bytes(kept)
+    with Engine(model, processor, memory=room.text_bytes(80) + expected) as engine:
+        assert engine.submit("Read all digits.", pictures=pictures, max_new_tokens=2).result(60).tokens
+
+
 def test_room_is_kept_for_what_a_request_asks_for_itself(small):
     model, processor = small
     room = Room(model, TrimConfig(), None)

@@ -135,3 +135,32 @@ def test_a_listener_that_raises_ends_its_own_request(small, expected, error):
             bad.result(timeout=60)
         assert [request.result(timeout=60).tokens for request in others] == expected
         assert engine.healthy
+
+
+def test_who_cannot_be_read_holds_up_neither_those_behind_nor_the_engine(small, monkeypatch):
+    """Its prompt fails, first among others and then alone, while somebody has a long answer."""
+    monkeypatch.setattr(small[0].generation_config, "eos_token_id", None)
+    seven, reads = small[1].tokenizer.convert_tokens_to_ids("seven"), []
+
+    def picky(_, args):
+        if args[0].shape[1] > 1:
+            reads.append(len(args[0]))
+            if args[0].eq(seven).any():
+                raise KeyError("odd")
+
+    handle = small[0].get_input_embeddings().register_forward_pre_hook(picky)
+    try:
+        with Engine(*small, CONFIG, max_running=8) as engine:
+            long = engine.submit("Read all digits.", images=PICTURES[:1], max_new_tokens=450)
+            next(iter(long))
+            bad = [engine.submit("Where is the seven?", images=PICTURES[:1]) for _ in range(3)]
+            good = engine.submit("How many digits?", images=PICTURES[:1], max_new_tokens=2)
+            for request in bad:
+                with pytest.raises(KeyError):
+                    request.result(timeout=60)
+            assert good.result(timeout=60).tokens
+            assert not long.done
+            long.cancel()
+    finally:
+        handle.remove()
+    assert len(reads) < 12

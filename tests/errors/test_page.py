@@ -17,6 +17,7 @@ FILES = (
     *(TESTS / "asking").glob("test_*.py"),
     *(TESTS / "batching").glob("test_*.py"),
     TESTS / "commands" / "test_batch.py",
+    TESTS / "commands" / "test_eval.py",
     TESTS / "commands" / "test_serve.py",
     TESTS / "serving" / "test_app.py",
 )

@@ -183,3 +183,43 @@ def test_numbers_are_checked_before_any_work(small, tmp_path):
             with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
                 evaluate(*small, mixed(1), variants_for([0.3]), log, **{name: wrong})
     assert log.answers() == []
+
+
+def test_a_variant_of_which_all_questions_fail_alike_is_given_up_and_the_others_go_on(small, tmp_path):
+    """A mistake in code that one of them meets: its other questions need not fail of it, one by one."""
+
+    class Odd:
+        needs_states = True
+
+        def __call__(self, *args):
+            calls.append(1)
+            raise KeyError("odd")
+
+    calls: list[int] = []
+    variants = [Variant("odd", {"processors": [Odd()]}), Variant("plain", {"top_k_ratio": 0.3})]
+    questions = [Question(str(place), PICTURES[:1], f"Read digit {place}.") for place in range(100)]
+    found = answers(small, tmp_path, questions, variants, max_running=2)
+    assert not any(found[question.name, "plain"].error for question in questions)
+    errors = [found[question.name, "odd"].error for question in questions]
+    assert all("KeyError: 'odd'" in error for error in errors)
+    assert "16 rows in a row have failed alike" in errors[-1]
+    assert len(calls) < 60
+
+
+@pytest.mark.parametrize("running", [1, 4])
+@pytest.mark.parametrize("error", [KeyError("odd"), AttributeError("odd"), ZeroDivisionError("odd")])
+def test_an_odd_failure_is_its_questions_error(small, tmp_path, running, error):
+    def fail(module, args, kwargs):
+        if kwargs["position_ids"].shape[-1] > 30:
+            raise error
+
+    handle = small[0].model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+    questions = [Question(name, PICTURES[:1], text) for name, text in (("a", "How many? " * 20), ("b", "How many?"))]
+    try:
+        found = answers(small, tmp_path, questions, variants_for([0.3], stock=False), max_running=running)
+    finally:
+        handle.remove()
+    assert {name: answer.error for (name, _), answer in found.items()} == {
+        "a": f"{type(error).__name__}: {error}",
+        "b": "",
+    }

@@ -270,6 +270,23 @@ def test_what_fails_midway_leaves_the_cache_as_it_was():
     assert_same(generate(model, inputs, cache=cache), trimmed(model, inputs, {"top_k_ratio": 0.3}))
 
 
+def test_nan_in_any_piece_is_told_and_leaves_the_cache_as_it_was():
+    """The checks of all pieces are looked at together, behind the last one."""
+    model = random_model()
+    inputs = random_inputs(model, BATCH)
+    cache = TrimmedCache(model, {"prefill_pictures": 1})
+    for sample in (0, 1, 3):
+        pixel_values = inputs["pixel_values"].clone()
+        pixel_values[sample, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match="visual states are NaN"):
+            prefill(model, cache, **{**inputs, "pixel_values": pixel_values})
+        assert cache.batch_size == -1
+    prefill(model, cache, **inputs)
+    whole = TrimmedCache(model)
+    prefill(model, whole, **inputs)
+    assert all(map(torch.equal, cache.kept_indices, whole.kept_indices))
+
+
 def test_what_fails_while_parts_are_joined_is_told():
     model = random_model(seed=11)
     inputs = random_inputs(model, BATCH)

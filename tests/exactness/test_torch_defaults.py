@@ -10,7 +10,7 @@ import torch
 
 from trim_plugin import KCenter, TrimmedCache
 from trim_plugin.compat import CACHE
-from trim_plugin.selection import covering
+from trim_plugin.selection import k_center, rounds
 
 from ..random_models import PAIR, random_inputs, random_model, trimmed
 
@@ -40,7 +40,7 @@ def own_tables():
 
 
 def forget_tables():
-    for made in vars(covering).values():
+    for made in (*vars(k_center).values(), *vars(rounds).values()):
         if hasattr(made, "cache_clear"):
             made.cache_clear()
 

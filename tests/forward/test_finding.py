@@ -15,7 +15,7 @@ from trim_plugin import KCenter, TrimmedCache, encode_pictures
 from trim_plugin.compat import cache_of
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.forward.finding import Hook, Owner, cross_layers, decoder_layers, parts_of
-from trim_plugin.forward.hooks import has_hooks
+from trim_plugin.generation.checks import has_hooks
 
 from ..random_models import PAIR, Sample, generate, largest_difference, random_inputs, random_model, trimmed
 from ..reference_rule import check_kept

@@ -11,8 +11,9 @@ from trim_plugin import TrimmedCache
 from trim_plugin.cache.reading import NamingOurs, install
 from trim_plugin.compat import CACHE, UnsupportedTransformersError
 from trim_plugin.forward.finding import cross_layers, find_text_model, has_cross_attention
-from trim_plugin.forward.hooks import after_layer, attach, before_layer, has_hooks
+from trim_plugin.forward.hooks import after_layer, attach, before_layer
 from trim_plugin.forward.tower_merging import attach_to_tower
+from trim_plugin.generation.checks import has_hooks
 
 from ..random_models import PAIR, at_once, prefilled
 

@@ -16,7 +16,8 @@ import trim_plugin
 from trim_plugin import KCenter, TrimmedCache, encode_pictures
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.embedded import examples, load_small_model
-from trim_plugin.forward.hooks import before_layer, has_hooks
+from trim_plugin.forward.hooks import before_layer
+from trim_plugin.generation.checks import has_hooks
 
 from ..exactness.conversations import Conversation
 from ..random_models import PAIR, Sample, generate, largest_difference, random_inputs, random_model, trimmed

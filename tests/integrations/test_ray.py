@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+import warnings
 
 import psutil
 import pytest
@@ -138,3 +140,20 @@ def test_the_command_line_s_engine(rows, tmp_path):
     assert {name: result["answer"] for name, result in results.items()} == {
         name: answer for name, answer in expected.items() if name != "row 0"
     }
+
+
+def test_what_no_engine_applies_is_said_here_where_the_actors_logs_are_not_seen(rows, tmp_path):
+    from trim_plugin.integrations.ray import answer
+
+    folder, asked, _ = rows
+    model = shutil.copytree(SMALL_MODEL, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    dataset = ray.data.from_items(asked[:2])
+    for path in (model, tmp_path / "elsewhere"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            answer(dataset, str(path), folder=folder, **SETTINGS)  # planned; nothing runs
+        assert not [one for one in said if "does not apply" in str(one.message)]
+    (model / "generation_config.json").write_text(json.dumps(settings | {"no_repeat_ngram_size": 2}))
+    with pytest.warns(UserWarning, match="does not apply no_repeat_ngram_size=2"):
+        answer(dataset, str(model), folder=folder, **SETTINGS)

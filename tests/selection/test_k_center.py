@@ -14,7 +14,7 @@ from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
 from trim_plugin.arithmetic import FEATURES
 from trim_plugin.compat import cache_of
 from trim_plugin.forward import turn
-from trim_plugin.selection import covering, k_center
+from trim_plugin.selection import k_center
 
 from ..accelerator.emulation import Emulation
 from ..random_models import Sample, random_inputs, random_model, trimmed
@@ -30,7 +30,7 @@ def choosing(request):
         yield request.param
 
 
-#: Cosines that differ by less may be in either order: what `covering.EQUAL` calls equal.
+#: Cosines that differ by less may be in either order: what `rounds.EQUAL` calls equal.
 NEARLY = 1.2e-5
 
 
@@ -366,7 +366,7 @@ def test_wide_states_are_projected_alike_whatever_the_seed():
     states, members = torch.randn(1, 200, 2 * FEATURES), torch.ones(1, 200, dtype=torch.bool)
     chosen = []
     for seed in (1, 2):
-        covering._projection.cache_clear()
+        k_center._projection.cache_clear()
         torch.manual_seed(seed)
         chosen.append(KCenter(0.2).choose(states, members))
     assert torch.equal(*chosen)

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trim_plugin import TopKPerHead, VisualTokenProcessorList
-from trim_plugin.selection.select import Columns, select
+from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
+from trim_plugin.selection.select import Columns, Counted, select
+from trim_plugin.selection.visibility import Tiles, Visibility, of_tiles
 
 INF = float("inf")
 
@@ -104,3 +107,42 @@ def test_nan_is_found_wherever_it_comes_from(group):
     scores[1, 0, group] = float("nan")
     with pytest.raises(ValueError, match="attention scores of the visual tokens are NaN"):
         chosen(scores, columns(MIXED), TopKPerHead(0.5))
+
+
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    tiles=st.integers(1, 5),
+    tile_tokens=st.sampled_from([1, 5, 7]),
+    kept_share=st.sampled_from([0.01, 0.1, 0.35, 0.5, 0.99, 1.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, tiles, tile_tokens, kept_share, seed):
+    torch.manual_seed(seed)
+    padding = torch.rand(batch, rows) < 0.2
+    seen = of_tiles((torch.rand(batch, rows, 1, tiles) < 0.6).long(), padding, tile_tokens)
+    about, known = everything_new(seen)
+    keys, states = torch.randn(batch, 1, tiles * tile_tokens, 4), torch.randn(batch, tiles * tile_tokens, 8)
+    rule, groups = VisualTokenProcessorList([KCenter(kept_share)]), len(known.groups[0])
+    scores, unchecked = torch.zeros(batch, 1, tiles * tile_tokens), []
+    told = select(scores, keys, states, about, groups, rule, True, known, unchecked)
+    counted = select(scores, keys, states, about, groups, rule, True)
+    assert told.readable == counted.readable
+    assert (told.positions is None, told.merging is None) == (counted.positions is None, counted.merging is None)
+    if counted.positions is not None:
+        assert torch.equal(told.positions, counted.positions)
+        assert torch.equal(told.present, counted.present)
+    if counted.merging is not None:
+        assert torch.equal(told.merging.slots, counted.merging.slots)
+        assert torch.equal(told.merging.sizes, counted.merging.sizes)
+    assert not any(bool(flag.any()) for flag in unchecked)
+
+
+def everything_new(seen: Visibility):
+    """The columns of a first turn in which all tiles are whole, and what the host knows of them."""
+    groups, readable = seen.groups(), seen.readable()
+    index = torch.arange(groups.shape[1] * seen.tile_tokens).expand(len(groups), -1)
+    group, ones = groups.repeat_interleave(seen.tile_tokens, dim=1), torch.ones_like(index)
+    can = readable.repeat_interleave(seen.tile_tokens, dim=1)
+    about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=seen.tile_tokens)
+    return about, Counted.of(Tiles(groups, readable, groups), seen.tile_tokens)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
-from trim_plugin.asking import first_line
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.hooks import TrimmedCache
@@ -19,6 +19,9 @@ from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.prompting import tensors_of
 
 Made = TypeVar("Made")
+#: Failures that are no question's own, since they would be those of all that follow: a device that is lost; a disk that is full,
+#: or gone. Pictures are read before, and what is wrong with their files is a `RowError`.
+OF_ALL = (torch.AcceleratorError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,26 +141,52 @@ def answer(
     return answers, cache
 
 
-def tried(call: Callable[[], Made]) -> tuple[Made | None, str, bool]:
-    """What a call makes; or None, what went wrong in a line, and whether that was memory. No frame of the failure outlives this.
+def tried(call: Callable[[], Made]) -> tuple[Made | None, str]:
+    """What a call makes; or None, and what went wrong in a line. No frame of the failure outlives this.
 
     Raises:
-        torch.AcceleratorError: the device is lost, for everything that follows, too.
+        torch.AcceleratorError, OSError: `OF_ALL`.
 
     Example:
-        >>> tried(lambda: 7), tried(lambda: int("x"))[1:]
-        ((7, '', False), ("invalid literal for int() with base 10: 'x'", False))
+        >>> tried(lambda: 7), tried(lambda: int("x")), tried(lambda: {}["x"])
+        ((7, ''), (None, "invalid literal for int() with base 10: 'x'"), (None, "KeyError: 'x'"))
     """
-    from accelerate.utils.memory import should_reduce_batch_size
-
     try:
-        return call(), "", False
-    except torch.AcceleratorError:
+        return call(), ""
+    except OF_ALL:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
-        said = first_line(error)
-        return None, f"out of memory, even alone: {said}" if full else said, full
+    except Exception as error:  # noqa: BLE001 - whatever a model's code raises for one question, others can be answered
+        return None, told(error)
+
+
+def told(error: BaseException) -> str:
+    """What went wrong with one question, in a line.
+
+    Example:
+        >>> told(MemoryError("no room")), told(RuntimeError("shapes differ")), told(KeyError("x"))
+        ('out of memory, even alone: no room', 'shapes differ', "KeyError: 'x'")
+    """
+    kind = type(error).__name__
+    said = next(iter(str(error).strip().splitlines()), "")
+    if is_full(error):
+        return f"out of memory, even alone: {said or kind}"
+    if isinstance(error, SystemExit):
+        return f"the model's code asked to exit: {said}"
+    # Of these the sentence says enough: most are written for users.
+    plain = isinstance(error, RuntimeError | ValueError | TypeError | IndexError)
+    return said if plain and said else f"{kind}: {said}".removesuffix(": ")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a failure says that memory was not enough.
+
+    Example:
+        >>> is_full(torch.OutOfMemoryError("CUDA out of memory.")), is_full(ValueError("no"))
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
 
 
 def _wait(model: Any) -> None:

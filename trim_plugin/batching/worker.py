@@ -9,7 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from trim_plugin.asking.answers import tried
+from trim_plugin.asking.answers import OF_ALL, is_full, told
 from trim_plugin.asking.rows import Row
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.engine import MAX_RUNNING, Engine, EngineClosed
@@ -17,16 +17,22 @@ from trim_plugin.engine.request import Request
 
 #: For every request that runs so many are read: decoded pictures are large, and one that waits is enough to take its place.
 READ_AHEAD = 2
+#: So many rows that fail alike, one after the other while nobody else gets on, are not at fault themselves.
+MOST_ALIKE = 16
 #: A row's place among those that the worker was called with, and its result.
 Placed = tuple[int, dict[str, Any]]
 Rows = Sequence[Row | Mapping[str, Any]]
 
 
+class RowsFail(RuntimeError):
+    """`MOST_ALIKE` rows in a row have failed with one kind of error: a mistake in code, or a device that is broken."""
+
+
 class Worker:
     """Answers rows greedily with the trimmed cache: made once, called with as many rows as one likes.
 
-    Rows go into an `Engine` as they fit, and results come as they finish. A row that cannot be answered becomes an error in its
-    own result, and nobody else's.
+    Rows go into an `Engine` as they fit, and results come as they finish. A row that cannot be answered, whatever the reason,
+    becomes an error in its own result, and nobody else's. What is no row's fault is raised (see `answers`).
 
     Args:
         model: an Mllama model or a wrapper around one, in eval mode, on its device. Nobody else may use it
@@ -106,6 +112,9 @@ class Worker:
 
         Raises:
             torch.AcceleratorError: the device is lost, for rows that follow, too.
+            OSError: a disk is full, or gone: a picture cannot be written to `picture_folder`, for instance.
+            RowsFail: `MOST_ALIKE` rows in a row have failed with one kind of error, memory aside, and no other row that is being
+                answered has any text yet. They have their results by then.
             EngineClosed: the worker is closed, or its engine's thread has died.
         """
         run = _Run(self, rows)
@@ -116,10 +125,12 @@ class Worker:
                 found += run.finished(wait=len(run.asked) >= self._most)
                 if found:
                     yield found
+                run.check()
             while run.asked:
                 found = run.finished(wait=True)
                 if found:
                     yield found
+                run.check()
         finally:
             run.cancel()
 
@@ -140,20 +151,22 @@ class Worker:
         )
 
     def result(self, request: Request, seconds: float) -> dict[str, Any]:
-        """What has come of a request that is done, as it stands in a file of results.
+        """The answer to a request that is done, as it stands in a file of results.
 
         Raises:
-            torch.AcceleratorError: the device is lost.
+            Exception: what went wrong while it was answered.
             EngineClosed: the worker is closed, or its engine's thread has died.
         """
         try:
-            finished, error, _ = tried(request.result)
-        except SystemExit as stopped:  # a model's code must not end the run of all other rows
-            return {"error": f"the model's code asked to exit: {stopped}"}
-        if finished is None and self.engine.healthy:
-            return {"error": error}
-        if finished is None or finished.finish_reason == "cancelled":
-            raise EngineClosed(f"The worker was closed while it answered. {error}".strip())
+            finished = request.result()
+        except OF_ALL:
+            raise
+        except (Exception, SystemExit) as error:
+            if self.engine.healthy:
+                raise
+            raise EngineClosed(f"The worker was closed while it answered. {told(error)}") from error
+        if finished.finish_reason == "cancelled":
+            raise EngineClosed("The worker was closed while it answered.")
         result = {
             "answer": self.processor.decode(finished.tokens, skip_special_tokens=True).strip(),
             "tokens": len(finished.tokens),
@@ -173,6 +186,11 @@ class _Run:
         #: By their places: the request, and when it went in.
         self.asked: dict[int, tuple[Request, float]] = {}
         self._done: SimpleQueue[tuple[int, float]] = SimpleQueue()
+        #: Places of rows that have some text, and are not done.
+        self._begun: set[int] = set()
+        #: How many rows in a row have failed with this kind of error; and the last of too many.
+        self._alike, self._kind = 0, BaseException
+        self._cause: BaseException | None = None
 
     def ask(self, place: int) -> dict[str, Any] | None:
         """Give a row to the engine, or say what is wrong with it."""
@@ -180,12 +198,18 @@ class _Run:
         def listen(piece: str | None) -> None:
             if piece is None:
                 self._done.put((place, time.perf_counter()))
+            else:
+                self._begun.add(place)
 
         since = time.perf_counter()
         try:
             self.asked[place] = self._worker.submit(self._rows[place], listen), since
-        except ValueError as error:
+        except ValueError as error:  # what is wrong with a row
             return {**_id(self._rows[place]), "error": str(error)}
+        except (EngineClosed, *OF_ALL):
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - one row must not end the run of all others
+            return self._failed(place, error)
         return None
 
     def finished(self, *, wait: bool) -> list[Placed]:
@@ -198,9 +222,31 @@ class _Run:
         while self.asked and (wait or not self._done.empty()):
             (place, until), wait = self._done.get(), False
             request, since = self.asked.pop(place)
-            result = self._worker.result(request, until - since)
-            found.append((place, {**_id(self._rows[place]), **result}))
+            self._begun.discard(place)
+            try:
+                result = {**_id(self._rows[place]), **self._worker.result(request, until - since)}
+                self._alike = 0
+            except (EngineClosed, *OF_ALL):
+                raise
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+                result = self._failed(place, error)
+            found.append((place, result))
         return found
+
+    def _failed(self, place: int, error: BaseException) -> dict[str, Any]:
+        """The result of a row that has failed."""
+        if not is_full(error):  # how much memory it takes is a row's own matter
+            self._alike = self._alike + 1 if type(error) is self._kind else 1
+            self._kind = type(error)
+        self._cause = error if self._alike >= MOST_ALIKE else None
+        return {**_id(self._rows[place]), "error": told(error)}
+
+    def check(self) -> None:
+        """Raise `RowsFail` if it looks as if no row could be answered."""
+        if self._cause is not None and self._alike >= MOST_ALIKE and not self._begun:
+            raise RowsFail(
+                f"{self._alike} rows in a row have failed alike, while no other was answered. The last: {told(self._cause)}"
+            ) from self._cause
 
     def cancel(self) -> None:
         """Answer no more of them."""

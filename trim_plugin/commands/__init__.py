@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from trim_plugin.asking import first_line as first_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Module of every subcommand, and what `trim-plugin --help` says of it.
 COMMANDS = {
@@ -25,7 +29,8 @@ COMMANDS = {
 AFTER_INTERRUPTION = dict.fromkeys(("batch", "eval"), "the same command goes on where it stopped")
 
 
-#: Exit statuses: a mistake in the call, and a run that went through while some rows are errors.
+#: Exit statuses: a mistake in the call; and a run that went through, but whose rows are not all answered (`batch`), or whose
+#: comparison lacks a whole variant (`eval`).
 MISTAKE, FAILED_ROWS = 2, 1
 
 
@@ -35,6 +40,17 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)
         self.status = status
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:".
+
+    Args:
+        stderr: whether that is stderr instead of stdout.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextlib.contextmanager

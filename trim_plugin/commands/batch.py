@@ -9,14 +9,13 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import TextColumn
 
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
-from trim_plugin.commands import FAILED_ROWS, UserError, user_errors
+from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
 from trim_plugin.commands.common import (
     add_command,
     bytes_of,
@@ -39,6 +38,9 @@ from trim_plugin.commands.loading import (
     weights_of,
 )
 from trim_plugin.variants import Variant
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Answers = list[dict[str, Any]]
 #: As `engine.engine.MAX_RUNNING`, without loading what that needs.
@@ -105,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     rule = one_rule(arguments)
     check_counts(arguments, "max_new_tokens", "max_running", "actors")
     memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
@@ -206,8 +208,6 @@ def _say_what_was_set_aside(console: Console, results: Results) -> None:
     if results.set_aside:
         console.print(
             f"{results.set_aside} results are of rows that are not in the file any more, or have changed: {results.aside}",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
 
@@ -226,7 +226,7 @@ def _sum_up(
     ended = [found[row.id] for row in share if row.id in found]
     failed = [result for result in ended if "error" in result]
     earlier = f", {before} of them before" if before else ""
-    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = functools.partial(console.print, soft_wrap=True)
     say(f"{len(ended)} rows have a result{earlier}; {len(failed)} are errors: {file}")
     for result in failed[:SHOWN_ERRORS]:
         say(f"{result['id']}: {result['error']}", style="red")

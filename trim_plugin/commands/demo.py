@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError
+from trim_plugin.commands import UserError, plain_console
 from trim_plugin.commands.common import (
     add_command,
     add_image_option,
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: an option is wrong.
     """
-    console = Console()
+    console = plain_console()
     chosen = _with_exact(checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
     check_counts(arguments, "max_new_tokens")
     _check_out(arguments.out)
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     answers: Answers = {_heading(variant): [] for variant in chosen}
     for question in questions:
         inputs = _inputs(processor, question)
-        with console.status(f"answering {question.text}"):
+        with console.status(Text(f"answering {question.text}")):
             for variant in chosen:
                 answer = _answer(model, processor, inputs, variant, arguments.max_new_tokens)
                 answers[_heading(variant)].append(answer)
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     drawn = _save_picture(arguments.out, model, processor, questions[0], answers, chosen)
     console.print(_table(questions, answers))
     for sentence in (_of_answers(questions, answers), _of_time(answers, again), drawn):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence)
 
 
 def _heading(variant: Variant) -> str:
@@ -164,7 +163,7 @@ def _table(questions: list[Question], answers: Answers) -> Table:
         stock, *others = (own[number].text or "–" for own in answers.values())
         row = [question.text, *([question.truth or "?"] if truths else []), stock]
         row += ["same" if text == stock else text for text in others]
-        table.add_row(*map(escape, row), end_section=number == len(questions) - 1)
+        table.add_row(*row, end_section=number == len(questions) - 1)
     space = [""] if truths else []
     tokens, held = _held(answers)
     table.add_row("visual tokens held, mean", *space, *(f"{own / len(questions):.0f}" for own in tokens))

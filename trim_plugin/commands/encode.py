@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, first_line
+from trim_plugin.commands import UserError, first_line, plain_console
 from trim_plugin.commands.common import (
     add_command,
     add_image_option,
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     rule = None if covering is None else KCenter(**covering)
     model, processor = load_model(arguments)
-    console, shown, pages, start = Console(), Console(stderr=True), [], time.perf_counter()
+    console, shown, pages, start = plain_console(), plain_console(stderr=True), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Elsewhere than on a terminal a bar that goes away again would leave an empty line.
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name, image in zip(arguments.image, images, strict=True):
             began = time.perf_counter()
             page = encode_pictures(model, processor, [image], rule, tower_share=share)
-            console.print(_line(Path(name).name, page, time.perf_counter() - began), highlight=False, markup=False)
+            console.print(_line(Path(name).name, page, time.perf_counter() - began))
             pages.append(page)
             progress.advance(task)
     pictures = functools.reduce(operator.add, pages)
@@ -81,9 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write {arguments.out}: {first_line(error)}") from None
     size = format_bytes(arguments.out.stat().st_size)
-    console.print(
-        f"{arguments.out}: {size}, {_line(_count(len(pages)), pictures, seconds)}", highlight=False, markup=False
-    )
+    console.print(f"{arguments.out}: {size}, {_line(_count(len(pages)), pictures, seconds)}")
 
 
 def _covering(arguments: argparse.Namespace) -> dict[str, float] | None:

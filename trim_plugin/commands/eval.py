@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from trim_plugin.commands import UserError, user_errors
+from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
 from trim_plugin.commands.batch import MAX_RUNNING, SHOWN_ERRORS
 from trim_plugin.commands.common import (
     add_command,
@@ -38,9 +37,12 @@ from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.durable import write_whole
 from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question, read_questions
-from trim_plugin.evaluation.summary import MATCHES, Summary, summarize, whole_variants
+from trim_plugin.evaluation.summary import MATCHES, Summary, lacks, silent, summarize, whole_variants
+from trim_plugin.variants import Variant
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trim_plugin.evaluation.page import Shown
 
 #: Exact mode, and `KCenter` with the package's default between a larger share and a smaller one.
@@ -100,9 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Answer what is missing in `--out`, then sum up if every process is done.
 
     Raises:
-        UserError: an option is wrong, or a file cannot be read.
+        UserError: an option is wrong, a file cannot be read, or a variant has answered nothing.
     """
-    console = Console()
+    console = plain_console()
     process, processes = process_of(os.environ)
     chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
     check_counts(arguments, "limit", "max_new_tokens", "max_running")
@@ -111,7 +113,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--memory is for questions that are answered at once, but --max-running is 1. Leave one out")
     questions = _questions(arguments)
     begin_loading(arguments)
-    from trim_plugin.evaluation.page import note
     from trim_plugin.evaluation.run import evaluate
 
     check_device(device_of(arguments.device, os.environ))
@@ -138,22 +139,50 @@ def run(arguments: argparse.Namespace) -> None:
     answers = log.answers()
     complete = whole_variants(questions, chosen, answers)
     if len({variant.name for variant in complete} & names) < len(names):
-        console.print(f"process {process} of {processes} is done; the last one writes the summary", highlight=False)
+        console.print(f"process {process} of {processes} is done; the last one writes the summary")
         return
+    pictures = functools.partial(_shown, model, processor)
+    compared = _sum_up(console, arguments, questions, complete, answers, pictures)
+    mute = silent(chosen, answers)
+    if mute or not compared:
+        which = f"with {', '.join(mute)}" if mute else "by all variants, so there is nothing to compare"
+        mend = "Mend what the errors say, then give the same command: what is answered stays"
+        raise UserError(f"no question was answered {which}. {mend}", FAILED_ROWS)
+
+
+def _sum_up(
+    console: Console,
+    arguments: argparse.Namespace,
+    questions: Sequence[Question],
+    complete: Sequence[Variant],
+    answers: Sequence[Answer],
+    pictures: Callable[[Question], list[Shown]],
+) -> bool:
+    """Write the summary of variants that have dealt with every question, and show it; whether there is anything in it."""
+    from trim_plugin.evaluation.page import note
+
     rows = summarize(questions, complete, answers, arguments.match)
-    unread = [question for question in questions if any(a.error for a in answers if a.question == question.name)]
-    _write(arguments, rows, questions, answers, functools.partial(_shown, model, processor))
+    remarks = lacks(questions, complete, answers)
+    _write(arguments, rows, questions, answers, pictures, remarks)
     if rows:
         console.print(_table(rows, arguments.match))
-    say = functools.partial(console.print, highlight=False, markup=False)
-    if rows and note(rows):
-        say(note(rows), style="dim")
-    for question in unread[:SHOWN_ERRORS]:
-        error = next(a.error for a in answers if a.question == question.name and a.error)
-        say(f"question {question.name} is left out: {error}", style="red")
+        if note(rows):
+            console.print(note(rows), style="dim")
+    for remark in remarks:
+        console.print(remark, style="red")
+    # One that has answered nothing leaves no question out of the summary of the others.
+    compared = {row.way for row in rows} or {answer.way for answer in answers}
+    errors: dict[str, str] = {}
+    for answer in answers:
+        if answer.error and answer.way in compared:
+            errors.setdefault(answer.question, answer.error)
+    unread = [question.name for question in questions if question.name in errors]
+    for name in unread[:SHOWN_ERRORS]:
+        console.print(f"question {name} is left out: {errors[name]}", style="red")
     if len(unread) > SHOWN_ERRORS:
-        say(f"and {len(unread) - SHOWN_ERRORS} more are left out; the answers' files say why", style="red")
-    console.print(f"answers, summary and report.html: {arguments.out}", highlight=False)
+        console.print(f"and {len(unread) - SHOWN_ERRORS} more are left out; the answers' files say why", style="red")
+    console.print(f"answers, summary and report.html: {arguments.out}")
+    return bool(rows)
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
@@ -199,6 +228,7 @@ def _write(
     questions: Sequence[Question],
     answers: Sequence[Answer],
     pictures: Callable[[Question], list[Shown]],
+    remarks: Sequence[str],
 ) -> None:
     from trim_plugin.evaluation.page import cells, note, report_html, shown_headings
 
@@ -206,12 +236,15 @@ def _write(
     write_whole(
         folder / "summary.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
     )
-    shown = shown_headings(rows)
-    lines = ["| " + " | ".join(shown) + " |", "| --- |" + " ---: |" * (len(shown) - 1)]
-    lines += ["| " + " | ".join(cells(row)[name] for name in shown) + " |" for row in rows]
-    lines += ["", note(rows)] if note(rows) else []
-    write_whole(folder / "summary.md", "\n".join(lines) + "\n")
-    write_whole(folder / "report.html", report_html(questions, rows, answers, pictures, arguments.match))
+    lines = []
+    if rows:
+        shown = shown_headings(rows)
+        lines += ["| " + " | ".join(shown) + " |", "| --- |" + " ---: |" * (len(shown) - 1)]
+        lines += ["| " + " | ".join(cells(row)[name] for name in shown) + " |" for row in rows]
+    for remark in [note(rows), *remarks]:
+        lines += ["", remark] if remark else []
+    write_whole(folder / "summary.md", "\n".join(lines).lstrip() + "\n")
+    write_whole(folder / "report.html", report_html(questions, rows, answers, pictures, arguments.match, remarks))
 
 
 def _table(rows: list[Summary], match: str) -> Table:

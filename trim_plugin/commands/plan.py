@@ -7,9 +7,7 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-
-from trim_plugin.commands import UserError
+from trim_plugin.commands import UserError, plain_console
 from trim_plugin.commands.common import (
     add_command,
     add_length_option,
@@ -151,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
     else:
-        table.show(Console(), model, job, arguments.weights, plans, memory, fits)
+        table.show(plain_console(), model, job, arguments.weights, plans, memory, fits)
 
 
 def _job(arguments: argparse.Namespace) -> Job:

@@ -7,9 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from trim_plugin.commands import UserError, user_errors
+from trim_plugin.commands import UserError, plain_console, user_errors
 from trim_plugin.commands.common import add_command, bytes_of, check_counts, generation_options, needs, one_rule
 from trim_plugin.commands.loading import begin_loading, load_model, name_of
 from trim_plugin.config import TrimConfig
@@ -132,11 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise
 
     def announce() -> None:
-        Console(stderr=True).print(
+        plain_console(stderr=True).print(
             f"{name} answers at http://{arguments.host}:{arguments.port}/v1, {arguments.max_running} requests at once. "
-            "Ctrl-C ends it.",
-            highlight=False,
-            markup=False,
+            "Ctrl-C ends it."
         )
 
     settings = {"host": arguments.host, "port": arguments.port, "log_level": arguments.log_level}

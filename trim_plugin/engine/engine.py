@@ -15,6 +15,7 @@ from typing import Any
 from trim_plugin.asking.prompts import decoded, read_prompt
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.cores import release_idle_workers
+from trim_plugin.engine.ignored import warn_of_ignored
 from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.request import Request, Sampling
 from trim_plugin.engine.scheduler import EngineClosed, Scheduler
@@ -62,6 +63,9 @@ def running_config(config: TrimConfig | Mapping[str, Any] | None) -> TrimConfig:
 class Engine:
     """Answers many requests at once on one model.
 
+    What a token is chosen by is each request's to say (`Sampling`). A model whose `generation_config` changes greedy answers, by
+    `no_repeat_ngram_size` for instance, is answered without that, and a warning names it.
+
     Args:
         model: an Mllama model with a vision tower, or a wrapper around one (adapters count as they are). Nobody else may use it
             meanwhile.
@@ -107,6 +111,7 @@ class Engine:
         self._room = Room(model, self.config, memory)
         pictures = RecentPictures(model, processor, most_bytes=picture_bytes, folder=picture_folder)
         self._scheduler = Scheduler(model, processor, self.config, self._room, max_running or MAX_RUNNING, pictures)
+        warn_of_ignored(model.generation_config)
         release_idle_workers()
         self._scheduler.thread.start()
 
@@ -168,7 +173,9 @@ class Engine:
             prompt = read_prompt(self._processor, row, Path(), most, sampling.max_new_tokens)
             text, tokens, tiles = prompt.text, prompt.tokens, prompt.tiles
             own = [decoded(picture) for picture in prompt.pictures]
-        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), self._room.visual_bytes(tiles, config))
+        held = None if pictures is None else len(pictures.index)
+        visual = self._room.visual_bytes(tiles, config, held)
+        needed = Taken(self._room.text_bytes(tokens + sampling.max_new_tokens), visual)
         lacking = self._room.lacking(Taken(), needed)
         if lacking is not None:
             raise ValueError(

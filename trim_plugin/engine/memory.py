@@ -101,10 +101,14 @@ class Room:
         """Of a text of so many tokens."""
         return tokens * self._text
 
-    def visual_bytes(self, tiles: int, config: TrimConfig | None = None) -> int:
-        """Expected of pictures of so many real tiles, under a request's own configuration if it has one."""
+    def visual_bytes(self, tiles: int, config: TrimConfig | None = None, encoded: int | None = None) -> int:
+        """Expected of pictures of so many real tiles, under a request's own configuration if it has one.
+
+        Of encoded pictures, which may hold fewer, `encoded` says how many visual tokens they hold.
+        """
         kept_share = self._kept_share if config is None else _expected_share(config)
-        return int(tiles * self._tile_tokens * kept_share) * self._visual
+        tokens = tiles * self._tile_tokens
+        return int((tokens if encoded is None else min(encoded, tokens)) * kept_share) * self._visual
 
     def kept_bytes(self, kept: int) -> int:
         """Of visual tokens that are kept."""

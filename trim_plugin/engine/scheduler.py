@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
+from trim_plugin.asking.answers import is_full
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.memory import Room, Taken
 from trim_plugin.engine.reading import Reader
@@ -189,6 +189,8 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 - as above
             self._start_over(error, chosen)
             return
+        # Not after a step: those who have failed together would be read together again, and nobody else as long as somebody runs.
+        self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
         self._write(choose([row.drawer for row in rows], logits), first=len(self._batch.rows) - len(rows))
 
     def _not_read(self, chosen: Sequence[tuple[Request, int]], error: BaseException) -> None:
@@ -212,7 +214,6 @@ class Scheduler:
             self._not_stepped(error)
             return
         self._write(choose([row.drawer for row in self._batch.rows], logits), first=0)
-        self._micro_batch = min(MICRO_BATCH, 2 * self._micro_batch)
 
     def _not_stepped(self, error: BaseException) -> None:
         """A step has failed: whoever fails alone is told, and the others go on. If nobody does, there were too many at once."""
@@ -312,15 +313,3 @@ class Scheduler:
 def _alike(one: Request, other: Request) -> bool:
     """Whether two prompts can be read together."""
     return bool(one.pictures) == bool(other.pictures) and one.config == other.config
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a failure says that memory was not enough.
-
-    Example:
-        >>> is_full(torch.OutOfMemoryError("CUDA out of memory.")), is_full(ValueError("no"))
-        (True, False)
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trim_plugin.evaluation.page import Shown, report_html
     from trim_plugin.evaluation.questions import QUESTIONS, Question, read_questions
     from trim_plugin.evaluation.run import evaluate
-    from trim_plugin.evaluation.summary import MATCHES, Summary, summarize, whole_variants
+    from trim_plugin.evaluation.summary import MATCHES, Summary, lacks, silent, summarize, whole_variants
     from trim_plugin.variants import Variant, variants_for
 
 __all__ = [
@@ -26,8 +26,10 @@ __all__ = [
     "Summary",
     "Variant",
     "evaluate",
+    "lacks",
     "read_questions",
     "report_html",
+    "silent",
     "summarize",
     "variants_for",
     "whole_variants",
@@ -39,7 +41,7 @@ _MODULES = {
     **dict.fromkeys(("Shown", "report_html"), "evaluation.page"),
     **dict.fromkeys(("QUESTIONS", "Question", "read_questions"), "evaluation.questions"),
     "evaluate": "evaluation.run",
-    **dict.fromkeys(("MATCHES", "Summary", "summarize", "whole_variants"), "evaluation.summary"),
+    **dict.fromkeys(("MATCHES", "Summary", "lacks", "silent", "summarize", "whole_variants"), "evaluation.summary"),
     **dict.fromkeys(("Variant", "variants_for"), "variants"),
 }
 

@@ -35,7 +35,7 @@ def answers_alone(
         is_done: whether there is an answer already.
 
     Raises:
-        torch.AcceleratorError: the device is lost.
+        torch.AcceleratorError, OSError: as for `tried`.
     """
     most = model.config.get_text_config().max_position_embeddings
     warm: set[str] = set()
@@ -64,7 +64,7 @@ def _timed(
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:
         reset_peaks()
-    found, error, _ = tried(lambda: answers.answer(model, processor, inputs, variant.config, max_new_tokens))
+    found, error = tried(lambda: answers.answer(model, processor, inputs, variant.config, max_new_tokens))
     if found is None:
         return Answer.failed(question, variant, error)
     (own,), cache = found

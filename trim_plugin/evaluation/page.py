@@ -56,6 +56,7 @@ def report_html(
     answers: Sequence[Answer],
     pictures: Callable[[Question], Sequence[Shown]],
     match: str = "exact",
+    remarks: Sequence[str] = (),
 ) -> str:
     """The whole file: needs nothing beside it, no network and no script.
 
@@ -67,6 +68,7 @@ def report_html(
         answers: of the log.
         pictures: gives the pictures of a question that was answered; asked once for each, so that few are held at a time.
         match: as in `summarize`.
+        remarks: what else there is to say of the summary, as `lacks` does.
     """
     found = {(answer.question, answer.way): answer for answer in answers}
     # If nothing was answered, there is no row, and every question's error is shown all the same.
@@ -88,7 +90,7 @@ def report_html(
         groups[kind].append(_article(question, own, list(zip(classes, shown, strict=True)), match))
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         pictures="\n".join(styles),
-        summary=_summary_table(rows),
+        summary=_summary(rows, remarks),
         overview=_overview(groups),
         questions="\n".join(article for articles in groups.values() for article in articles),
     )
@@ -140,6 +142,11 @@ def note(rows: Sequence[Summary]) -> str:
     if None in numbers:
         said.append("Neither seconds nor memory where runs with different --max-running have shared the questions.")
     return " ".join(said)
+
+
+def _summary(rows: Sequence[Summary], remarks: Sequence[str]) -> str:
+    said = "".join(f"<p class=error>{_safe(remark)}</p>" for remark in remarks)
+    return (_summary_table(rows) if rows else "") + said
 
 
 def _summary_table(rows: Sequence[Summary]) -> str:

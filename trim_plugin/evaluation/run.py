@@ -7,23 +7,12 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from trim_plugin.engine.engine import MAX_RUNNING, can_run
+from trim_plugin.engine.ignored import ignored
 from trim_plugin.evaluation.alone import answers_alone
 from trim_plugin.evaluation.log import Answer, AnswerLog
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.evaluation.together import answers_together
 from trim_plugin.variants import Variant
-
-#: What of a model's `generation_config` changes greedy answers of `generate`, and what it is where it changes nothing. An
-#: engine looks at none of it.
-CHANGING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (None, 1)),
-    **dict.fromkeys(
-        ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0)
-    ),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
-    **dict.fromkeys(("stop_strings", "max_time", "watermarking_config"), (None,)),
-}
 
 
 def evaluate(
@@ -44,12 +33,13 @@ def evaluate(
 
     Trimmed variants answer many questions at once, one variant after the other (`Engine`); what each answers is what it would
     alone. Transformers' own cache, and a variant that no engine can have, answer one at a time; so does every variant where the
-    model's `generation_config` changes greedy answers (`CHANGING`), which no engine looks at. So the seconds and peaks of the
-    two kinds are not to be compared, and `Answer.at_once` says which is which: `max_running=1` answers all questions one at a
-    time, each read anew, for times and memory that are.
+    model's `generation_config` asks for what no engine does (`engine.ignored`). So the seconds and peaks of the two kinds are not
+    to be compared, and `Answer.at_once` says which is which: `max_running=1` answers all questions one at a time, each read
+    anew, for times and memory that are.
 
     A question that cannot be answered (a picture that cannot be read, a chat that does not fit the model, too little memory)
-    has its error logged; the others are answered.
+    has its error logged; the others are answered. A trimmed variant of which many questions in a row fail alike is given up, its
+    other questions with the same error, and the next variant has its turn.
 
     Args:
         model: an Mllama model, on its device. Nobody else may use it meanwhile.
@@ -67,6 +57,7 @@ def evaluate(
     Raises:
         ValueError: `max_running` or `memory` is no positive integer.
         torch.AcceleratorError: the device is lost.
+        OSError: a disk is full, or gone.
         EngineClosed: an engine's thread has died.
 
     Example:
@@ -90,7 +81,7 @@ def evaluate(
         return (question.name, variant.name) in done
 
     def answers() -> Generator[Answer, None, None]:
-        together = max_running > 1 and _is_plain(model.generation_config)
+        together = max_running > 1 and not ignored(model.generation_config)
         many = [variant for variant in variants if together and variant.config and can_run(variant.config)]
         alone = [variant for variant in variants if variant not in many]
         yield from answers_alone(model, processor, share, alone, max_new_tokens=max_new_tokens, is_done=is_done)
@@ -112,8 +103,3 @@ def evaluate(
             log.add(answer)
             if on_answer is not None:
                 on_answer(answer)
-
-
-def _is_plain(generation_config: Any) -> bool:
-    """Whether greedy answers are the likeliest tokens up to an end token, as an engine's are."""
-    return all(getattr(generation_config, name, None) in plain for name, plain in CHANGING.items())

@@ -51,7 +51,8 @@ def summarize(
 ) -> list[Summary]:
     """Sum up every variant over the questions that all variants have answered; agreement is with the first variant.
 
-    Questions whose picture could not be read count for none.
+    Questions whose picture could not be read count for none. A variant that has answered nothing at all (`silent`) has no row,
+    and takes no question from the others.
 
     Args:
         questions: as read.
@@ -75,14 +76,48 @@ def summarize(
     if match not in MATCHES:
         raise ValueError(f"match must be one of {', '.join(map(repr, MATCHES))}, got {match!r}.")
     found = {(answer.question, answer.way): answer for answer in answers if not answer.error}
+    mute = silent(variants, answers)
+    variants = [variant for variant in variants if variant.name not in mute]
     whole = [question for question in questions if all((question.name, variant.name) in found for variant in variants)]
-    if not whole:
+    if not whole or not variants:
         return []
     first = [found[question.name, variants[0].name] for question in whole]
     return [
         _summary(variant, whole, [found[question.name, variant.name] for question in whole], first, match)
         for variant in variants
     ]
+
+
+def silent(variants: Sequence[Variant], answers: Sequence[Answer]) -> dict[str, str]:
+    """The variants that have answered no question at all, by name, and the first error of each; empty if it has none either.
+
+    Example:
+        >>> given = [Answer("1", "stock", "seven", 0.1, 2), Answer("1", "0.5", "", 0.0, 0, error="no room")]
+        >>> silent([Variant("stock", None), Variant("0.5", {})], given)
+        {'0.5': 'no room'}
+    """
+    speaking = {answer.way for answer in answers if not answer.error}
+    errors: dict[str, str] = {}
+    for answer in answers:
+        errors.setdefault(answer.way, answer.error)
+    return {variant.name: errors.get(variant.name, "") for variant in variants if variant.name not in speaking}
+
+
+def lacks(questions: Sequence[Question], variants: Sequence[Variant], answers: Sequence[Answer]) -> list[str]:
+    """What a summary of these variants cannot show, a sentence each; empty if every variant has its row.
+
+    Example:
+        >>> given = [Answer("1", "stock", "seven", 0.1, 2), Answer("1", "0.5", "", 0.0, 0, error="no room")]
+        >>> lacks([Question("1", (), "?")], [Variant("stock", None), Variant("0.5", {})], given)
+        ['0.5 has answered none of 1 questions. The first error: no room']
+    """
+    mute = silent(variants, answers)
+    said = [f"{name} has answered none of {len(questions)} questions. The first error: {mute[name]}" for name in mute]
+    others = [variant for variant in variants if variant.name not in mute]
+    if others and not summarize(questions, others, answers):
+        names = ", ".join(variant.name for variant in others)
+        said.insert(0, f"No question was answered with all of {names}, so there is nothing to compare.")
+    return said
 
 
 def whole_variants(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trim_plugin.batching.worker import Worker
+from trim_plugin.batching.worker import RowsFail, Worker
 from trim_plugin.evaluation.log import Answer, pack_kept
 from trim_plugin.evaluation.peaks import peak_bytes, reset_peaks
 from trim_plugin.evaluation.questions import Question
@@ -29,7 +29,7 @@ def answers_together(
     """Answer as they fit, and give the answers as they end. A picture that several questions ask about is encoded once.
 
     The variant's wall-clock time is shared out: at any time each of the questions that are being answered takes as much of it.
-    Those that have waited longest are.
+    Those that have waited longest are. If one question fails like the other (`RowsFail`), that is the error of all that are left.
 
     Args:
         model, processor, max_new_tokens, max_running, memory: as for `evaluate`.
@@ -56,16 +56,20 @@ def answers_together(
     #: The places of questions without an answer, in order, and how much of the time each has taken.
     left = dict.fromkeys(range(len(questions)), 0.0)
     with contextlib.closing(worker):
-        for found in worker.answers([question.row for question in questions]):
-            now = time.perf_counter()
-            running = list(itertools.islice(left, max_running))
-            for place in running:
-                left[place] += (now - since) / len(running)
-            since = now
-            for place, result in found:
-                made = _answer(questions[place], variant, result)
-                peak = peak_bytes() if on_gpu else 0
-                yield dataclasses.replace(made, seconds=left.pop(place), at_once=max_running, peak_bytes=peak)
+        try:
+            for found in worker.answers([question.row for question in questions]):
+                now = time.perf_counter()
+                running = list(itertools.islice(left, max_running))
+                for place in running:
+                    left[place] += (now - since) / len(running)
+                since = now
+                for place, result in found:
+                    made = _answer(questions[place], variant, result)
+                    peak = peak_bytes() if on_gpu else 0
+                    yield dataclasses.replace(made, seconds=left.pop(place), at_once=max_running, peak_bytes=peak)
+        except RowsFail as error:  # this variant's failure: another may have answers
+            for place in left:
+                yield Answer.failed(questions[place], variant, str(error))
 
 
 def _answer(question: Question, variant: Variant, result: Mapping[str, Any]) -> Answer:

@@ -9,7 +9,7 @@ import torch
 
 from trim_plugin.forward.finding import find_text_model, first_cross_layer, whole_weights
 from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.forward.turn import layer_keys
+from trim_plugin.forward.projections import layer_keys
 from trim_plugin.selection.merging import merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack

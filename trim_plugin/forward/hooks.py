@@ -26,7 +26,6 @@ from trim_plugin.forward.finding import (
     attention_of,
     check_layers_get_caches,
     check_reads_caches,
-    cross_layers,
     find_text_model,
     parts_of,
     put_on,
@@ -69,11 +68,6 @@ def _attach(model: torch.nn.Module, parts: Parts) -> None:
         for module in parts.around:
             put_on(module, before_model, after_model)
             put_on(module, open_turn if isinstance(module, MllamaModel) else open_text_turn)
-
-
-def has_hooks(text_model: Any) -> bool:
-    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
-    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))
 
 
 def check_attention(model: Any) -> None:
@@ -147,23 +141,28 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 
 @Hook
-def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def open_text_turn(text_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an `MllamaTextModel`: the last look at a cache before the layers run.
 
-    Called by itself, a text model gets a mask that does not tell padding: it is noted here.
+    Called by itself, a text model gets a mask that does not tell padding: it is noted here. What a turn has seen of it,
+    transformers need not read.
     """
     cache, kwargs = _cache_of(kwargs), _by_name(text_model, args, kwargs)
     text = _text_of(kwargs)
     if not isinstance(cache, HeldCache) or text is None:
-        return
-    rows, brings = text.shape[1], kwargs.get("cross_attention_states") is not None
-    if not brings and rows == 1 and torch.compiler.is_compiling():
-        return  # decoding is kept free of anything that a compiled graph could not hold
+        return None
+    rows, brings, mask = text.shape[1], kwargs.get("cross_attention_states") is not None, kwargs.get("attention_mask")
+    decodes = not brings and rows == 1
+    if decodes and torch.compiler.is_compiling():
+        return None  # decoding is kept free of anything that a compiled graph could not hold
     _check_cache(text_model, cache, len(text))
-    if not brings and rows == 1:
+    if decodes:
         cache.turn = None  # one that was prepared, and never begun
-    elif cache.turn is None and (brings or cache.kept is not None):
-        cache.turn = Turn(padding=padding_of(kwargs.get("attention_mask"), int(cache.get_seq_length()), rows))
+    elif cache.turn is not None:
+        return (), {**kwargs, "attention_mask": cache.turn.text_mask(text_model, cache, text, mask)}
+    elif brings or cache.kept is not None:
+        cache.turn = Turn(padding=padding_of(mask, int(cache.get_seq_length()), rows))
+    return None
 
 
 @Hook

@@ -59,7 +59,7 @@ class TowerCall:
             mask: additive (pictures, 1, tokens, tokens), as transformers made it.
         """
         if self._merging is None:
-            kinds = kinds_of_tokens(self._tiles.to(hidden.device), self._patches, hidden.shape[1])
+            kinds = kinds_of_tokens(self._tiles.cpu(), self._patches, hidden.shape[1])
             self._merging, positions, valid = merge_alike(hidden, kinds, self._share)
             self.mask = close(add_log_sizes(take_square(mask, positions), self._merging.sizes), valid)
         return self._merging.mean(hidden)

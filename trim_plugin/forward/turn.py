@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_causal_mask
 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.cache.held import HeldCache
@@ -23,8 +24,9 @@ from trim_plugin.cache.regrouping import padded_columns
 from trim_plugin.cache.stores import take_tokens
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.finding import attention_of
+from trim_plugin.forward.projections import layer_queries
 from trim_plugin.selection.scoring import visual_token_scores
-from trim_plugin.selection.select import Columns, Selection, select
+from trim_plugin.selection.select import Columns, Counted, Selection, select
 from trim_plugin.selection.visibility import (
     LOST_TOKENS,
     Tiles,
@@ -60,6 +62,8 @@ class Turn:
     looked: bool = False
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
+    #: What a selection need not wait for, where more micro-batches follow; see `select`. None: it waits.
+    unchecked: list[torch.Tensor] | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
     new: EncodedBatch | None = None
     #: Set when the first cross-attention layer is about to run: from then on a failure leaves the cache neither old nor new.
@@ -77,8 +81,8 @@ class Turn:
     columns: Columns | Any = None
     groups: int = 0
     readable: torch.Tensor | Any = None
-    #: How many columns of every sample decoding could read if all were kept, where that is known without counting.
-    all_readable: list[int] | None = None
+    #: What is known of the new columns without counting; None if there are earlier ones, or not all of the new ones are there.
+    counted: Counted | None = None
     sized: bool = False
     open_mask: torch.Tensor | Any = None
     #: What the cache holds after the turn, and which of the columns these are; None if that is what it held before.
@@ -94,12 +98,32 @@ class Turn:
             tile_tokens=self.tile_tokens,
             looked=self.looked,
             tiles=None if self.tiles is None else self.tiles.of_samples(samples),
+            unchecked=self.unchecked,
         )
 
-    @property
-    def unpadded(self) -> bool:
-        """Whether it is known that no text row is padding."""
-        return self.seen is not None and not bool(self.seen.padding.any())
+    def text_mask(
+        self, text_model: Any, cache: HeldCache, text: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What an `MllamaTextModel` makes of its attention mask, without waiting for the device: what is padding is known.
+
+        Args:
+            text_model: the model.
+            cache: its cache, before the forward.
+            text: (batch, rows) or (batch, rows, width), what it reads.
+            mask: its attention mask: int64 (batch, text tokens so far), None, or one that is made already.
+
+        Returns:
+            None if nothing is padding; bool (batch, 1, rows, text tokens so far) for sdpa attention; else the mask as it is.
+        """
+        if self.seen is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or torch.compiler.is_compiling():
+            return mask
+        padded = bool(self.seen.padding.any())
+        if not padded and mask.shape[1] == text.shape[1]:
+            return None
+        if not padded or text_model.config._attn_implementation != "sdpa" or mask.device != text.device:
+            return mask
+        like = text.new_empty(*text.shape[:2], 0, dtype=text_model.dtype)
+        return create_causal_mask(text_model.config, like, mask, cache, allow_is_causal_skip=False)
 
     def look(
         self,
@@ -217,7 +241,7 @@ class Turn:
             self.columns = padded_columns(held).followed_by(self.columns, readable != 0)
         self.sized = not complete or (held is not None and held.sized)
         if held is None and complete:
-            self.all_readable = (self.readable.sum(dim=1) * of_tile).tolist()
+            self.counted = Counted.of(tiles, of_tile)
         if mask is None:
             warn_without_mask()
             self.open_mask = open_mask(self.columns.valid, rows, self.states.dtype)
@@ -261,9 +285,8 @@ class Turn:
             scores = visual_token_scores(
                 queries, keys, self.seen, columns.tile_of, attention_of(layer).scaling, log_sizes
             )
-        chosen = select(
-            scores, keys, self.states, columns, self.groups, config.processor_list, config.merge, self.all_readable
-        )
+        rules, merge = config.processor_list, config.merge
+        chosen = select(scores, keys, self.states, columns, self.groups, rules, merge, self.counted, self.unchecked)
         visible = (columns.sizes * (columns.group >= 0)).sum(dim=1)
         if cache.kept is not None:
             visible = visible + cache.kept.visible
@@ -316,30 +339,3 @@ def _check_nothing_lost(seen: Visibility, cache: HeldCache) -> None:
     """Raise if a row reads what the end of an earlier turn could not read: it is gone."""
     if seen.reads_any(~cache.kept.readable[list(cache.kept.order)], cache.config.keeps_reachable):
         raise ValueError(LOST_TOKENS)
-
-
-def layer_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The queries of a cross-attention decoder layer, (batch, heads, rows, head_dim), from what the layer is given.
-
-    Worked out with the layer's own modules (so LoRA, quantized and offloaded weights count), before its forward: sharded
-    weights are put together until then. Costs about 0.1 % of an 11B prefill. Upstream: `MllamaTextCrossAttention.forward`.
-    """
-    attention = attention_of(layer)
-    place = attention.q_norm.weight.device
-    with torch.no_grad():
-        own = hidden_states if place.type == "meta" else hidden_states.to(place)
-        projected = attention.q_proj(layer.input_layernorm(own))
-        return attention.q_norm(projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2))
-
-
-def layer_keys(layer: Any, states: torch.Tensor) -> torch.Tensor:
-    """The keys that a cross-attention decoder layer makes of visual states (batch, tokens, width).
-
-    Returns:
-        (batch, key-value heads, tokens, head_dim). Upstream: `MllamaTextCrossAttention.forward`.
-    """
-    attention = attention_of(layer)
-    with torch.no_grad():
-        projected = attention.k_proj(states)
-        heads = projected.unflatten(-1, (attention.num_key_value_heads, attention.head_dim))
-        return attention.k_norm(heads.transpose(1, 2))

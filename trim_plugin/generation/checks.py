@@ -14,8 +14,14 @@ import torch
 from trim_plugin.arithmetic import picture_tokens
 from trim_plugin.compat import slices_mask_rows
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedSample
-from trim_plugin.forward.finding import check_layers_get_caches, check_reads_caches, find_text_model, parts_of
-from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, check_attention, has_hooks
+from trim_plugin.forward.finding import (
+    check_layers_get_caches,
+    check_reads_caches,
+    cross_layers,
+    find_text_model,
+    parts_of,
+)
+from trim_plugin.forward.hooks import OF_ANOTHER_MODEL, TrimmedCache, before_layer, check_attention
 from trim_plugin.selection.visibility import LOST_TOKENS, of_tiles, padding_of
 
 
@@ -228,3 +234,8 @@ def _check_nothing_lost(mask: torch.Tensor, cache: TrimmedCache, attention_mask:
     seen = of_tiles(rows, padding_of(attention_mask, past, rows.shape[1]), tile_tokens=1)
     if seen.reads_any(~cache.kept.readable[list(cache.kept.order)], cache.config.keeps_reachable):
         raise ValueError(LOST_TOKENS)
+
+
+def has_hooks(text_model: Any) -> bool:
+    """Whether every cross-attention layer of an `MllamaTextModel` carries the hooks."""
+    return all(before_layer in layer._forward_pre_hooks.values() for layer in cross_layers(text_model))

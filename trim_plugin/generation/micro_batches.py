@@ -20,6 +20,7 @@ from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
 from trim_plugin.forward.finding import check_reads_caches
 from trim_plugin.forward.turn import Turn
+from trim_plugin.selection.k_center import check_states
 
 #: What reads one micro-batch: its inputs and its cache, which it fills → the model's output.
 Read = Callable[[dict[str, Any], HeldCache], Any]
@@ -198,13 +199,12 @@ def read_in_micro_batches(
         part = part_of(cache, samples)
         part.turn = whole.of_samples(samples)
         own = _rows(inputs, batch, how.copies, samples)
-        if part.turn.unpadded and part.batch_size <= 0:
-            own["attention_mask"] = None  # stock would wait for the device to find that it says nothing
         output = read(own, part)
         kind = type(output)
         outputs.append({name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)})
         parts.append(part)
         del output  # and with it what is left out, before the next micro-batch is read
+    check_states(whole.unchecked or [])
     fields = {name: _joined([one[name] for one in outputs], how.copies) for name in outputs[0]}
     outputs.clear()
     join(cache, parts, how.copies)
@@ -213,7 +213,7 @@ def read_in_micro_batches(
 
 def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any) -> Turn:
     """The turn of all sources: the masks are read once, however many micro-batches there are."""
-    turn = Turn(pictures=cache.pictures)
+    turn = Turn(pictures=cache.pictures, unchecked=[])
     mask, attention_mask = (
         None if inputs.get(name) is None else inputs[name][::copies]
         for name in ("cross_attention_mask", "attention_mask")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ import numpy as np
 import ray
 import ray.data
 import torch
+from transformers import GenerationConfig
 
 from trim_plugin.asking.rows import Row
 from trim_plugin.batching.worker import Worker
 from trim_plugin.config import TrimConfig
 from trim_plugin.engine.engine import MAX_RUNNING, running_config
+from trim_plugin.engine.ignored import warn_of_ignored
 from trim_plugin.integrations.accelerate import load
 
 #: Columns that a worker reads; "id" and others stay as they are.
@@ -165,6 +168,8 @@ def _mapped(
     num_gpus: float | None,
     rows: int,
 ) -> ray.data.Dataset:
+    with contextlib.suppress(OSError):  # the model has none, or lies where only actors see it: then their logs say it
+        warn_of_ignored(GenerationConfig.from_pretrained(recipe.model))
     if num_gpus is None:
         num_gpus = 1 if recipe.device != "cpu" and _gpus() else 0
     return dataset.map_batches(

@@ -14,8 +14,8 @@ from PIL import Image
 
 from trim_plugin.arithmetic import checked_share, picture_tokens, tile_tokens
 from trim_plugin.forward.finding import find_model, find_text_model, first_cross_layer, whole_weights
+from trim_plugin.forward.projections import layer_keys
 from trim_plugin.forward.tower import visual_states
-from trim_plugin.forward.turn import layer_keys
 from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.prompting import open_picture

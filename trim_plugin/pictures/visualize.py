@@ -197,7 +197,7 @@ def _draw(
     _draw_class_tokens(left, class_tokens, height / tile_map.rows, width / tile_map.columns)
     _draw_legend(figure)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a price has a dollar, too
     return figure
 
 

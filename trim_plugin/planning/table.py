@@ -27,10 +27,13 @@ COLUMNS = (
 def show(
     console: Console, model: str, job: Job, weights: str, plans: list[Plan], memory: int | None, fits: dict[str, Fit]
 ) -> None:
-    """Print the plans, a row each, and what fits into `memory`: `fits` by the name of the variant, empty without a memory."""
+    """Print the plans, a row each, and what fits into `memory`: `fits` by the name of the variant, empty without a memory.
+
+    The console takes words as they are (`commands.plain_console`), since a model's name is its user's.
+    """
     console.print(_table(_title(model, job, weights, plans), plans, fits))
     for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def _title(model: str, job: Job, weights: str, plans: list[Plan]) -> str:

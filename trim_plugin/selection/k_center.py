@@ -8,9 +8,9 @@ import math
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
-from trim_plugin.selection.covering import CANDIDATES, COLUMNS, SMALL, Rounds, features_of, one_by_one
 from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
+from trim_plugin.selection.rounds import CANDIDATES, DONE, EQUAL, NAN_STATES, SAME, SMALL, Rounds
 from trim_plugin.selection.visibility import pack
 
 #: Bytes of features, and of what they are compared to, at a time.
@@ -19,6 +19,16 @@ COVER_BYTES = 128 * 2**20
 FEW = 1200
 #: ... groups of up to `SMALL`, if at most so many of their tokens are kept: three launches each.
 SINGLY = 240
+#: float32 values of states that are copied at a time, 52 MiB.
+BLOCK_VALUES = 13 * 2**20
+#: Shorter states than about this have no direction: float32 cannot hold the squares of their values.
+SHORTEST = 1e-15
+#: Columns of features that make similarities of cosines: four, so that rows stay aligned.
+COLUMNS = 4
+#: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
+DIGITS = 6
+#: Tokens that are taken one after the other before the host asks whether a radius is covered.
+TAKEN_UNASKED = 32
 
 
 class KCenter(VisualTokenProcessor):
@@ -37,9 +47,9 @@ class KCenter(VisualTokenProcessor):
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
     in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. The host
-    is read twice in most cases: how many members there are, and whether enough are chosen. For a page of the 11B model 10 to
-    16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values a token (128 MiB of them
-    at a time).
+    asks the device whether rounds have chosen enough, once in most cases, and how many members there are if nobody knows. For a
+    page of the 11B model 10 to 16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values
+    a token (128 MiB of them at a time).
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
@@ -81,17 +91,40 @@ class KCenter(VisualTokenProcessor):
         """Keep what is chosen in each group for all heads."""
         if states is None:
             raise TypeError("KCenter needs the visual states as a third argument.")
-        members = group[:, None] == torch.arange(groups, device=group.device)[:, None]
-        left = members & (scores != -math.inf).any(dim=1)[:, None]
-        chosen = self.choose(states, left)
+        members = members_of(group, groups) & (scores != -math.inf).any(dim=1)[:, None]
+        chosen = self.choose(states, members)
         return scores.masked_fill(~(chosen if groups == 1 else chosen.any(dim=1, keepdim=True)), -math.inf)
 
-    def choose(self, states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    def keeps(self, count: int) -> int:
+        """How many of so many tokens of a group a share keeps.
+
+        Raises:
+            ValueError: with a radius that depends on the picture.
+
+        Example:
+            >>> KCenter(0.1).keeps(101), KCenter(0.1).keeps(0)
+            (11, 0)
+        """
+        if self.kept_share is None:
+            raise ValueError(f"How many tokens {self} keeps depends on the picture.")
+        return _rounded_up(self.kept_share, count) if count else 0
+
+    def choose(
+        self,
+        states: torch.Tensor,
+        members: torch.Tensor,
+        *,
+        counts: list[list[int]] | None = None,
+        unclear: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The tokens to keep, without any prompt.
 
         Args:
             states: (batch, tokens, width), visual states.
             members: bool (batch, tokens), the tokens to choose among; or (batch, groups, tokens), for each group apart.
+            counts: for every sample, how many members each of its groups has, where somebody knows; None: the device is asked.
+            unclear: a list for bool tensors (1,) that nobody has looked at yet, whether states are NaN. None: they are looked at,
+                and an error is raised.
 
         Returns:
             bool, of the shape of `members`; nothing where there are no members.
@@ -101,15 +134,28 @@ class KCenter(VisualTokenProcessor):
         """
         if self.kept_share == 1.0:
             return members
+        asked: list[torch.Tensor] = []
+        chosen = self._choose(states, members, counts, asked)
+        if unclear is not None:
+            unclear.extend(asked)
+        else:
+            check_states(asked)
+        return chosen
+
+    def _choose(
+        self, states: torch.Tensor, members: torch.Tensor, known: list[list[int]] | None, unclear: list[torch.Tensor]
+    ) -> torch.Tensor:
         tokens = members.shape[-1]
         rows = members.reshape(-1, tokens)
         counts = rows.sum(dim=1, keepdim=True)
-        there = [int(count) for count in counts[:, 0].tolist()]
+        there = counts[:, 0].tolist() if known is None else [count for sample in known for count in sample]
         chosen, width = torch.zeros_like(rows), max(there, default=0)
         limit = self._few
         if width > limit and any(0 < count <= limit for count in there):  # each kind as if it were alone
             few = members & (counts <= limit).view(*members.shape[:-1], 1)
-            return self.choose(states, few) | self.choose(states, members & ~few)
+            fewer = [[count if count <= limit else 0] for count in there]
+            more = [[count if count > limit else 0] for count in there]
+            return self._choose(states, few, fewer, unclear) | self._choose(states, members & ~few, more, unclear)
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
@@ -123,30 +169,39 @@ class KCenter(VisualTokenProcessor):
                 else:
                     sample = torch.arange(len(rows), device=rows.device)[part, None] // (len(rows) // len(states))
                     features = features_of(states, sample * tokens + positions[part])
-                slots, taken = self._cover(features, valid[part], counts[part], there[part])
+                slots, taken = self._cover(features, valid[part], counts[part], there[part], unclear)
                 # A slot that is not taken repeats the first one, which is taken.
                 slots = torch.where(taken, slots, slots[:, :1])
                 chosen[part].scatter_(1, slots if positions is None else positions[part].gather(1, slots), True)
         return (chosen if whole else chosen & rows).view_as(members)
 
     def _cover(
-        self, features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, there: list[int]
+        self,
+        features: torch.Tensor,
+        valid: torch.Tensor,
+        counts: torch.Tensor,
+        there: list[int],
+        unclear: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of features (rows, slots, width) in the order in which they are chosen, and which of them are taken.
 
         `valid` is bool (rows, slots); `counts`, int64 (rows, 1), and `there` say how many of them are.
         """
         few = max(there) <= self._few
+        first, most_alike = _first(features, valid)
+        if few:
+            unclear.append(most_alike.isnan().any()[None])
         if self.kept_share is None:
             if few:
-                return one_by_one(features, valid, max(there), self.radius)
-            return Rounds.begin(features, valid, counts, counts).until_covered(float(self.radius or 0.0))
-        wanted = _rounded_up(self.kept_share, valid.shape[1], valid.device)[counts]
-        known = [_rounded_up_of(self.kept_share, count) for count in there]
+                return one_by_one(features, valid, first, max(there), self.radius)
+            return Rounds.begin(features, valid, first, most_alike, counts, counts).until_covered(self.radius or 0.0)
+        wanted = _kept_of_each(self.kept_share, valid.shape[1], valid.device)[counts]
+        known = [self.keeps(count) for count in there]
         if few:
-            slots, _ = one_by_one(features, valid, max(known))
+            slots, _ = one_by_one(features, valid, first, max(known))
             return slots, torch.arange(slots.shape[1], device=slots.device) < wanted
-        slots, taken, place = Rounds.begin(features, valid, wanted, counts).until_counted(known, there)
+        rounds = Rounds.begin(features, valid, first, most_alike, wanted, counts)
+        slots, taken, place = rounds.until_counted(known, there)
         return slots, taken & (place <= wanted)
 
     @property
@@ -163,13 +218,105 @@ class KCenter(VisualTokenProcessor):
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
 
 
-def _rounded_up_of(kept_share: float, count: int) -> int:
-    """Tokens to keep of so many."""
+def check_states(unclear: list[torch.Tensor]) -> None:
+    """Raise `ValueError` if any of these bool tensors (1,) says that a visual state is NaN; the device is asked once for all."""
+    if unclear and any(torch.cat(unclear).tolist()):
+        raise ValueError(NAN_STATES)
+
+
+def members_of(group: torch.Tensor, groups: int) -> torch.Tensor:
+    """bool (batch, groups, tokens): the tokens of each visibility group, of int64 (batch, tokens), the group of each."""
+    return group[:, None] == torch.arange(groups, device=group.device)[:, None]
+
+
+def _rounded_up(kept_share: float, count: int) -> int:
     return max(1, math.ceil(kept_share * count - 1e-9))
 
 
 @functools.lru_cache(maxsize=16)
-def _rounded_up(kept_share: float, most: int, device: torch.device) -> torch.Tensor:
+def _kept_of_each(kept_share: float, most: int, device: torch.device) -> torch.Tensor:
     """int64 (most + 1,): tokens to keep of every number of them. A table, so that 0.1 of 260 tokens are 26 whatever a device's
     float32 makes of it; some have no float64."""
-    return torch.tensor([_rounded_up_of(kept_share, count) for count in range(most + 1)], device=device)
+    return torch.tensor([_rounded_up(kept_share, count) for count in range(most + 1)], device=device)
+
+
+def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (rows, slots, features + `COLUMNS`), whose products are similarities: the states (batch, tokens, width) at places,
+    int64 (rows, slots), among all of them (None: as they are); or a random projection that keeps their distances."""
+    width, used = states.shape[-1], min(states.shape[-1], FEATURES)
+    projection = _projection(width, states.device) if width > FEATURES else None
+    all_states, flat = states.reshape(-1, width), None if places is None else places.flatten()
+    found = states.new_empty(len(all_states if flat is None else flat), used + COLUMNS, dtype=torch.float32)
+    block = max(1, BLOCK_VALUES // width)
+    for start in range(0, len(found), block):
+        part = slice(start, start + block)
+        rows = all_states[part] if flat is None else all_states.index_select(0, flat[part])
+        if projection is None:
+            found[part, :used] = rows
+        else:
+            torch.mm(rows.float(), projection, out=found[part, :used])
+    length = torch.linalg.vector_norm(found[:, :used], dim=1, keepdim=True)
+    # Half of what has length 1, and what adds a half to every product.
+    found[:, :used].div_(torch.rsub(length, SHORTEST, alpha=-2))
+    found[:, used:] = math.sqrt(0.5 / COLUMNS)
+    return found.view(*(states.shape[:2] if places is None else places.shape), -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _projection(width: int, device: torch.device) -> torch.Tensor:
+    """The same Gaussian matrix (width, `FEATURES`) everywhere: which tokens are kept must not depend on a seed or a device."""
+    drawn = torch.empty(width, FEATURES, dtype=torch.float32, device="cpu")
+    drawn.normal_(generator=torch.Generator().manual_seed(0))
+    return (drawn / math.sqrt(FEATURES)).to(device)
+
+
+def _first(features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 (rows, 1), the slot of the token that is most like the mean of its row's valid ones; and float32 (rows, 1), how like
+    it is: NaN if a state is."""
+    plain = features[..., :-COLUMNS]
+    mean = torch.bmm(valid[:, None].float(), plain)
+    alike = torch.bmm(plain, mean.transpose(1, 2))[..., 0].masked_fill_(~valid, -torch.inf)
+    most_alike = alike.amax(dim=1, keepdim=True)
+    # Two tokens are equally like their mean: the first of equal ones, whatever rounding makes of them.
+    limit = torch.sub(most_alike, torch.linalg.vector_norm(mean, dim=2), alpha=EQUAL / 2)  # features are halves
+    return alike.ge_(limit).argmax(dim=1, keepdim=True), most_alike
+
+
+def one_by_one(
+    features: torch.Tensor, valid: torch.Tensor, first: torch.Tensor, most: int, radius: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Always the token that is least like all taken ones, the first of equal ones.
+
+    Three operations a token, on similarities that are worked out once: for groups of few tokens, where a round would be more work
+    than it saves, and for few tokens of larger ones. Scratch: (rows, slots, slots) float32.
+
+    Args:
+        features: float32 (rows, slots, width), see `features_of`.
+        valid: bool (rows, slots).
+        first: int64 (rows, 1), the slot to begin with.
+        most: how many tokens are taken at most.
+        radius: no more are taken once none is further than this from a taken one.
+
+    Returns:
+        int64 (rows, tokens), the slots in order; bool, whether something was still uncovered: those count that were taken then.
+
+    Example:
+        >>> states = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
+        >>> valid, first = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[1]])
+        >>> one_by_one(features_of(states), valid, first, most=3)[0]
+        tensor([[1, 2, 0]])
+    """
+    alike = torch.bmm(features, features.transpose(1, 2)).round_(decimals=DIGITS)
+    alike.diagonal(dim1=1, dim2=2).fill_(DONE)
+    rows, slot = torch.arange(len(alike), device=alike.device), first[:, 0]
+    nearest = torch.maximum(alike[rows, slot], (~valid).float())  # which is `DONE`
+    slots, least = [slot], [torch.full_like(nearest[:, 0], -DONE)]
+    covered = DONE if radius is None else SAME - radius / 4
+    while len(slots) < most:
+        low, slot = nearest.min(dim=1)
+        slots.append(slot)
+        least.append(low)
+        torch.maximum(nearest, alike[rows, slot], out=nearest)
+        if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
+            break
+    return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered

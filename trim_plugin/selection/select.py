@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from trim_plugin.selection.k_center import KCenter, check_states, members_of
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
+from trim_plugin.selection.rounds import NAN_STATES
+from trim_plugin.selection.visibility import Tiles
 
 
 @dataclasses.dataclass
@@ -95,6 +98,55 @@ class Selection:
     readable: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What the host knows of new columns without asking the device: every tile has all of its tokens, and each is read or not.
+
+    Args:
+        groups: for every sample, the tokens of each visibility group; 0 for groups that it lacks.
+        readable_groups: whether decoding can read them.
+        tokens: tokens of a sample.
+        readable: how many of every sample decoding can read.
+
+    Example:
+        >>> groups, readable = torch.tensor([[0, 1, 1, -1]]), torch.tensor([[False, True, True, False]])
+        >>> Counted.of(Tiles(groups, readable, groups), 5)
+        Counted(groups=[[5, 10]], readable_groups=[[False, True]], tokens=20, readable=[10])
+    """
+
+    groups: list[list[int]]
+    readable_groups: list[list[bool]]
+    tokens: int
+    readable: list[int]
+
+    @classmethod
+    def of(cls, tiles: Tiles, tile_tokens: int) -> Counted:
+        """Of all tiles. Decoding can read all of a group or nothing: what its last row reads is what the group's rows read."""
+        own = tiles.groups[:, None] == torch.arange(int(tiles.groups.max()) + 1, device="cpu")[:, None]
+        return cls(
+            groups=(own.sum(dim=2) * tile_tokens).tolist(),
+            readable_groups=(own & tiles.readable[:, None]).any(dim=2).tolist(),
+            tokens=tiles.groups.shape[1] * tile_tokens,
+            readable=(tiles.readable.sum(dim=1) * tile_tokens).tolist(),
+        )
+
+    def kept_by(self, rule: KCenter | None) -> tuple[list[int], list[int], bool] | None:
+        """How many tokens of every sample a rule keeps, how many of them decoding can read, and whether any token that is read is
+        dropped; None if that depends on the picture."""
+        if rule is None or rule.kept_share is None:
+            return None
+        kept, readable, drops = [], [], False
+        for groups, can_be_read, all_readable in zip(self.groups, self.readable_groups, self.readable, strict=True):
+            of_groups = [rule.keeps(count) for count in groups]
+            unread = not any(groups)  # kept whole
+            kept.append(self.tokens if unread else sum(of_groups))
+            readable.append(
+                all_readable if unread else sum(of for of, can in zip(of_groups, can_be_read, strict=True) if can)
+            )
+            drops |= of_groups != groups
+        return kept, readable, drops
+
+
 def select(
     scores: torch.Tensor | None,
     keys: torch.Tensor,
@@ -103,12 +155,14 @@ def select(
     groups: int,
     processors: VisualTokenProcessorList,
     merge: bool,
-    readable: list[int] | None = None,
+    known: Counted | None = None,
+    unchecked: list[torch.Tensor] | None = None,
 ) -> Selection:
     """Let the processors choose in every visibility group; the union over heads is kept, and the rest merged or forgotten.
 
     A sample without any query row keeps everything: its rows are fully masked, which read all tokens in stock's attention.
-    Waits for the device once, for counts and checks together; not at all where nothing is chosen and `readable` is known.
+    Waits for the device once, for counts and checks together; not at all where nothing is chosen and `known` says the rest, or
+    where the rule is a share of `KCenter` alone, of which `known` says the rest as well, and checks may wait.
 
     Args:
         scores: float32 (batch, heads, columns), see `scoring.visual_token_scores`; None keeps everything (exact mode).
@@ -120,7 +174,8 @@ def select(
         processors: the chain that decides, called for every sample's first group, then for their second ones, and so on. A sample
             that has fewer is given its first group again, and what is chosen then is ignored.
         merge: whether a dropped token joins the kept token of its group that is most like it.
-        readable: how many columns of every sample decoding can read, if all are kept and somebody knows; None: counted here.
+        known: what is known of the new columns, if there are no earlier ones; None: all is counted here.
+        unchecked: where checks that nobody waited for are put, for `check_states`; None: they are looked at here.
 
     Raises:
         TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
@@ -137,34 +192,37 @@ def select(
         ([[0, 3]], [[3, 1]], [2])
     """
     valid, group = columns.valid[:, columns.first_new :], columns.group[:, columns.first_new :]
-    if scores is None and readable is not None:
-        return Selection(None, valid, None, readable)
-    checks = _Checks(processors)
-    kept, read = valid, group >= 0
+    if scores is None and known is not None:
+        return Selection(None, valid, None, known.readable)
+    checks, kept, told = _Checks(processors), valid, None
+    unclear: list[torch.Tensor] = []
     if scores is not None:
         scores = scores[..., columns.first_new :]
-        checks.no_scores(scores)
-        kept = _choose(scores, states, valid, group, read, groups, processors, checks)
-    # Whether a dropped token joins another one decides whether log sizes are there to be added.
-    joins = (read > kept).any()
-    counts = torch.stack([kept, columns.readable[:, columns.first_new :] & kept, valid]).sum(dim=2)
-    if columns.first_new:
-        counts[1] += (columns.readable & columns.valid)[:, : columns.first_new].sum(dim=1)
-    numbers = torch.cat([counts.flatten(), joins[None], *checks.flags])
-    counted, readable_counts, present_counts, (joined, *flags) = _split(numbers.tolist(), len(group))
-    checks.raise_if(flags)
-    if counted == present_counts:
-        return Selection(None, valid, None, readable_counts)
+        kept = _choose(scores, states, valid, group, groups, processors, checks, known, unclear)
+        told = None if known is None else known.kept_by(_alone(processors))
+    if told is None:
+        checks.states(unclear)
+        counted, readable, present, joins = _counted(kept, columns, checks)
+    else:
+        (counted, readable, joins), present = told, [group.shape[1]] * len(group)
+        check_states(unclear) if unchecked is None else unchecked.extend(unclear)
+    if counted == present:
+        return Selection(None, valid, None, readable)
     # The kept tokens in their order, then the others.
     order = kept.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
     positions, least = order[:, : max(counted)], min(counted)
-    present = torch.arange(positions.shape[1], device=kept.device) < counts[0][:, None]
+    there = torch.arange(positions.shape[1], device=kept.device) < kept.sum(dim=1, keepdim=True)
     merging = None
-    if merge and joined:
+    if merge and joins:
         features = keys[:, :, columns.first_new :].transpose(1, 2).flatten(2)
         sizes, alone = columns.sizes[:, columns.first_new :], groups == 1 and least == positions.shape[1]
         merging = merge_dropped(features, kept, group, sizes, positions, others=order[:, least:], one_group=alone)
-    return Selection(positions, present, merging, readable_counts)
+    return Selection(positions, there, merging, readable)
+
+
+def _alone(processors: VisualTokenProcessorList) -> KCenter | None:
+    """The rule, if it is `KCenter` itself and no other processor comes before or after it: nothing but states counts then."""
+    return processors[0] if len(processors) == 1 and type(processors[0]) is KCenter else None
 
 
 def _choose(
@@ -172,12 +230,19 @@ def _choose(
     states: torch.Tensor,
     valid: torch.Tensor,
     group: torch.Tensor,
-    read: torch.Tensor,
     groups: int,
     processors: VisualTokenProcessorList,
     checks: _Checks,
+    known: Counted | None,
+    unclear: list[torch.Tensor],
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
+    read, rule = group >= 0, _alone(processors)
+    if groups > 0 and rule is not None:
+        members, counts = members_of(group, groups), None if known is None else known.groups
+        survivors = rule.choose(states.to(group.device), members, counts=counts, unclear=unclear).any(dim=1)
+        return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
+    checks.no_scores(scores)
     states = states.to(scores.device) if processors.needs_states else states
     if groups > 0 and processors.knows_groups:
         survivors = (processors.in_groups(scores, group, groups, states) != -math.inf).any(dim=1)
@@ -190,11 +255,24 @@ def _choose(
         there = members.any(dim=1, keepdim=True)
         asked = torch.where(there, members, instead)
         given = scores.masked_fill(~asked[:, None], -math.inf)
-        chosen, unclear = processors.apply(given, asked, states)
+        chosen, spoiled = processors.apply(given, asked, states)
         survivors = (chosen != -math.inf).any(dim=1) & members
-        checks.group(unclear, there[:, 0] & ~survivors.any(dim=1))
+        checks.group(spoiled, there[:, 0] & ~survivors.any(dim=1))
         kept = kept | survivors
     return kept
+
+
+def _counted(kept: torch.Tensor, columns: Columns, checks: _Checks) -> tuple[list[int], list[int], list[int], bool]:
+    """How many tokens every sample keeps, of all columns how many decoding can read, how many there are; and whether a token
+    that is read is dropped: that decides whether log sizes are there to be added. Looks at the checks as well."""
+    first_new, batch = columns.first_new, len(kept)
+    counts = torch.stack([kept, columns.readable[:, first_new:] & kept, columns.valid[:, first_new:]]).sum(dim=2)
+    if first_new:
+        counts[1] += (columns.readable & columns.valid)[:, :first_new].sum(dim=1)
+    drops = ((columns.group[:, first_new:] >= 0) > kept).any()
+    numbers = torch.cat([counts.flatten(), drops[None], *checks.flags]).tolist()
+    checks.raise_if(numbers[3 * batch + 1 :])
+    return numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch : 3 * batch], bool(numbers[3 * batch])
 
 
 class _Checks:
@@ -207,6 +285,11 @@ class _Checks:
 
     def no_scores(self, scores: torch.Tensor) -> None:
         self._note("scores", scores.isnan().any()[None])
+
+    def states(self, unclear: list[torch.Tensor]) -> None:
+        """Whether visual states are NaN."""
+        if unclear:
+            self._note("states", torch.cat(unclear))
 
     def group(self, unclear: list[torch.Tensor], emptied: torch.Tensor) -> None:
         """For one more group: whether each processor returned NaN, and bool (batch,), whether a sample's group was emptied."""
@@ -229,6 +312,8 @@ class _Checks:
                     "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
                     "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
                 )
+            if meaning == "states":
+                raise ValueError(NAN_STATES)
             if meaning == "unclear":
                 raise ValueError(returned_nan(self._processors[place]))
             names = ", ".join(map(processor_name, self._processors))
@@ -236,8 +321,3 @@ class _Checks:
                 f"The visual token processors {names} removed every visual token of visibility group {number} in "
                 f"sample {place}. Leave at least one token of each group above -inf, so that no text row loses all it reads."
             )
-
-
-def _split(numbers: list[int], batch: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Three numbers a sample, and what follows them."""
-    return numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch : 3 * batch], numbers[3 * batch :]

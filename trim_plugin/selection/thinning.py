@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from trim_plugin.arithmetic import PADDING_SHARE
-from trim_plugin.selection.k_center import KCenter
+from trim_plugin.selection.k_center import KCenter, check_states
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.visibility import pack
 
@@ -48,7 +48,7 @@ def merge_alike(
 
     Args:
         states: (pictures, tokens, width).
-        kinds: int64 (pictures, tokens), see `kinds_of_tokens`.
+        kinds: int64 (pictures, tokens) on the CPU, see `kinds_of_tokens`: what is there to choose from is counted there.
         kept_share: share of the real tiles' patches that stay, rounded up.
 
     Returns:
@@ -61,9 +61,14 @@ def merge_alike(
         >>> positions.tolist(), merging.sizes.tolist()
         ([[0, 2, 3]], [[1, 2, 2]])
     """
-    kept = kinds == CLASS
+    there = kinds.to(states.device)
+    unclear: list[torch.Tensor] = []
+    kept, left = there == CLASS, (kinds == CLASS).sum(dim=1)
     # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
-    kept |= KCenter(kept_share).choose(states, kinds == PATCH)
-    kept |= KCenter(PADDING_SHARE).choose(states, kinds == PADDING)
-    positions, valid = pack(kept)
-    return merge_dropped(states, kept, kinds, torch.ones_like(kinds), positions), positions, valid
+    for kind, rule in ((PATCH, KCenter(kept_share)), (PADDING, KCenter(PADDING_SHARE))):
+        counts = (kinds == kind).sum(dim=1).tolist()
+        kept |= rule.choose(states, there == kind, counts=[[count] for count in counts], unclear=unclear)
+        left += torch.tensor([rule.keeps(count) for count in counts], device="cpu")
+    check_states(unclear)
+    positions, valid = pack(kept, longest=int(left.max()))
+    return merge_dropped(states, kept, there, torch.ones_like(there), positions), positions, valid

@@ -22,7 +22,7 @@ def marks(page: Page) -> list[tuple[Box, tuple[int, int, int, int]]]:
         >>> from benchmarks.small_model.pages.scenes import draw_page
         >>> page = draw_page(3, held_out=True, layout=(1, 2), lines=1)
         >>> (page.lines[0].label, page.lines[0].number), [classes for _, classes in marks(page)]
-        (('yellow', '16'), [(13, 0, 1, 3), (2, 2, 1, 3), (7, 3, 1, 3)])
+        (('orange', '4'), [(12, 0, 1, 2), (5, 1, 1, 2)])
     """
     found: list[tuple[Box, tuple[int, int, int, int]]] = []
     for row, line in enumerate(page.lines, start=1):

@@ -1,4 +1,4 @@
-"""How tokens are taken so that they cover all others: exactly one after the other, or many at once in rounds."""
+"""Rounds of `KCenter`: many tokens at a time are taken so that they cover all others, for groups of many tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import math
 
 import torch
 
-from trim_plugin.arithmetic import FEATURES
-
-#: float32 values of states that are copied at a time, 52 MiB.
-BLOCK_VALUES = 13 * 2**20
 #: Tokens that a round looks at: those least like what is chosen. Never depends on what else is in the batch.
 CANDIDATES = 384
 #: Up to so many tokens are chosen strictly one after the other, where a round's haste would show; with more, haste grows until
@@ -34,46 +30,13 @@ EQUAL = 1e-5
 #: Similarities are (cosine + 2) / 4, so that a product with 0 is less like anything than any token. `SAME` is that of equal
 #: tokens; what is chosen, or no member, has `DONE`.
 SAME, DONE = 0.75, 1.0
-#: Shorter states than about this have no direction: float32 cannot hold the squares of their values.
-SHORTEST = 1e-15
-#: Columns of features that make similarities of cosines: four, so that rows stay aligned.
-COLUMNS = 4
 #: Rounds before the host asks for the first time whether a radius is covered.
 ROUNDS_UNASKED = 6
-#: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
-DIGITS = 6
-#: Tokens that are taken one after the other before the host asks whether a radius is covered.
-TAKEN_UNASKED = 32
-
-
-def features_of(states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 (rows, slots, features + `COLUMNS`), whose products are similarities: the states (batch, tokens, width) at places,
-    int64 (rows, slots), among all of them (None: as they are); or a random projection that keeps their distances."""
-    width, used = states.shape[-1], min(states.shape[-1], FEATURES)
-    projection = _projection(width, states.device) if width > FEATURES else None
-    all_states, flat = states.reshape(-1, width), None if places is None else places.flatten()
-    found = states.new_empty(len(all_states if flat is None else flat), used + COLUMNS, dtype=torch.float32)
-    block = max(1, BLOCK_VALUES // width)
-    for start in range(0, len(found), block):
-        part = slice(start, start + block)
-        rows = all_states[part] if flat is None else all_states.index_select(0, flat[part])
-        if projection is None:
-            found[part, :used] = rows
-        else:
-            torch.mm(rows.float(), projection, out=found[part, :used])
-    length = torch.linalg.vector_norm(found[:, :used], dim=1, keepdim=True)
-    # Half of what has length 1, and what adds a half to every product.
-    found[:, :used].div_(torch.rsub(length, SHORTEST, alpha=-2))
-    found[:, used:] = math.sqrt(0.5 / COLUMNS)
-    return found.view(*(states.shape[:2] if places is None else places.shape), -1)
-
-
-@functools.lru_cache(maxsize=4)
-def _projection(width: int, device: torch.device) -> torch.Tensor:
-    """The same Gaussian matrix (width, `FEATURES`) everywhere: which tokens are kept must not depend on a seed or a device."""
-    drawn = torch.empty(width, FEATURES, dtype=torch.float32, device="cpu")
-    drawn.normal_(generator=torch.Generator().manual_seed(0))
-    return (drawn / math.sqrt(FEATURES)).to(device)
+#: What is wrong where states are NaN.
+NAN_STATES = (
+    "The visual states are NaN: the picture or the model's weights hold NaN or inf, so KCenter could not choose. "
+    "top_k_ratio=1.0 chooses nothing and does what transformers does."
+)
 
 
 @functools.lru_cache(maxsize=4)
@@ -104,61 +67,6 @@ def _rounds_for(wanted: int, count: int) -> int:
     return min(wanted - 1, math.ceil(7.5 + 30 * (1 - haste) ** 2.5 + wanted / CANDIDATES))
 
 
-def _first(features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 (rows, 1), the slot of the token that is most like the mean of its row's valid ones; and float32 (rows, 1), how like
-    it is: NaN if a state is."""
-    plain = features[..., :-COLUMNS]
-    mean = torch.bmm(valid[:, None].float(), plain)
-    alike = torch.bmm(plain, mean.transpose(1, 2))[..., 0].masked_fill_(~valid, -torch.inf)
-    most_alike = alike.amax(dim=1, keepdim=True)
-    # Two tokens are equally like their mean: the first of equal ones, whatever rounding makes of them.
-    limit = torch.sub(most_alike, torch.linalg.vector_norm(mean, dim=2), alpha=EQUAL / 2)  # features are halves
-    return alike.ge_(limit).argmax(dim=1, keepdim=True), most_alike
-
-
-def one_by_one(
-    features: torch.Tensor, valid: torch.Tensor, most: int, radius: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Always the token that is least like all taken ones, the first of equal ones.
-
-    Three operations a token, on similarities that are worked out once: for groups of few tokens, where a round would be more work
-    than it saves, and for few tokens of larger ones. Scratch: (rows, slots, slots) float32.
-
-    Args:
-        features: float32 (rows, slots, width), see `features_of`.
-        valid: bool (rows, slots).
-        most: how many tokens are taken at most.
-        radius: no more are taken once none is further than this from a taken one.
-
-    Returns:
-        int64 (rows, tokens), the slots in order; bool, whether something was still uncovered: those count that were taken then.
-
-    Raises:
-        ValueError: a state is NaN.
-
-    Example:
-        >>> states = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]])
-        >>> one_by_one(features_of(states), torch.ones(1, 4, dtype=torch.bool), most=3)[0]
-        tensor([[1, 2, 0]])
-    """
-    first, most_alike = _first(features, valid)
-    alike = torch.bmm(features, features.transpose(1, 2)).round_(decimals=DIGITS)
-    alike.diagonal(dim1=1, dim2=2).fill_(DONE)
-    rows, slot = torch.arange(len(alike), device=alike.device), first[:, 0]
-    nearest = torch.maximum(alike[rows, slot], (~valid).float())  # which is `DONE`
-    slots, least = [slot], [torch.full_like(most_alike[:, 0], -DONE)]
-    covered = DONE if radius is None else SAME - radius / 4
-    while len(slots) < most:
-        low, slot = nearest.min(dim=1)
-        slots.append(slot)
-        least.append(low)
-        torch.maximum(nearest, alike[rows, slot], out=nearest)
-        if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
-            break
-    _check(most_alike[:, 0].tolist())
-    return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered
-
-
 @dataclasses.dataclass
 class Rounds:
     """Rounds of choosing among rows of features (rows, slots, width), in company as alone: for many tokens.
@@ -183,10 +91,17 @@ class Rounds:
     covered: float | None = None
 
     @classmethod
-    def begin(cls, features: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> Rounds:
-        """With the token of each row that is most like the mean of its valid ones; int64 (rows, 1) say how many tokens there
-        are to choose, `wanted`, of how many, `counts`: few are chosen without haste."""
-        first, most_alike = _first(features, valid)
+    def begin(
+        cls,
+        features: torch.Tensor,
+        valid: torch.Tensor,
+        first: torch.Tensor,
+        most_alike: torch.Tensor,
+        wanted: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> Rounds:
+        """With the slot of each row's first token, int64 (rows, 1). As large are `wanted`, how many tokens there are to choose,
+        and `counts`, of how many: few are chosen without haste."""
         own = features.gather(1, first[..., None].expand(-1, -1, features.shape[2]))
         nearest = torch.bmm(features, own.transpose(1, 2))[..., 0].masked_fill_(~valid, DONE).scatter_(1, first, DONE)
         return cls(
@@ -262,7 +177,4 @@ class Rounds:
 
 def _check(most_alike: list[float]) -> None:
     if any(map(math.isnan, most_alike)):
-        raise ValueError(
-            "The visual states are NaN: the picture or the model's weights hold NaN or inf, so KCenter could not choose. "
-            "top_k_ratio=1.0 chooses nothing and does what transformers does."
-        )
+        raise ValueError(NAN_STATES)
