@@ -113,10 +113,8 @@ def test_pages_use_the_presets_for_quantized_weights():
     """One preset, which `load` takes and the planner counts with: no page builds another one by hand."""
     for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
         assert "load_in_4bit" not in page.read_text(encoding="utf-8"), page
-    from trim_plugin.integrations.bitsandbytes import SKIPPED, quantization_config
-    from trim_plugin.planning.model_sizes import UNQUANTIZED
+    from trim_plugin.integrations.bitsandbytes import quantization_config
 
-    assert set(SKIPPED) == set(UNQUANTIZED)
     assert quantization_config("nf4").bnb_4bit_use_double_quant
 
 

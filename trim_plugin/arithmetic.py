@@ -66,10 +66,7 @@ def tile_side(vision_config: Any) -> int:
 
 
 def tile_tokens(vision_config: Any) -> int:
-    """Visual tokens of one tile: its class token and its patches.
-
-    Args:
-        vision_config: transformers' `MllamaVisionConfig`, or whatever has its fields.
+    """Visual tokens of one tile, its class token and its patches, of an `MllamaVisionConfig` or whatever has its fields.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -91,11 +88,7 @@ def picture_tokens(vision_config: Any) -> int:
 
 
 def pictures_at_a_time(prefill_pictures: int | None, vision_config: Any) -> int:
-    """Most pictures that go through the tower at a time.
-
-    Args:
-        prefill_pictures: as in `TrimConfig`.
-        vision_config: as in `tile_tokens`.
+    """Most pictures that go through the tower at a time; `prefill_pictures` as in `TrimConfig`.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -107,7 +100,7 @@ def pictures_at_a_time(prefill_pictures: int | None, vision_config: Any) -> int:
 
 
 def pictures_read_together(prefill_pictures: int | None, vision_config: Any) -> int:
-    """Most pictures of a micro-batch that the text model reads; it reads whole samples, at least one. Arguments as above.
+    """Most pictures of a micro-batch that the text model reads; it reads whole samples, at least one.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -200,11 +193,7 @@ def format_bytes(count: int) -> str:
 
 
 def parse_bytes(text: str, *, zero: bool = False) -> int:
-    """A number of bytes with its unit, such as 24GiB, 80GB or 500MiB.
-
-    Args:
-        text: what the user gave.
-        zero: whether nothing is allowed, with or without a unit.
+    """A number of bytes from a text with a unit, such as 24GiB, 80GB or 500MiB; with `zero` from 0 as well, which needs no unit.
 
     Raises:
         ValueError: it is none; the message begins with "must" or "needs", to be put behind the option's name.
@@ -228,11 +217,9 @@ def parse_bytes(text: str, *, zero: bool = False) -> int:
 
 
 def taken_for(text: str, option: str) -> str | None:
-    """What a size in powers of ten was taken for, which cards and tools write both ways; None where there is no doubt.
+    """A remark on a size in powers of ten, since cards and tools mean powers of two by it; None for other sizes.
 
-    Args:
-        text: a size that `parse_bytes` can read.
-        option: what it was given as.
+    `parse_bytes` can read the size; `option` is what it was given as.
 
     Example:
         >>> taken_for("24GB", "--memory")

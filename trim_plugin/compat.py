@@ -18,9 +18,6 @@ contract (`trim_plugin.contract`). Differences that matter here:
   (`slices_mask_rows`): without that, assisted decoding with pictures is impossible.
 * 5.17's `reset` zeroes a dynamic layer but keeps its length. `TrimmedCache.reset` empties it.
 * 5.17 slices a plain forward's `cross_attention_mask` after inverting it; the hooks see the same rows either way.
-
-Nothing that is used here changed in 5.24's masking (its functions take `cache` as well), and `modeling_attn_mask_utils`, which
-is gone, was never used.
 """
 
 from __future__ import annotations
@@ -135,12 +132,7 @@ def cache_of(named: Any) -> Any:
 
 @functools.cache
 def slices_mask_rows() -> bool:
-    """Whether `generate` cuts `cross_attention_mask` to the rows of each forward, as many as there are.
-
-    Example:
-        >>> slices_mask_rows() in (True, False)
-        True
-    """
+    """Whether `generate` cuts `cross_attention_mask` to the rows of each forward, as many as there are."""
     from transformers import MllamaForConditionalGeneration
 
     prepare = MllamaForConditionalGeneration.prepare_inputs_for_generation
@@ -154,10 +146,6 @@ def compiles_mllama_decoding() -> bool:
     Later versions keep the shapes of a decoding step; in 5.17 the cross-attention mask grows with the text. There a static cache
     works uncompiled: `generate` is told so by its configuration, not by the cache. A static cache that did not call itself
     compilable would get no mask for a prompt of one token, and read the empty rest of its buffers.
-
-    Example:
-        >>> compiles_mllama_decoding() in (True, False)
-        True
     """
     from transformers import MllamaForConditionalGeneration
 
@@ -166,12 +154,7 @@ def compiles_mllama_decoding() -> bool:
 
 @functools.cache
 def checkpointing_keeps_caches() -> bool:
-    """Whether decoder layers in training mode with gradient checkpointing are given their cache where no gradients are computed.
-
-    Example:
-        >>> checkpointing_keeps_caches() in (True, False)
-        True
-    """
+    """Whether layers in training mode with gradient checkpointing are given their cache where no gradients are computed."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     class Layer(GradientCheckpointingLayer):

@@ -1,4 +1,4 @@
-"""What a trimmed cache shall do, checked before any work."""
+"""`TrimConfig`, the settings of a trimmed cache: they are checked when they are made, before any work."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ class TrimConfig:
 
     @functools.cached_property
     def exact(self) -> bool:
-        """Whether nothing lossy happens: tower and prefill untouched, the cache drops the unreachable only."""
+        """Whether answers are stock's: tower and prefill are untouched, the cache drops only what decoding cannot read."""
         return self.keeps_reachable and self.tower_share is None
 
     @functools.cached_property
     def keeps_reachable(self) -> bool:
-        """Whether nothing is chosen: the cache drops the unreachable only, whatever the vision tower has yielded."""
+        """Whether no rule chooses: the cache drops only what decoding cannot read, however the tower was run."""
         return self.top_k_ratio == 1.0
 
     @functools.cached_property
@@ -210,7 +210,7 @@ def _default() -> TrimConfig:
 def as_json(
     settings: TrimConfig | Mapping[str, Any], write: Callable[[ProcessorLike], Any] | None = None
 ) -> dict[str, Any]:
-    """Settings of either kind as JSON has them; `write` is how rules are written, `rules.written.written` by default.
+    """Settings of either kind as JSON has them; `write` is how rules are written, `selection.written.written` by default.
 
     Example:
         >>> from trim_plugin import TopKPerHead

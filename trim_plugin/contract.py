@@ -70,13 +70,7 @@ SETTINGS = (
 
 #: Names of `cache_utils`, and the methods that a trimmed cache and its layers override or call.
 _LAYER = (
-    "update",
-    "lazy_initialization",
-    "get_seq_length",
-    "get_mask_sizes",
-    "get_max_length",
-    "reset",
-    "reorder_cache",
+    *("update", "lazy_initialization", "get_seq_length", "get_mask_sizes", "get_max_length", "reset", "reorder_cache"),
 )
 CACHE_CLASSES: dict[str, tuple[str, ...]] = {
     "Cache": (
@@ -129,10 +123,7 @@ def check_contract() -> None:
 
 
 def check_modules(modules: Iterable[Any]) -> None:
-    """Check a model's own modules that will carry hooks: a subclass, or what another package has put on one, may differ.
-
-    Args:
-        modules: cross-attention decoder layers, and models around them.
+    """Check the modules of a model that will carry hooks: a subclass, or what another package has put on one, may differ.
 
     Raises:
         UnsupportedTransformersError: one lacks an argument of its forward, or what queries and keys are worked out with.
@@ -250,7 +241,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def _named(function: Callable[..., Any], first: int) -> tuple[str, ...] | None:
-    """The same from a given argument on, of a function that nobody keeps."""
+    """What `_arguments` returns, from argument `first` on. Not remembered: a module's own `forward` dies with the module."""
     parameters = list(inspect.signature(function).parameters.values())
     named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     hands_on = {one.kind for one in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}

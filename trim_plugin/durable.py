@@ -1,4 +1,4 @@
-"""Files that interruptions leave whole: replaced at once, or grown by whole lines of JSON; and files opened without waiting."""
+"""Writes files that an interruption leaves whole, and opens files without waiting for a pipe or a device."""
 
 from __future__ import annotations
 
@@ -186,19 +186,13 @@ def append_lines(file: Path, lines: Iterable[bytes]) -> None:
             raise
 
 
-def check_settings(before: Path, settings: Mapping[str, Any], whose: str, another: str) -> None:
-    """Compare settings with those in a file.
-
-    Args:
-        before: a JSON file that `write_whole` wrote.
-        settings: those of now.
-        whose: what goes with the settings, for the message.
-        another: what may be given instead, for the message.
+def check_settings(before: Path | Mapping[str, Any], settings: Mapping[str, Any], whose: str, another: str) -> None:
+    """Compare settings with those of `before`, which may be a JSON file; `whose` and `another` are parts of the message.
 
     Raises:
         ValueError: a setting differs.
     """
-    known = json.loads(before.read_text(encoding="utf-8"))
+    known = json.loads(before.read_text(encoding="utf-8")) if isinstance(before, Path) else before
     for name in sorted(set(known) | set(settings)):
         if known.get(name) != settings.get(name):
             raise ValueError(

@@ -56,9 +56,7 @@ def examples() -> list[Example]:
 
 
 def ask(
-    processor: Any,
-    question: str | None = None,
-    picture: Image.Image | Path | str | None = None,
+    processor: Any, question: str | None = None, picture: Image.Image | Path | str | None = None
 ) -> dict[str, torch.Tensor]:
     """Inputs for `generate`: a picture and a question in the model's chat format; the first example's by default.
 

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +42,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class KVFormat(ABC):
-    """One format. Rows are (batch, tokens, values), values a multiple of `BLOCK`.
-
-    Args:
-        bits: bits of a value's code.
-    """
+    """One format, whose codes have so many bits. Rows are (batch, tokens, values), values a multiple of `BLOCK`."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -103,22 +99,12 @@ class EvenLevels(KVFormat):
         """The rows again, in `dtype`."""
         from bitsandbytes import functional
 
-        state = functional.QuantState(
-            absmax=quantized.scales.flatten(),
-            shape=_shape(quantized),
-            code=quantized.levels,
-            blocksize=BLOCK,
-            dtype=dtype,
-        )
-        return functional.dequantize_blockwise(quantized.codes, state).view(_shape(quantized))
+        state = _state(quantized, dtype)
+        return functional.dequantize_blockwise(quantized.codes, state).view(state.shape)
 
 
 class FourBits(KVFormat):
-    """4 bits, levels of bitsandbytes. Source of "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314.
-
-    Args:
-        kind: bitsandbytes' name of the levels, "nf4" or "fp4".
-    """
+    """4 bits; `kind` is bitsandbytes' name of the levels. "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(bits=4)
@@ -138,22 +124,24 @@ class FourBits(KVFormat):
         """The rows again, in `dtype`."""
         from bitsandbytes import functional
 
-        state = functional.QuantState(
-            absmax=quantized.scales.flatten(),
-            shape=_shape(quantized),
-            code=quantized.levels,
-            blocksize=BLOCK,
-            quant_type=self.kind,
-            dtype=dtype,
-        )
-        return functional.dequantize_4bit(quantized.codes.view(-1, 1), state).view(_shape(quantized))
+        state = _state(quantized, dtype, self.kind)
+        return functional.dequantize_4bit(quantized.codes.view(-1, 1), state).view(state.shape)
 
 
-def _shape(quantized: Quantized) -> torch.Size:
+def _state(quantized: Quantized, dtype: torch.dtype, kind: str | None = None) -> Any:
+    """What bitsandbytes' functions are told of codes, and the shape of the rows."""
     import torch
+    from bitsandbytes import functional
 
     batch, tokens, blocks = quantized.scales.shape
-    return torch.Size((batch, tokens, blocks * BLOCK))
+    return functional.QuantState(
+        absmax=quantized.scales.flatten(),
+        shape=torch.Size((batch, tokens, blocks * BLOCK)),
+        code=quantized.levels,
+        blocksize=BLOCK,
+        quant_type=kind,
+        dtype=dtype,
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Settings that are compared or used: stock, exact mode, and rules with their values. Torch is loaded once a `config` is read."""
+"""Variants: settings that are compared, with a name each. Torch is loaded once a variant's `config` is read."""
 
 from __future__ import annotations
 

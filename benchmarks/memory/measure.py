@@ -30,7 +30,7 @@ from trim_plugin import TrimConfig
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import KV_FORMATS
-from trim_plugin.planning import model_sizes, planner
+from trim_plugin.planning import planner
 from trim_plugin.planning.job import Job
 
 NEW_TOKENS = 8
@@ -191,15 +191,8 @@ def _warm_up(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 
 def weights_by_part(model: Any) -> dict[str, int]:
     """Bytes of the weights by part, in the planner's words; adapters left out."""
-    try:
-        from trim_plugin.integrations.bitsandbytes import weight_memory
-    except ImportError:
-        parts: dict[str, int] = {}
-        crossing = set(model.config.text_config.cross_attention_layers)
-        for name, tensor in model.named_parameters():
-            part = model_sizes.part_of(name, crossing)
-            parts[part] = parts.get(part, 0) + tensor.nbytes
-        return parts
+    from trim_plugin.integrations.bitsandbytes import weight_memory
+
     return {name: size for name, size in weight_memory(model).rows() if name not in ("total", "adapters")}
 
 

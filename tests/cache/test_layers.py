@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.kept import KeptTokens
@@ -105,6 +106,33 @@ def test_a_later_picture_follows_and_nothing_is_quantized_twice(format):
     assert torch.equal(first, torch.cat([before[0], fresh[0][:, [0, 2]]], dim=1))
     assert torch.equal(second, torch.cat([before[1][:, 4:], fresh[1][:, [1]]], dim=1))
     assert [index.tolist() for index in after.of_samples("index")] == [[0, 3, 8, 10], [4, 5, 6, 7, 9]]
+
+
+class Concatenated(TorchDispatchMode):
+    """Counts tensors of keys or values that are put together along their tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.cat.default and result.is_floating_point() and result.shape[-1] == DIM
+        return result
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_later_picture_is_read_with_is_put_together_once(format):
+    layer = filled([[0, 3], list(range(8))], 8, format)[0]
+    new = torch.randn(2, HEADS, 4, DIM)
+    after, picked = record_of([list(range(12))] * 2, 12)
+    with Concatenated() as concatenated:
+        attended, _ = layer.update(new, 2 * new)
+        scored = layer.keys  # as choosing does in the first layer
+        layer.settle(after, picked)
+    assert concatenated.count == 2  # keys, values
+    assert torch.equal(scored, attended)
+    assert torch.equal(layer.keys[:, :, 8:], rounded(new, format))
 
 
 moves = st.lists(st.tuples(st.sampled_from(["repeat", "select"]), st.integers(0, 10**6)), max_size=4)

@@ -87,14 +87,14 @@ def test_devices_that_are_not_here():
 
 
 def test_only_mllama_passes(tmp_path):
-    loading.check_is_mllama(str(SMALL_MODEL))
+    loading.model_numbers(str(SMALL_MODEL))
     random_config().save_pretrained(tmp_path / "mllama")
-    loading.check_is_mllama(str(tmp_path / "mllama"))
+    loading.model_numbers(str(tmp_path / "mllama"))
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="is a llama model"):
-        loading.check_is_mllama(str(tmp_path / "llama"))
+        loading.model_numbers(str(tmp_path / "llama"))
     with pytest.raises(UserError, match="cannot load"):
-        loading.check_is_mllama(str(tmp_path / "nothing"))
+        loading.model_numbers(str(tmp_path / "nothing"))
 
 
 def test_without_an_installed_loader_the_error_says_what_to_install(monkeypatch):

@@ -42,7 +42,7 @@ def response(status):
 def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(name, monkeypatch):
     hub = Hub(monkeypatch)
     with pytest.raises(UserError, match=f"cannot load {name}: there is no such folder"):
-        loading.check_is_mllama(name)
+        loading.model_numbers(name)
     assert hub.asked == []
 
 
@@ -51,7 +51,7 @@ def test_the_hub_is_asked_once(monkeypatch):
 
     hub = Hub(monkeypatch, RepositoryNotFoundError("404", response=response(404)))
     with pytest.raises(UserError, match="cannot load no/such: it is neither a folder here nor known to the hub"):
-        loading.check_is_mllama("no/such")
+        loading.model_numbers("no/such")
     assert hub.asked == [("no/such", loading.HUB_SECONDS)]
 
 
@@ -60,18 +60,18 @@ def test_without_a_network(monkeypatch, module):
     kind = OSError if module == "builtins" else type("ConnectError", (Exception,), {"__module__": module})
     Hub(monkeypatch, kind("Name or service not known"))
     with pytest.raises(UserError, match=r"the hub cannot be asked \(Name or service not known\)"):
-        loading.check_is_mllama("no/such")
+        loading.model_numbers("no/such")
 
 
 def test_a_programming_error_is_not_taken_for_the_network(monkeypatch):
     Hub(monkeypatch, AttributeError("x"))
     with pytest.raises(AttributeError):
-        loading.check_is_mllama("no/such")
+        loading.model_numbers("no/such")
 
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"there is no config\.json in it"):
-        loading.check_is_mllama(str(tmp_path))
+        loading.model_numbers(str(tmp_path))
 
 
 def test_the_small_model_has_one_name():
@@ -118,7 +118,7 @@ def test_a_gated_model_says_where_to_ask(monkeypatch, where):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(UserError) as error:
-        loading.check_is_mllama("meta-llama/Gated")
+        loading.model_numbers("meta-llama/Gated")
     assert "cannot load meta-llama/Gated: it is a gated model" in str(error.value)
     assert "https://huggingface.co/meta-llama/Gated" in str(error.value)
     assert "hf auth login" in str(error.value)
@@ -170,7 +170,7 @@ def test_a_hubs_model_without_a_configuration(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(UserError, match=r"cannot load org/name: there is no config\.json in it"):
-        loading.check_is_mllama("org/name")
+        loading.model_numbers("org/name")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_every_default_is_in_the_help(options):
 def test_the_weights_are_the_loaders(options):
     from trim_plugin.integrations.accelerate import WEIGHTS
 
-    assert sorted(common.WEIGHTS) == sorted(WEIGHTS)
+    assert sorted(common.WEIGHT_FORMATS) == sorted(WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["demo", "eval"])

@@ -4,7 +4,7 @@ import torch
 
 from trim_plugin import KCenter, TopKPerHead, TrimConfig, TrimmedCache, visualize
 from trim_plugin.compat import CACHE
-from trim_plugin.forward.holders import GroupRecorder, holders
+from trim_plugin.forward.holders import ScoreRecorder, holders
 from trim_plugin.pictures.visualize import draw_regions
 
 from ..random_models import Sample, random_inputs, random_model
@@ -12,7 +12,7 @@ from ..random_models import Sample, random_inputs, random_model
 
 def prefilled(sample, rule, merge=True):
     model = random_model(seed=2, image_size=16)
-    recorder = GroupRecorder()
+    recorder = ScoreRecorder()
     cache = TrimmedCache(model, TrimConfig(processors=(recorder, rule), merge=merge))
     with torch.no_grad():
         model(**random_inputs(model, [sample], seed=4), **{CACHE: cache}, use_cache=True)
@@ -46,8 +46,12 @@ def test_a_border_runs_between_patches_of_different_tokens_and_a_dot_lies_on_eac
         holding,
         np.array([[True, False], [False, True], [False, False]]),
     )
-    assert len(axes.lines) == 4  # 3|7 and -1|7 side by side; 3 over 7 and 3 over -1
-    assert axes.collections[0].get_offsets().tolist() == [[3.5, 3.5], [11.5, 11.5]]
+    upright, level, dots = axes.collections
+    assert [len(upright.get_segments()), len(level.get_segments())] == [
+        2,
+        2,
+    ]  # 3|7, -1|7 side by side; 3 over 7, 3 over -1
+    assert dots.get_offsets().tolist() == [[3.5, 3.5], [11.5, 11.5]]
     drawn = axes.images[0].get_array()
     assert not np.allclose(drawn[12, 4], drawn[12, 12], atol=0.05)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trim_plugin import KCenter, encode_pictures, open_picture
+from trim_plugin import encode_pictures, open_picture
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.pictures.recent import RecentPictures
 
@@ -47,11 +47,6 @@ def test_a_picture_goes_through_the_tower_once(loaded, pages, calls):
     torch.testing.assert_close(both.states, expected.states, rtol=0, atol=0)
     assert both.index.equal(expected.index)
     assert both.tiles == expected.tiles
-
-
-def test_the_rule_is_used(loaded, pages):
-    kept = RecentPictures(*loaded, rule=KCenter(0.25))(pages[:1])
-    assert kept.index.equal(encode_pictures(*loaded, pages[:1], rule=KCenter(0.25)).index)
 
 
 def test_the_same_numbers_in_another_shape_are_another_picture(loaded):
@@ -129,8 +124,6 @@ def test_a_folder_that_is_full_is_named(loaded, pages, tmp_path, monkeypatch):
 def test_what_is_not_allowed(loaded):
     with pytest.raises(ValueError, match="most_bytes must be 0 or more"):
         RecentPictures(*loaded, most_bytes=-1)
-    with pytest.raises(ValueError, match="folder and rule are both given"):
-        RecentPictures(*loaded, KCenter(0.25), folder="nowhere")
     with pytest.raises(ValueError, match="No picture was given"):
         RecentPictures(*loaded)([])
 

@@ -8,6 +8,7 @@ from transformers import MllamaForConditionalGeneration
 
 from benchmarks.common.models import transformers_config
 from trim_plugin.compat import cache_of
+from trim_plugin.integrations.bitsandbytes import SKIPPED
 from trim_plugin.planning import configuration, model_sizes
 
 from ..random_models import Sample, random_config, random_inputs, random_model, trimmed
@@ -33,20 +34,20 @@ def test_every_parameter_of_transformers_model_is_counted(which, weights):
         model = MllamaForConditionalGeneration(config)
     expected = {}
     for name, parameter in model.named_parameters():
-        part = model_sizes.part_of(name, set(config.text_config.cross_attention_layers))
+        part = model_sizes.model_part(name, set(config.text_config.cross_attention_layers))
         expected[part] = expected.get(part, 0) + parameter.numel()
     found = {}
     for part, times, _, shape in model_sizes.parameters(config):
         found[part] = found.get(part, 0) + times * math.prod(shape)
     assert found == expected
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linear = {name for name in linear if not name.endswith(model_sizes.UNQUANTIZED)}
+    linear = {name for name in linear if not name.endswith(SKIPPED)}
     shapes = sorted(tuple(model.get_submodule(name).weight.shape) for name in linear)
     assert shapes == sorted(
         shape
         for _, times, name, shape in model_sizes.parameters(config)
         for _ in range(times)
-        if name in model_sizes.QUANTIZED
+        if name in model_sizes.QUANTIZED_LAYERS
     )
     # A configuration of transformers' and the numbers read from its JSON say the same.
     read = configuration.read_config(json.loads(config.to_json_string(use_diff=False)))
@@ -84,5 +85,5 @@ def test_quantized_caches_are_exact_to_the_byte(kv, model):
 
 
 def test_parts_of_unknown_names():
-    assert model_sizes.part_of("model.language_model.norm.weight", {1}) == "other"
+    assert model_sizes.model_part("model.language_model.norm.weight", {1}) == "other"
     assert SimpleNamespace(**model_sizes.weight_bytes(random_config())).lm_head > 0

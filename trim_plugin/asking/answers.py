@@ -1,4 +1,4 @@
-"""What `generate` is given for prompts, and what comes back: the one place for every command, batch and benchmark."""
+"""Makes arguments of `generate` out of prompts and pictures, and answers with their counts out of what it returns."""
 
 from __future__ import annotations
 
@@ -38,28 +38,17 @@ class Inputs:
 
     @classmethod
     def of(cls, processor: Any, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Inputs:
-        """Of pictures that `generate` is to read.
-
-        Args:
-            processor: an `MllamaProcessor`.
-            prompts: texts as the tokenizer gets them.
-            pictures: for every prompt its pictures, RGB.
-        """
+        """Inputs of prompts as the tokenizer gets them, with each one's pictures, RGB, which `generate` is to read."""
         return cls(tensors_of(processor, prompts, pictures))
 
     @classmethod
     def about(cls, processor: Any, prompts: Sequence[str], encoded: Sequence[Pictures]) -> Inputs:
-        """Of encoded pictures, one `Pictures` for every prompt."""
+        """Inputs of prompts about encoded pictures, one `Pictures` for each."""
         tiles = [own.tiles for own in encoded]
         return cls(prompt_inputs(processor, tiles, prompts, encoded[0].most_tiles), tuple(encoded))
 
     def arguments(self, model: Any, config: TrimConfig | None) -> dict[str, Any]:
-        """Arguments of `generate`, on the model's device and in its dtype.
-
-        Args:
-            model: an Mllama model or a wrapper around one.
-            config: of the trimmed cache; None is transformers' own.
-        """
+        """Arguments of `generate`, on the model's device and in its dtype; without a config for transformers' own cache."""
         placed: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in self.tensors.items()}
         if "pixel_values" in placed:
             placed["pixel_values"] = placed["pixel_values"].to(model.dtype)

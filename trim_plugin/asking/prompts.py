@@ -1,4 +1,4 @@
-"""A row's prompt: the text as the tokenizer gets it, its length, and pictures that are known to be pictures."""
+"""Writes a row's prompt in the model's chat format, counts its tokens, and checks its pictures by their headers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
+from trim_plugin.asking import first_line
 from trim_plugin.asking.rows import Row, RowError, Source, check_encodable
 from trim_plugin.pictures.prompting import BROKEN, open_picture, opened, written
 from trim_plugin.pictures.rgb import to_rgb
@@ -89,14 +90,14 @@ def decoded(source: Source) -> Image.Image:
             return to_rgb(source)
         return open_picture(source)
     except BROKEN as error:
-        raise RowError(_said(error)) from None
+        raise RowError(first_line(error)) from None
 
 
 def _written(processor: Any, row: Row) -> str:
     try:
         return written(processor, row.messages or row.question, len(row.images))
     except (TemplateError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise RowError(f"'messages' do not fit the model's chat format: {_said(error)}") from None
+        raise RowError(f"'messages' do not fit the model's chat format: {first_line(error)}") from None
 
 
 def _length(tokenizer: Any, text: str, most: int | None, new: int) -> int:
@@ -125,12 +126,7 @@ def _tiles(source: Source, image_processor: Any) -> int:
         raise RowError(f"no such picture: {source!s}") from None
     except BROKEN as error:
         name = "the picture" if isinstance(source, bytes) else source
-        raise RowError(f"cannot read {name!s}: {_said(error)}") from None
+        raise RowError(f"cannot read {name!s}: {first_line(error)}") from None
     size = image_processor.size["height"]
     high, wide = get_optimal_tiled_canvas(height, width, image_processor.max_image_tiles, size)
     return int(high // size) * int(wide // size)
-
-
-def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Results in one JSON Lines file: durable, each once, with what was asked, and gone on with after any interruption."""
+"""A JSON Lines file of results: every row is answered once, and a run goes on after any interruption."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock
 
 from trim_plugin.asking.rows import Row
-from trim_plugin.durable import append_lines, draft_of, whole_lines, write_whole
+from trim_plugin.durable import append_lines, check_settings, draft_of, whole_lines, write_whole
 
-#: What has a result: a row's id, and the name of the way in which it was answered, where ways are compared.
+#: What has a result: a row's id, and the name of the variant that answered it, where variants are compared.
 Slot = tuple[str, str]
 #: How every line begins that is written here. Whatever else stands at a file's end was not cut off by an interruption.
 BEGINNING = b'{"id": "'
@@ -81,7 +81,7 @@ class Results:
         return (name, way) in self._failed
 
     def failed(self, name: str, way: str = "") -> bool:
-        """Whether that result is an error."""
+        """Whether a row's result is an error."""
         return self._failed.get((name, way), False)
 
     def read(self) -> list[dict[str, Any]]:
@@ -91,13 +91,9 @@ class Results:
             return [result for line in self._lines(0) if (result := self._result(line)) is not None]
 
     def add(self, results: Iterable[Mapping[str, Any]]) -> int:
-        """Append results; they are on disk when this returns.
+        """Append results: "id", "answer" or "error", and perhaps "way", the variant. They are on disk when this returns.
 
-        Args:
-            results: each with "id", a text, "answer" or "error", and perhaps "way"; what has a result already is left out.
-
-        Returns:
-            How many were appended.
+        What has a result already is left out. Returns how many were appended.
         """
         with self._locked():
             self._catch_up()
@@ -249,13 +245,8 @@ class Results:
         return settings
 
     def _check_settings(self, known: Mapping[str, Any]) -> None:
-        for name in sorted((set(known) | set(self._settings)) - {MARK}):
-            before, now = known.get(name), self._settings.get(name)
-            if before != now:
-                raise ValueError(
-                    f"{self.file} holds the results of another run ({name} was {before!r}, now {now!r}). "
-                    "Give another file, or remove this one."
-                )
+        before = {name: value for name, value in known.items() if name != MARK}
+        check_settings(before, self._settings, f"{self.file} holds the results", "file")
 
 
 def _slot(result: Mapping[str, Any]) -> Slot:

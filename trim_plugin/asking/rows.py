@@ -1,4 +1,4 @@
-"""A row: pictures and what is asked about them. There is one format, and this is where it is read and checked."""
+"""A row, which is pictures and a question about them: the one format, read from files and checked here."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _of_line(line: bytes, number: int) -> Row:
 
 
 def _numbered(row: Row, number: int, taken: Mapping[str, int], alike: Counter[str]) -> Row:
-    """A row without an id of its own."""
+    """A row without an id of its own, named by its line; its key counts the rows before it that ask the same."""
     alike[row.key] += 1
     name = str(number)
     while name in taken:

@@ -1,1 +1,1 @@
-"""Knows what is held: layers, the record of their tokens, batch operations, bytes. Imports `config` and `attention`."""
+"""What a generation holds: the cache, its layers, the record of their visual tokens, and what moves a batch."""

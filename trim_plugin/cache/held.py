@@ -127,7 +127,7 @@ class HeldCache(Cache):
         return f"{type(self).__name__}({'; '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        """What it says of itself and its report's table, which a notebook shows."""
+        """Its `repr` and the table of its report, which a notebook shows."""
         about = f"<p><code>{html.escape(repr(self))}</code></p>"
         return about + (self.report()._repr_html_() if self.batch_size > 0 else "")
 

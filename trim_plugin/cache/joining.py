@@ -1,4 +1,4 @@
-"""Caches put together, layer by layer: the micro-batches of one prompt, and batches that come to a running one."""
+"""Splits a batch's cache into parts and joins them again: micro-batches of a prompt, or requests of a running batch."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def part_of(cache: HeldCache, samples: slice) -> HeldCache:
         return part
     for index in cache.self_layers:
         old, new = cache.layers[index], part.layers[index]
-        new.lazy_initialization(old.keys, old.values)
-        new.keys, new.values = old.keys[samples], old.values[samples]
+        _put(new, old.keys[samples], old.values[samples])
     if cache.kept is not None:
         own = range(cache.kept.sources)[samples]
         part.regroup([cache], [(0, source) for source in own], range(len(own)))
@@ -77,10 +76,15 @@ def _join_text(layer: Any, parts: Sequence[Any], copies: int) -> None:
     )
     keys, values = (tensor.repeat_interleave(copies, dim=0) if copies > 1 else tensor for tensor in joined)
     if isinstance(layer, DynamicLayer):
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        _put(layer, keys, values)
     else:
         layer.update(keys, values)
+
+
+def _put(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a growing layer hold these tensors themselves; `update` would copy them."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
 
 
 def join_running(running: HeldCache, part: HeldCache) -> tuple[int, int]:
@@ -113,8 +117,7 @@ def join_running(running: HeldCache, part: HeldCache) -> tuple[int, int]:
     for index in running.self_layers:
         own, other = running.layers[index], part.layers[index]
         if before == 0:
-            own.lazy_initialization(other.keys, other.values)
-            own.keys, own.values = other.keys, other.values
+            _put(own, other.keys, other.values)
         else:
             own.keys, own.values = (
                 torch.cat([_left_padded(mine, padding[0]), _left_padded(theirs, padding[1])])

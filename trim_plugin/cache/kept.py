@@ -160,7 +160,7 @@ class KeptTokens:
     @functools.cached_property
     def all_read(self) -> bool:
         """Whether every sample has tokens to read."""
-        return all(count for own in self.classes for count in own.counts)
+        return all(self.count_of.values())
 
     def closed_rows_on(self, device: torch.device) -> torch.Tensor:
         """For a decoding step's rows: (batch, 1, 1, 1) of 0 for samples without pictures, which a cross-attention layer leaves as
@@ -192,12 +192,14 @@ class KeptTokens:
         }
         return [rows[source] for source in self.order]
 
+    @functools.cached_property
+    def count_of(self) -> dict[int, int]:
+        """Kept tokens of every source."""
+        return {source: count for own in self.classes for source, count in zip(own.sources, own.counts, strict=True)}
+
     def counts(self) -> list[int]:
         """Kept tokens of every sample."""
-        of_source = {
-            source: count for own in self.classes for source, count in zip(own.sources, own.counts, strict=True)
-        }
-        return [of_source[source] for source in self.order]
+        return [self.count_of[source] for source in self.order]
 
     # -- what becomes of it ----------------------------------------------------------------------------------------
 
@@ -303,7 +305,7 @@ class Uploaded:
         return there
 
     def rows(self, rows: Sequence[int]) -> Callable[[], slice | torch.Tensor]:
-        """The same for rows of a tensor: a slice where they follow each other, which needs no copy."""
+        """Note row numbers of a tensor; returns what gives them, a slice where they follow each other, which needs no copy."""
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return lambda: slice(rows[0], rows[0] + len(rows))
         return self.add(rows)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.kept import KeptTokens, Picked
-from trim_plugin.cache.regrouping import Parts, side_by_side
+from trim_plugin.cache.regrouping import ClassParts, side_by_side
 from trim_plugin.cache.stores import Plain, Store
 from trim_plugin.kv_formats import require_bitsandbytes
 
@@ -62,6 +62,8 @@ class CrossAttentionLayer(DynamicLayer):
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None
         #: What the turn in progress has brought: the new pictures' tokens, which stand behind what is held.
         self._new: Plain | Any = None
+        #: All that the turn in progress attends to, put together once.
+        self._whole: Plain | None = None
         self._buffers: Store | None = None
         super().__init__()
 
@@ -119,17 +121,19 @@ class CrossAttentionLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new pictures' keys and values, (batch, key-value heads, tokens, head_dim); return them behind what was there."""
-        self._new, self.device, self.is_initialized = Plain(key_states, value_states), key_states.device, True
-        attended = self._attended()
-        return attended.keys, attended.values
+        self._new, self._whole = Plain(key_states, value_states), None
+        self.device, self.is_initialized = key_states.device, True
+        return self._attended().read()
 
     def _attended(self) -> Plain:
         """What the turn in progress attends to: what is held, side by side, and then what is new."""
-        return Plain(*self.side_by_side().read()).followed_by(self._new) if self.stores else self._new
+        if self._whole is None:
+            self._whole = Plain(*self.side_by_side().read()).followed_by(self._new) if self.stores else self._new
+        return self._whole
 
     def change_new(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let the new pictures' keys and values, (batch, key-value heads, tokens, head_dim), be what `change` makes of them."""
-        self._new = Plain(change(self._new.keys), change(self._new.values))
+        self._new, self._whole = Plain(change(self._new.keys), change(self._new.values)), None
 
     def settle(self, kept: KeptTokens, picked: Sequence[Picked]) -> None:
         """Hold what a turn leaves: of the columns that it attended to, those that are picked for each class of `kept`.
@@ -137,10 +141,14 @@ class CrossAttentionLayer(DynamicLayer):
         Laid out head by head, as decoding reads them; a projection returns them token by token. (Measured: decoding from that
         layout took up to 1.4 times as long; small model, CPU, 8 samples of 8 pictures.)
         """
-        columns, self._new = self._new, None
-        if self.stores:  # their codes are moved, nothing is quantized twice
-            new, columns = columns, self.side_by_side()
-            columns = columns if new is None else columns.followed_by(self._encoded(new))
+        columns: Store
+        if self._new is None:
+            columns = self.side_by_side()
+        elif self.stores and self.format is not None:  # codes are moved, nothing is quantized twice
+            columns = self.side_by_side().followed_by(self._encoded(self._new))
+        else:
+            columns = self._attended()
+        self._new = self._whole = None
         stores = [columns.take(own.rows, own.positions) for own in picked]
         self._hold(kept, [self._encoded(store) for store in stores])
 
@@ -158,7 +166,7 @@ class CrossAttentionLayer(DynamicLayer):
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def regroup(
-        self, kept: KeptTokens, recipe: Sequence[tuple[Parts, int]], layers: Sequence[CrossAttentionLayer]
+        self, kept: KeptTokens, recipe: Sequence[tuple[ClassParts, int]], layers: Sequence[CrossAttentionLayer]
     ) -> None:
         """Hold what `KeptTokens.regrouped` says, put together from these layers, which may be this one.
 
@@ -198,7 +206,8 @@ class CrossAttentionLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything; buffers stay, to be filled again."""
-        self.stores, self.masks, self.kept, self.gather, self._new = [], [], None, None, None
+        self.stores, self.masks, self.kept, self.gather = [], [], None, None
+        self._new = self._whole = None
         self.is_initialized = False
 
     def held_tensors(self) -> list[torch.Tensor]:
@@ -212,13 +221,10 @@ class Lent:
 
     Knows its shape without a look at the tensors. Whoever treats it as a tensor (another attention function, a user) gets a
     padded one with a row for every sample of the batch, made for the call.
-
-    Args:
-        layer: the layer that holds them.
-        name: "keys" or "values".
     """
 
     def __init__(self, layer: CrossAttentionLayer, name: str) -> None:
+        #: The layer that holds them, and "keys" or "values".
         self.layer, self.name = layer, name
 
     def numel(self) -> int:
@@ -259,7 +265,7 @@ def of_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
     return of_sources.index_select(0, kept.sources_on(of_sources.device))
 
 
-def _assembled(sources: Sequence[Sequence[Store]], parts: Parts, width: int) -> Store:
+def _assembled(sources: Sequence[Sequence[Store]], parts: ClassParts, width: int) -> Store:
     """One store out of parts of others; the same one where that is a whole store."""
     stores = []
     for layer, number, rows in parts:

@@ -1,4 +1,4 @@
-"""Who reads what is held: a decoding step reads every kept token once, wherever it lies and however many samples share it.
+"""The attention function of decoding: a step reads every kept token once, however many samples and heads share it.
 
 Transformers hands `layers[i].keys` and `.values` to the attention function that a module's configuration names. Ours gets a
 `Lent` instead of a tensor and reads each width class as it lies: copies of a source, and the query heads that share a
@@ -27,10 +27,7 @@ _installing = threading.Lock()  # two threads would put one configuration into a
 class NamingOurs:
     """A cross-attention module's configuration as it is, but while it reads what a trimmed cache lends it names our function.
 
-    Copies and pickles are the plain configuration, so that a saved model needs nothing of this package.
-
-    Args:
-        real: the configuration.
+    Copies and pickles are the plain configuration, `real`, so that a saved model needs nothing of this package.
     """
 
     def __init__(self, real: Any) -> None:

@@ -1,4 +1,4 @@
-"""Other sources in other classes: what batch operations, joined micro-batches and later turns make of a record."""
+"""Makes a new record out of held ones: other sources in other width classes, for batches, joins and later turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trim_plugin.cache.stores import padded_join
 from trim_plugin.selection.select import Columns
 
 #: A width class put together from held ones: (which cache, which of its classes, rows; None for all of them) in order.
-Parts = list[tuple[int, int, slice | torch.Tensor | None]]
+ClassParts = list[tuple[int, int, slice | torch.Tensor | None]]
 #: The same before the rows have been copied to the device.
 _Run = tuple[int, int, Callable[[], slice | torch.Tensor | None]]
 
@@ -29,8 +29,7 @@ def padded_columns(kept: KeptTokens) -> Columns:
 def _padded_columns(kept: KeptTokens) -> Columns:
     parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
-    count_of = {source: count for own in kept.classes for source, count in zip(own.sources, own.counts, strict=True)}
-    counts = [count_of[source] for source in range(kept.sources)]
+    counts = [kept.count_of[source] for source in range(kept.sources)]
     # One copy for both: how many tokens each has, and which tiles it can read.
     numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable], dim=1).to(device)
     valid = first_places(numbers[:, 0], width)
@@ -45,21 +44,21 @@ def _padded_columns(kept: KeptTokens) -> Columns:
     )
 
 
-def side_by_side(kept: KeptTokens, device: torch.device) -> Parts:
+def side_by_side(kept: KeptTokens, device: torch.device) -> ClassParts:
     """All sources in their order, as one class; rows are told where they are read."""
 
-    def made() -> Parts:
+    def made() -> ClassParts:
         uploaded = Uploaded(device)
         runs = _runs([(0, source) for source in range(kept.sources)], [kept], uploaded)
         return [(record, number, rows()) for record, number, rows in runs]
 
-    found: Parts = kept.once("side by side", device, made)
+    found: ClassParts = kept.once("side by side", device, made)
     return found
 
 
 def regrouped(
     records: Sequence[KeptTokens], sources: Sequence[tuple[int, int]], order: Sequence[int], bucket: int
-) -> tuple[KeptTokens, list[tuple[Parts, int]]]:
+) -> tuple[KeptTokens, list[tuple[ClassParts, int]]]:
     """Other sources in other classes, put together from what one or several records hold.
 
     Args:
@@ -77,11 +76,7 @@ def regrouped(
     if bucket and len({*copies}) > 1:  # one class has one number of copies: here every sample gets its own row
         sources, order = [sources[source] for source in order], range(len(order))
         copies = [1] * len(sources)
-    count_of = [
-        {source: count for own in record.classes for source, count in zip(own.sources, own.counts, strict=True)}
-        for record in records
-    ]
-    counts = [count_of[record][source] for record, source in sources]
+    counts = [records[record].count_of[source] for record, source in sources]
     first, sized = records[0], any(record.sized for record in records)
     uploaded, planned = Uploaded(first.device), []
     for members, width in classify(counts, copies, bucket):
@@ -129,15 +124,11 @@ def _runs(wanted: Sequence[tuple[int, int]], records: Sequence[KeptTokens], uplo
     found: list[_Run] = []
     for record, number, rows in runs:
         whole = rows == list(range(len(records[record].classes[number].sources)))
-        found.append((record, number, _everything if whole else uploaded.rows(rows)))
+        found.append((record, number, (lambda: None) if whole else uploaded.rows(rows)))
     return found
 
 
-def _everything() -> None:
-    """All rows of a class."""
-
-
-def _assembled(records: Sequence[KeptTokens], parts: Parts, name: str, width: int, fill: int = 0) -> torch.Tensor:
+def _assembled(records: Sequence[KeptTokens], parts: ClassParts, name: str, width: int, fill: int = 0) -> torch.Tensor:
     """The classes' `index` or `sizes`, put together as the layers' stores are."""
     tensors = []
     for record, number, rows in parts:

@@ -17,7 +17,7 @@ class TrimReport:
 
     Args:
         total_tokens: visual tokens that the pictures became, padding tiles included, per sample.
-        visible_tokens: those that at least one text row (neither blind nor padding) may read, per sample.
+        visible_tokens: those that at least one text row other than padding may read, per sample.
         kept_tokens: those that decoding can read, per sample.
         cross_kv_bytes: bytes of the tensors that hold cross-attention keys and values (scales of quantized ones and
             padding between samples included).
@@ -70,7 +70,7 @@ class TrimReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """The same as a table, which a notebook shows."""
+        """The report as a table, which a notebook shows."""
         share = f"{self.cross_kv_ratio:.1%}".replace("%", " %")
         lines = [["sample", "kept", "visible", "in all"]]
         for sample, counts in enumerate(zip(self.kept_tokens, self.visible_tokens, self.total_tokens, strict=True)):

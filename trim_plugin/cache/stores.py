@@ -24,7 +24,7 @@ class Store(ABC):
 
     @abstractmethod
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Store:
-        """The same kind of store that holds these."""
+        """A store of this kind that holds these tensors."""
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,11 +37,11 @@ class Store(ABC):
         return first.shape[0], first.shape[-2]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """The same with every tensor changed alike."""
+        """A store of this kind with every tensor changed alike."""
         return self.with_tensors([change(tensor) for tensor in self.tensors])
 
     def take(self, rows: slice | torch.Tensor, positions: torch.Tensor | None) -> Any:
-        """These samples, each with its tokens at `positions`, int64 (samples, kept); None for all tokens."""
+        """A store of these samples, each with its tokens at `positions`, int64 (samples, kept); None for all tokens."""
 
         def taken(tensor: torch.Tensor) -> torch.Tensor:
             if not isinstance(rows, slice):
@@ -54,12 +54,12 @@ class Store(ABC):
         return self.map(taken)
 
     def followed_by(self, later: Store) -> Any:
-        """These tokens and then `later` ones of the same samples."""
+        """A store of these tokens and, behind them, `later` ones of the same samples."""
         return self.with_tensors([torch.cat(pair, dim=-2) for pair in zip(self.tensors, later.tensors, strict=True)])
 
     @staticmethod
     def joined(stores: Sequence[Any], width: int) -> Any:
-        """The samples of several stores, one after the other, padded to `width` tokens (which read as zeros), or cut to them."""
+        """A store of the samples of several, one after the other, padded to `width` tokens (which read as zeros) or cut to it."""
         first = stores[0]
         if len(stores) == 1 and first.shape[1] == width:
             return first

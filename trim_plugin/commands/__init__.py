@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from trim_plugin.asking import first_line as first_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,12 +35,7 @@ MISTAKE, FAILED_ROWS = 2, 1
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line on stderr, no traceback.
-
-    Args:
-        message: the line.
-        status: the exit status.
-    """
+    """Something the user can mend: shown as one line on stderr, without a traceback; the program exits with `status`."""
 
     def __init__(self, message: str, status: int = MISTAKE) -> None:
         super().__init__(message)
@@ -54,12 +51,6 @@ def plain_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -6,14 +6,15 @@ import argparse
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trim_plugin.arithmetic import parse_bytes, share
+from trim_plugin.arithmetic import parse_bytes, share, taken_for
 from trim_plugin.commands import COMMANDS, UserError, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
+from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 from trim_plugin.variants import Variant, variants_for
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: The name of the model that ships with the package.
 SMALL = "small"
-#: As in `trim_plugin.integrations.accelerate.WEIGHTS`, which is not imported before it is needed.
-WEIGHTS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 #: `--device` values that spread a model over all devices there are.
 SPREAD = ("auto", "balanced", "sequential")
 MAX_NEW_TOKENS = 128
@@ -51,14 +50,7 @@ def add_command(
     run: Callable[[argparse.Namespace], None],
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.ArgumentParser:
-    """Add a subcommand.
-
-    Args:
-        subparsers: those of the program.
-        name: one of `COMMANDS`, which says what it does.
-        run: its work; raises `UserError` for what the user can mend.
-        parents: options that it shares with others.
-    """
+    """Add a subcommand of `COMMANDS`; `run` raises `UserError` for what the user can mend, `parents` hold shared options."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=COMMANDS[name], description=COMMANDS[name], parents=list(parents), allow_abbrev=False
     )
@@ -72,7 +64,7 @@ def model_options() -> argparse.ArgumentParser:
     add_model(parent, f"a folder or hub id; '{SMALL}' is the model that ships with the package (default: {SMALL})")
     parent.add_argument(
         "--weights",
-        choices=WEIGHTS,
+        choices=WEIGHT_FORMATS,
         help="dtype, or quantization by bitsandbytes (default: fp32 for the small model, bf16 for others)",
     )
     parent.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in safetensors (default: none)")
@@ -300,6 +292,11 @@ def bytes_of(text: str, option: str, *, zero: bool = False) -> int:
         return parse_bytes(text, zero=zero)
     except ValueError as error:
         raise UserError(f"{option} {error}") from None
+
+
+def remarks(sizes: Iterable[tuple[str, str]]) -> list[str]:
+    """What sizes, each behind its option, were taken for, where a person may have meant something else."""
+    return [remark for option, text in sizes if (remark := taken_for(text, option)) is not None]
 
 
 def check_ratio(text: str, option: str = "--top-k-ratio") -> float:

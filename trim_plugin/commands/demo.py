@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from trim_plugin.commands.common import (
     pictures_of,
 )
 from trim_plugin.commands.loading import begin_loading, load_model
-from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 from trim_plugin.variants import Variant, variants_for
@@ -34,6 +32,7 @@ from trim_plugin.variants import Variant, variants_for
 if TYPE_CHECKING:
     from PIL import Image
 
+    from trim_plugin.asking.answers import Inputs
     from trim_plugin.cache.report import TrimReport
 
 #: The package's default first: its kept tokens are drawn.
@@ -52,8 +51,8 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One generation: the text, its seconds, and the report (None for stock)."""
+class Timed:
+    """An answer, the median of its seconds, and the report of its cache (None for stock)."""
 
     text: str
     seconds: float
@@ -61,7 +60,7 @@ class Answer:
 
 
 #: The answers of every variant, by its heading in the table; one for each question.
-Answers = dict[str, list[Answer]]
+Answers = dict[str, list[Timed]]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -91,12 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check_out(arguments.out)
     questions = _questions(arguments)
     begin_loading(arguments)
-    from trim_plugin.pictures.prompting import build_inputs
-
     model, processor = load_model(arguments)
     answers: Answers = {_heading(variant): [] for variant in chosen}
     for question in questions:
-        inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
+        inputs = _inputs(processor, question)
         with console.status(Text(f"answering {question.text}")):
             for variant in chosen:
                 answer = _answer(model, processor, inputs, variant, arguments.max_new_tokens)
@@ -128,40 +125,33 @@ def _questions(arguments: argparse.Namespace) -> list[Question]:
     return [Question(pictures_of(arguments.image), arguments.prompt or known[0].text)]
 
 
-def _answer(model: Any, processor: Any, inputs: dict[str, Any], variant: Variant, new_tokens: int) -> Answer:
-    settings = {} if variant.stock else {"cache_implementation": "trimmed", "cache_config": variant.config}
-    prompt, times = inputs["input_ids"].shape[1], []
+def _inputs(processor: Any, question: Question) -> Inputs:
+    from trim_plugin.asking.answers import Inputs
+    from trim_plugin.pictures.prompting import written
+
+    return Inputs.of(processor, [written(processor, question.text, len(question.pictures))], [question.pictures])
+
+
+def _answer(model: Any, processor: Any, inputs: Inputs, variant: Variant, new_tokens: int) -> Timed:
+    from trim_plugin.asking.answers import answer
+
+    seconds = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **settings
-        )
-        times.append(time.perf_counter() - start)
-    text = processor.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
-    return Answer(text, statistics.median(times), None if variant.stock else cache_of(output).report())
+        (own,), cache = answer(model, processor, inputs, variant.config, new_tokens)
+        seconds.append(own.seconds)
+    return Timed(own.text.strip(), statistics.median(seconds), None if variant.stock else cache.report())
 
 
 def _asked_again(model: Any, processor: Any, question: Question) -> tuple[float, float]:
     """Seconds to the first token of a second question: with the vision tower, and on what it yielded for the first."""
-    from trim_plugin.forward.hooks import TrimmedCache
+    from trim_plugin.asking.answers import Inputs
     from trim_plugin.pictures.encoding import encode_pictures
-    from trim_plugin.pictures.prompting import build_inputs
 
-    inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
-    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
-    exact = {"top_k_ratio": 1.0}
-    encoded = encode_pictures(model, processor, list(question.pictures))
-
-    def first_token(**own: Any) -> float:
-        start = time.perf_counter()
-        model.generate(**own, max_new_tokens=1, do_sample=False)
-        return time.perf_counter() - start
-
-    tower, known = [], []
-    for _ in range(REPEATS):
-        tower.append(first_token(**inputs, cache_implementation="trimmed", cache_config=exact))
-        known.append(first_token(**text, **{CACHE: TrimmedCache(model, exact, pictures=encoded)}))
-    return statistics.median(tower), statistics.median(known)
+    encoded = encode_pictures(model, processor, question.pictures)
+    (exact,) = variants_for([1.0], stock=False)
+    tower = _answer(model, processor, _inputs(processor, question), exact, 1)
+    known = _answer(model, processor, Inputs.about(processor, [question.text], [encoded]), exact, 1)
+    return tower.seconds, known.seconds
 
 
 def _table(questions: list[Question], answers: Answers) -> Table:
@@ -234,10 +224,9 @@ def _save_picture(
     shown = next((variant for variant in chosen if _chooses(variant)), None)
     if shown is None:
         return "No picture of kept tokens was drawn: these variants choose nothing."
-    from trim_plugin.pictures.prompting import build_inputs
     from trim_plugin.pictures.visualize import visualize
 
-    inputs = build_inputs(processor, question.text, list(question.pictures), model.device)
+    inputs = _inputs(processor, question).arguments(model, None)
     title = f"{question.text} {answers[_heading(shown)][0].text}\nkept by {_heading(shown)}"
     try:
         visualize(model, inputs, shown.config, title=title).savefig(path, dpi=120)

@@ -19,8 +19,7 @@ from trim_plugin.commands.common import (
     pictures_of,
 )
 from trim_plugin.commands.loading import begin_loading, load_model
-from trim_plugin.compat import CACHE, cache_of
-from trim_plugin.config import DEFAULT_KEPT_SHARE, TrimConfig
+from trim_plugin.config import DEFAULT_KEPT_SHARE
 
 if TYPE_CHECKING:
     from trim_plugin.pictures.encoded import Pictures
@@ -58,13 +57,22 @@ def run(arguments: argparse.Namespace) -> None:
         )
     pictures, files = pictures_of(arguments.image), encoded_files(arguments.pictures)
     begin_loading(arguments)
-    config, encoded = rule.config, _encoded(files)
+    from transformers import TextStreamer
+
+    from trim_plugin.asking.answers import Inputs, answer
+    from trim_plugin.pictures.prompting import written
+
+    encoded = _encoded(files)
     model, processor = load_model(arguments)
-    if encoded is None:
-        inputs = _inputs(processor, arguments.prompt, pictures, model)
-        _answer(model, processor, inputs | {"cache_implementation": "trimmed", "cache_config": config}, arguments)
-    else:
-        _answer(model, processor, _known(model, processor, encoded, config, arguments.prompt), arguments)
+    with user_errors(ValueError):
+        if encoded is None:
+            prompt = written(processor, arguments.prompt, len(pictures))
+            inputs = Inputs.of(processor, [prompt], [pictures])
+        else:
+            inputs = Inputs.about(processor, [arguments.prompt], [encoded])
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        _, cache = answer(model, processor, inputs, rule.config, arguments.max_new_tokens, streamer=streamer)
+    print(f"\n{cache.report()}")
 
 
 def _encoded(files: list[Path]) -> Pictures | None:
@@ -75,46 +83,3 @@ def _encoded(files: list[Path]) -> Pictures | None:
         return None
     with user_errors(OSError, ValueError):
         return functools.reduce(operator.add, [Pictures.load(file) for file in files])
-
-
-def _known(model: Any, processor: Any, pictures: Pictures, config: TrimConfig | None, prompt: str) -> dict[str, Any]:
-    """What `generate` is given to answer a prompt about encoded pictures."""
-    from trim_plugin.forward.hooks import TrimmedCache
-
-    with user_errors(ValueError):
-        inputs: dict[str, Any] = dict(pictures.inputs(processor, prompt, model.device))
-        return inputs | {CACHE: TrimmedCache(model, config, pictures=pictures)}
-
-
-def _answer(model: Any, processor: Any, inputs: dict[str, Any], arguments: argparse.Namespace) -> None:
-    from transformers import TextStreamer
-
-    output = model.generate(
-        **inputs,
-        max_new_tokens=arguments.max_new_tokens,
-        do_sample=False,
-        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        return_dict_in_generate=True,
-    )
-    print()
-    print(cache_of(output).report())
-
-
-def _inputs(processor: Any, prompt: str, pictures: list[Any], model: Any) -> dict[str, Any]:
-    """Inputs on the model's device, pictures in its dtype."""
-    from trim_plugin.pictures.prompting import build_inputs
-
-    inputs: dict[str, Any] = (
-        build_inputs(processor, prompt, pictures, model.device) if pictures else _text_inputs(processor, prompt, model)
-    )
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return inputs
-
-
-def _text_inputs(processor: Any, prompt: str, model: Any) -> dict[str, Any]:
-    if getattr(processor, "chat_template", None):
-        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-    return {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}

@@ -1,11 +1,10 @@
-"""Finding and loading the model that a subcommand is asked for: whatever is wrong with it is said first, and as that."""
+"""Finds and loads the model that a subcommand is asked for, and says what is wrong with it before anything is loaded."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -13,17 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError, first_line, user_errors
-from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs
+from trim_plugin.commands.common import SMALL, SPREAD, bytes_of, needs, remarks
 from trim_plugin.embedded import SMALL_MODEL
 from trim_plugin.kv_formats import require_bitsandbytes
 from trim_plugin.planning.configuration import ModelNumbers, read_config
-
-if TYPE_CHECKING:
-    pass
 
 #: Names of torch's dtypes.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -44,7 +39,7 @@ def begin_loading(arguments: argparse.Namespace) -> None:
         if not arguments.adapter.is_dir():
             raise UserError(f"no adapter in {arguments.adapter}: there is no such folder")
         needs("--adapter", "peft", "peft", "accelerate")
-    check_is_mllama(model_of(arguments.model))
+    model_numbers(model_of(arguments.model))
     if weights_of(arguments) not in DTYPES:
         with user_errors(ImportError):
             require_bitsandbytes(f"--weights {arguments.weights}")
@@ -55,11 +50,11 @@ def begin_loading(arguments: argparse.Namespace) -> None:
 
 
 def _remarks(arguments: argparse.Namespace) -> list[str]:
-    """What sizes were taken for, where a person may have meant something else."""
+    """Remarks on the sizes among the options."""
     entries = [entry.partition("=") for entry in arguments.max_memory or []]
     sizes = [(f"--max-memory {device}:", size) for device, _, size in entries]
     sizes += [("--memory", size) for size in [getattr(arguments, "memory", None)] if size is not None]
-    return [remark for option, size in sizes if (remark := taken_for(size, option)) is not None]
+    return remarks(sizes)
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -151,8 +146,7 @@ def device_of(device: str, environment: Mapping[str, str]) -> str:
     if device in SPREAD and not torch.accelerator.is_available():
         return "cpu"
     several = int(environment.get("WORLD_SIZE", 1)) > 1
-    # Spreading is accelerate's; without it a model goes to one device.
-    if device in SPREAD and (several or importlib.util.find_spec("accelerate") is None):
+    if device in SPREAD and several:  # every process has a device of its own
         device = str(torch.accelerator.current_accelerator())
     return f"{device}:{environment.get('LOCAL_RANK', 0)}" if several and device in ("cuda", "xpu") else device
 
@@ -169,11 +163,6 @@ def check_device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {text} cannot be used here: {first_line(error)}") from None
     return text
-
-
-def check_is_mllama(path_or_id: str) -> None:
-    """Read the configuration alone and raise `UserError` unless it is an Mllama model's."""
-    model_numbers(path_or_id)
 
 
 def model_numbers(path_or_id: str) -> ModelNumbers:

@@ -7,10 +7,8 @@ import json
 import sys
 from typing import Any
 
-from trim_plugin.arithmetic import taken_for
 from trim_plugin.commands import UserError, plain_console
 from trim_plugin.commands.common import (
-    WEIGHTS,
     add_command,
     add_length_option,
     add_model,
@@ -18,6 +16,7 @@ from trim_plugin.commands.common import (
     bytes_of,
     check_counts,
     check_ratio,
+    remarks,
     tower_share,
 )
 from trim_plugin.commands.loading import model_numbers, model_of
@@ -25,6 +24,7 @@ from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import configuration, fitting, planner, table
 from trim_plugin.planning.job import Job
+from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 
 DEFAULT_MODEL = "11b"
 
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     _add_job(parser)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="bf16", help="dtype or quantization (default: %(default)s)"
+        "--weights", choices=WEIGHT_FORMATS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
     parser.add_argument(
         "--top-k-ratio",
@@ -143,7 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
     fits = {}
     if memory is not None:
         fits = {one.name: fitting.largest_fit(config, job, one, memory, **settings) for one in variants}
-    for remark in _remarks(arguments):
+    sizes = (("--memory", arguments.memory), ("--reserve", arguments.reserve))
+    for remark in remarks((option, text) for option, text in sizes if text is not None):
         print(remark, file=sys.stderr)
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
@@ -163,13 +164,6 @@ def _job(arguments: argparse.Namespace) -> Job:
         expand_size=arguments.expand_size,
         pixels_on_device=arguments.pixels_on_device,
     )
-
-
-def _remarks(arguments: argparse.Namespace) -> list[str]:
-    """What words were taken for, where a person may have meant something else."""
-    sizes = [("--memory", arguments.memory), ("--reserve", arguments.reserve)]
-    found = [taken_for(text, option) for option, text in sizes if text is not None]
-    return [remark for remark in found if remark is not None]
 
 
 def _result(

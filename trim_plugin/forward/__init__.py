@@ -1,1 +1,1 @@
-"""Knows what one forward does to a cache: steps, and the hooks that run them. Imports `cache`, `rules` and `attention`."""
+"""What one forward does with a cache: hooks on the model, the turn that they open, the vision tower, encoded pictures."""

@@ -1,4 +1,4 @@
-"""The way back: a model without any hook of trim_plugin."""
+"""Takes every hook of trim_plugin off a model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from trim_plugin.cache.reading import forget
 from trim_plugin.forward.finding import attaching, take_off
-from trim_plugin.forward.hooks import (
-    after_layer,
-    after_model,
-    before_layer,
-    before_model,
-    open_text_turn,
-    open_turn,
-)
+from trim_plugin.forward.hooks import after_layer, after_model, before_layer, before_model, open_text_turn, open_turn
 from trim_plugin.forward.tower_merging import TOWER_HOOKS
 
 
@@ -31,11 +24,9 @@ def detach(model: torch.nn.Module) -> None:
         False
     """
     with attaching:
-        _detach(model)
-
-
-def _detach(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, MllamaTextCrossAttention):
-            forget(module)
-        take_off(module, before_layer, after_layer, before_model, after_model, open_turn, open_text_turn, *TOWER_HOOKS)
+        for module in model.modules():
+            if isinstance(module, MllamaTextCrossAttention):
+                forget(module)
+            take_off(
+                module, before_layer, after_layer, before_model, after_model, open_turn, open_text_turn, *TOWER_HOOKS
+            )

@@ -1,4 +1,4 @@
-"""Visual tokens that enter a forward ready made: what the tower yields for a sample's pictures, whole or merged."""
+"""Encoded pictures as a forward takes them: visual tokens of every sample, padded to a batch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
+from trim_plugin.cache.kept import first_places
+from trim_plugin.cache.stores import padded_join
+
 
 @dataclasses.dataclass
 class EncodedSample:
     """The visual tokens of one sample's pictures.
 
-    Args:
-        states: (tokens, width of the text model), visual states.
-        index: int64 (tokens,), which visual token each is, ascending.
-        sizes: int64 (tokens,), how many visual tokens each stands for.
-        total: visual tokens of the pictures, padding tiles and merged ones included.
+    `trim_plugin.pictures.encoded.Pictures`, which says what these are, is one with all that is known of its pictures.
     """
 
     states: torch.Tensor
@@ -26,11 +25,9 @@ class EncodedSample:
     total: int
 
     def check_fits(self, model: torch.nn.Module, known: dict[str, Any] | None = None) -> None:
-        """Raise `ValueError` if the pictures were encoded by another model than this one. Nothing to compare here.
+        """Raise `ValueError` if another model has encoded the pictures, where a subclass knows which one has.
 
-        Args:
-            model: the model that shall read them.
-            known: what has been worked out about the model for another sample of the batch; filled here, so that it is done once.
+        `known` is what this has found out about the model for other samples of the batch, and is added to.
         """
 
 
@@ -68,11 +65,8 @@ class EncodedBatch:
         longest = max(len(sample.index) for sample in samples)
 
         def padded(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            first = getattr(samples[0], name)
-            whole = torch.full((len(samples), longest, *first.shape[1:]), fill, dtype=dtype, device=device)
-            for row, sample in zip(whole, samples, strict=True):
-                row[: len(sample.index)] = getattr(sample, name).to(device, dtype)
-            return whole
+            own = [getattr(sample, name)[None].to(device, dtype) for sample in samples]
+            return padded_join(own, longest, dim=1, fill=fill)
 
         lengths = torch.tensor([len(sample.index) for sample in samples], device=device)
         total = max(sample.total for sample in samples)
@@ -80,7 +74,7 @@ class EncodedBatch:
             states=padded("states", 0, dtype),
             index=padded("index", 0, torch.long),
             sizes=padded("sizes", 1, torch.long),
-            valid=torch.arange(longest, device=device) < lengths[:, None],
+            valid=first_places(lengths, longest),
             total=total,
             complete=all(len(sample.index) == total for sample in samples),
         )

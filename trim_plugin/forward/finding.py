@@ -92,7 +92,7 @@ class Owner:
         self.bound = False
         self._model: Any = None
         #: Returns its `MllamaTextModel`; None if that is gone. Hooks ask for it at every forward.
-        self.text_model: Callable[[], Any] = _nobody
+        self.text_model: Callable[[], Any] = lambda: None
 
     def bind(self, model: torch.nn.Module, text_model: torch.nn.Module) -> None:
         """Be this model from now on."""
@@ -110,10 +110,6 @@ class Owner:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Owner, ()
-
-
-def _nobody() -> None:
-    """The text model of an owner that is bound to none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +181,14 @@ def decoder_layers(text_model: Any) -> list[Any]:
 
 
 def cross_layers(text_model: Any) -> list[Any]:
-    """The cross-attention decoder layers among them."""
+    """The cross-attention decoder layers of an `MllamaTextModel`, like `decoder_layers`."""
     return [layer for layer in decoder_layers(text_model) if _is_cross(layer)]
 
 
 def first_cross_layer(text_model: Any) -> Any:
-    """The first cross-attention decoder layer that runs, or a wrapper that hands on its attributes."""
-    for entry in text_model.layers:
-        for layer in _inside(entry):
-            if _is_cross(layer):
-                return entry if hasattr(entry, "cross_attn") else layer
-    raise ValueError(f"{type(text_model).__name__} has no cross-attention layers.")
+    """The first cross-attention decoder layer of what `find_text_model` has found, or a wrapper that hands on its attributes."""
+    entry, layer = next((entry, one) for entry in text_model.layers for one in _inside(entry) if _is_cross(one))
+    return entry if hasattr(entry, "cross_attn") else layer
 
 
 def attention_of(layer: Any) -> Any:
@@ -204,7 +197,7 @@ def attention_of(layer: Any) -> Any:
 
 
 def attentions_in(layer: Any) -> list[Any]:
-    """The same and its copies, out of their wrapper."""
+    """The attention of a cross-attention decoder layer and its copies, out of their wrapper."""
     return [one for one in layer.cross_attn.modules() if isinstance(one, MllamaTextCrossAttention)] or [
         layer.cross_attn
     ]
@@ -286,10 +279,6 @@ def whole_weights(model: torch.nn.Module, *parts: torch.nn.Module) -> Iterator[N
     """Within this context parts of a model have their weights whole, as in a forward of the model, though FSDP2 spreads them.
 
     For parts that run by themselves. All processes have to enter it.
-
-    Example:
-        >>> with whole_weights(torch.nn.Linear(2, 1)):
-        ...     pass
     """
     near = {id(inner) for part in parts for inner in part.modules()}
     spread: list[Any] = [one for one in model.modules() if hasattr(one, "unshard") and hasattr(one, "reshard")]

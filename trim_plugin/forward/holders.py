@@ -1,4 +1,4 @@
-"""Which kept token stands for a visual token: worked out again when someone asks, since no cache needs to hold it."""
+"""Tells which kept token stands for each visual token: no cache holds that, so it is worked out again."""
 
 from __future__ import annotations
 
@@ -15,42 +15,48 @@ from trim_plugin.selection.processors import VisualTokenProcessor
 from trim_plugin.selection.visibility import pack
 
 
-class GroupRecorder(VisualTokenProcessor):
-    """Notes the visibility groups and the visual states, of a batch of one, and changes nothing.
+class ScoreRecorder(VisualTokenProcessor):
+    """Notes what the rule behind it in a list of processors is given, and changes nothing.
 
     Example:
-        >>> recorder, scores = GroupRecorder(), torch.rand(1, 2, 3)
-        >>> recorder(scores, torch.tensor([[True, False, True]]), torch.rand(1, 3, 8)) is scores
+        >>> recorder, scores = ScoreRecorder(), torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])
+        >>> recorder(scores, torch.tensor([[True, False]]), torch.rand(1, 2, 8)) is scores
         True
-        >>> len(recorder.groups), recorder.states.shape
-        (1, torch.Size([1, 3, 8]))
+        >>> recorder.scores(), recorder.states.shape
+        (array([0.3, nan], dtype=float32), torch.Size([1, 2, 8]))
     """
 
     needs_states = True
 
     def __init__(self) -> None:
-        #: bool (tokens,) of every group.
+        #: bool (samples, visual tokens) for every call: its visibility group.
         self.groups: list[torch.Tensor] = []
-        #: (1, tokens, width).
+        #: (samples, visual tokens) for every call: scores, means over heads; NaN outside the visibility group.
+        self.head_mean: list[torch.Tensor] = []
+        #: (samples, visual tokens, width).
         self.states = torch.empty(0, device="cpu")
 
     def __call__(self, scores: torch.Tensor, visible: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
         """Record; shapes as in `VisualTokenProcessor.__call__`."""
-        self.groups.append(visible[0])
+        self.groups.append(visible)
+        self.head_mean.append(scores.mean(dim=1).masked_fill(~visible, float("nan")).cpu())
         if states is not None:
             self.states = states
         return scores
 
+    def scores(self, sample: int = 0) -> np.ndarray:
+        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
 
-def holders(model: Any, cache: TrimmedCache, recorder: GroupRecorder) -> np.ndarray:
+        Right for a batch of one; with more, a call may hold only those samples that have such a group.
+        """
+        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
+
+
+def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndarray:
     """The kept token that stands for each visual token, after the first prefill of a cache with a batch of one.
 
     A cache does not keep this: it is worked out again as the prefill did, from the keys of the first cross-attention layer.
-
-    Args:
-        model: the model that filled the cache.
-        cache: the cache, with `recorder` among its processors.
-        recorder: what it noted.
+    The model is the one that filled the cache, and `recorder` one of the cache's processors.
 
     Returns:
         int64 (visual tokens,): a kept token holds itself; −1 for tokens that are gone, unread or of a group that decoding cannot
@@ -61,8 +67,8 @@ def holders(model: Any, cache: TrimmedCache, recorder: GroupRecorder) -> np.ndar
     kept[0, cache.kept_indices[0].to(states.device)] = True
     ids = torch.full_like(kept, -1, dtype=torch.long)
     for number, group in enumerate(recorder.groups):
-        if bool((group & kept[0]).any()):
-            ids[0, group] = number
+        if bool((group & kept).any()):
+            ids[group] = number
     positions, _ = pack(kept)
     if not cache.config.merge:
         return torch.where(kept[0], torch.arange(len(kept[0]), device=kept.device), -1).cpu().numpy()

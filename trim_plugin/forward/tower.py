@@ -1,4 +1,4 @@
-"""The vision tower a few pictures at a time: its working set is what limits a prefill.
+"""Runs the vision tower on a few pictures at a time, because its working set is what limits a prefill.
 
 transformers keeps the hidden states of all vision layers (675 MB a picture at 11B, bf16) and a mask of all patches × all patches
 for every picture of a batch at once. What is kept of a picture afterwards, its visual states, is a thirteenth of that.

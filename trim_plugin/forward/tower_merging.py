@@ -43,18 +43,13 @@ class TowerCall:
         self.first = layers[self._before] if self._before < len(layers) else None
         self._local, self._share, self._tiles, self._patches = tower.transformer, share, tiles, tower.num_patches
         self._merging: Merging | None = None
-        self._mask: torch.Tensor | None = None
+        #: Additive (pictures, 1, slots, slots), with log sizes, once tokens are merged.
+        self.mask: Any = None
 
     @property
     def merged(self) -> bool:
         """Whether tokens were merged already."""
         return self._merging is not None
-
-    def mask(self) -> torch.Tensor:
-        """Additive (pictures, 1, slots, slots), with log sizes."""
-        if self._mask is None:
-            raise RuntimeError("No tokens of this call of the vision tower have been merged yet.")
-        return self._mask
 
     def reduce(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The groups' means, (pictures, slots, width), of all tokens (pictures, tokens, width); the first time these choose.
@@ -66,7 +61,7 @@ class TowerCall:
         if self._merging is None:
             kinds = kinds_of_tokens(self._tiles.cpu(), self._patches, hidden.shape[1])
             self._merging, positions, valid = merge_alike(hidden, kinds, self._share)
-            self._mask = close(add_log_sizes(take_square(mask, positions), self._merging.sizes), valid)
+            self.mask = close(add_log_sizes(take_square(mask, positions), self._merging.sizes), valid)
         return self._merging.mean(hidden)
 
     def spread(self, encoder: Any, output: Any) -> Any:
@@ -145,10 +140,10 @@ def before_local_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if call is None or not (call.merged or layer is call.first):
         return None
     if call.merged:
-        return args, {**kwargs, "attention_mask": call.mask()}
+        return args, {**kwargs, "attention_mask": call.mask}
     name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"  # as transformers 5.17 calls it
     hidden = call.reduce(kwargs[name], kwargs["attention_mask"])
-    return args, {**kwargs, name: hidden, "attention_mask": call.mask()}
+    return args, {**kwargs, name: hidden, "attention_mask": call.mask}
 
 
 @Hook
@@ -160,7 +155,7 @@ def before_global_layers(
     if call is None:
         return None
     hidden = call.reduce(args[0], kwargs["attention_mask"])
-    return (hidden, *args[1:]), {**kwargs, "attention_mask": call.mask()}
+    return (hidden, *args[1:]), {**kwargs, "attention_mask": call.mask}
 
 
 @Hook

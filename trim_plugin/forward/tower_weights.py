@@ -1,4 +1,4 @@
-"""What the vision tower and the projector do with their weights now: a row of numbers a layer, adapters of any kind included.
+"""Measures the layers of vision tower and projector, with their adapters: a row of numbers a layer, which fingerprints compare.
 
 A layer is measured by what it makes of a few fixed vectors, so that an adapter and the same adapter merged measure alike. Peft's
 wrappers are known by their attributes; a copy of a wrapper, in float64 and around a layer of its own, is what runs. The model is
@@ -7,7 +7,6 @@ read and never changed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -30,10 +29,7 @@ _STRANGE = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImpl
 
 
 def measured(parts: list[nn.Module]) -> torch.Tensor:
-    """A row for every layer, float32 (layers, COLUMNS), on the CPU; NaN where weights cannot be read.
-
-    Args:
-        parts: modules: the tower and the projector.
+    """A row for every layer of tower and projector, float32 (layers, COLUMNS), on the CPU; NaN where weights cannot be read.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -101,7 +97,7 @@ def _unknown() -> torch.Tensor:
 
 
 def _row_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Of weights that belong to no layer: positions, norms, gates."""
+    """The row of weights that belong to no layer: positions, norms, gates."""
     row = _unknown()
     if parameter.is_floating_point() and not parameter.is_meta:
         matrix = parameter.reshape(len(parameter) if parameter.ndim > 1 else 1, -1)
@@ -112,7 +108,7 @@ def _row_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _row(base: Any, adapter: Any) -> torch.Tensor:
-    """Of a layer, and of the adapter around it."""
+    """The row of a layer and the adapter around it."""
     row = _unknown()
     row[1], row[3 + PROBES :] = 0, 0
     if adapter is not None:
@@ -248,8 +244,7 @@ def _made_up(base: Any, adapter: Any) -> Any:
     if isinstance(base, nn.Embedding):
         made: Any = nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
     elif isinstance(base, nn.modules.conv._ConvNd):
-        made = copy.copy(base)
-        made.__dict__.update(_copy_of_shape(base))
+        made = _copy_of(base, {})
     else:
         made = nn.Linear(
             base.in_features, base.out_features, bias=getattr(base, "bias", None) is not None, device="meta"
@@ -262,9 +257,3 @@ def _made_up(base: Any, adapter: Any) -> Any:
                 (heights * width).reshape(parameter.shape) * len(width) ** -0.5, False
             )
     return made
-
-
-def _copy_of_shape(base: Any) -> dict[str, Any]:
-    """What a copied layer must have for itself, so that the first one stays as it is."""
-    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(base) if name.endswith("_hooks") or "_hooks_" in name}
-    return {"_parameters": dict(base._parameters), "_buffers": dict(base._buffers), **hooks}

@@ -1,1 +1,1 @@
-"""Knows where transformers' `generate` meets us: registration, checks, assisted decoding. Imports `forward` and below."""
+"""Where transformers' `generate` meets the trimmed cache: registration, checks, micro-batches, assisted decoding."""

@@ -19,32 +19,23 @@ from trim_plugin.forward.hooks import TrimmedCache
 _PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
-class ForbidTokensBeyond:
-    """Logits processors whose result has further columns of −inf: tokens that the model embeds, but never generates.
-
-    Args:
-        processors: what the generation uses, `processors(input_ids, scores) -> scores`.
-        extra: number of such tokens.
+def forbidding_more(
+    processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], extra: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Logits processors that return `extra` more columns, −inf: tokens that the model embeds, but never generates.
 
     Example:
-        >>> forbid = ForbidTokensBeyond(lambda ids, scores: scores, extra=1)
+        >>> forbid = forbidding_more(lambda ids, scores: scores, extra=1)
         >>> forbid(torch.tensor([[2]]), torch.zeros(1, 2))
         tensor([[0., 0., -inf]])
     """
-
-    def __init__(self, processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], extra: int) -> None:
-        self.processors = processors
-        self.extra = extra
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Process scores (batch, vocabulary); return (batch, vocabulary + extra)."""
-        return torch.nn.functional.pad(self.processors(input_ids, scores), (0, self.extra), value=float("-inf"))
+    return lambda ids, scores: torch.nn.functional.pad(processors(ids, scores), (0, extra), value=float("-inf"))
 
 
 class _PromptFirst:
     """`get_candidates` that offers none at first: the prompt is read alone.
 
-    Candidates in the same forward would vote, and read visual tokens in the first cross-attention layer that decoding cannot.
+    Candidates in the same forward would score, and read visual tokens in the first cross-attention layer that decoding cannot.
     So with sampling the first token is drawn before there are candidates, and a seed gives other tokens than stock's.
     """
 
@@ -96,7 +87,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
     if isinstance(generator, PromptLookupCandidateGenerator):
         extra = model.get_input_embeddings().weight.shape[0] - generator.vocab_size
         if generator.logits_processor is not None and extra > 0:
-            generator.logits_processor = ForbidTokensBeyond(generator.logits_processor, extra)
+            generator.logits_processor = forbidding_more(generator.logits_processor, extra)
     elif isinstance(generator, AssistedCandidateGenerator):
         # The assistant is called with its cache again and again, which excludes naming an implementation.
         generator.generation_config.cache_implementation = generator.generation_config.cache_config = None
@@ -110,7 +101,7 @@ def adapt(generator: Any, model: Any, cache: TrimmedCache, input_ids: torch.Tens
 
 
 def _show_pictures(assistant: Any, input_ids: torch.Tensor, inputs: dict[str, Any], pictures: dict[str, Any]) -> None:
-    """Run the assistant's prefill: `generate` drops the pictures from an assistant's inputs, so it would guess blindly.
+    """Run the assistant's prefill here: `generate` drops the pictures from an assistant's inputs, so it would not see them.
 
     The text is read to its end, so that the assistant keeps what the prompt's last row may read; the generator takes back what
     it wants to run again.

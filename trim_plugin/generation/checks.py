@@ -41,8 +41,7 @@ def check_reuse(model: torch.nn.Module, cache: TrimmedCache, batch: int, length:
     """Check a cache that the user gives (as `cache`, or `past_key_values` before transformers 5.24).
 
     Args:
-        model: the model that is about to generate.
-        cache: the user's cache, new or from an earlier turn.
+        model, cache: of this generation; the cache may hold earlier turns.
         batch: samples of this generation, beams and return sequences counted.
         length: text tokens that the cache holds at the end of the generation, if nothing ends it earlier.
 
@@ -80,10 +79,8 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
     """Check the tensors that `generate` was given.
 
     Args:
-        model: the model that is about to generate; its config says what a picture is.
-        cache: the cache of this generation; it may hold earlier turns.
+        model, cache, batch: as for `check_reuse`.
         inputs: `generate`'s model inputs, expanded for beams and return sequences.
-        batch: samples of this generation, beams and return sequences counted.
         copies: the expand size: how often each sample stands in the batch.
 
     Raises:
@@ -95,14 +92,14 @@ def check_inputs(model: Any, cache: TrimmedCache, inputs: Mapping[str, Any], bat
         _check_pictures(pixel_values, inputs, batch)
     if encoded is not None:
         _check_encoded(model, encoded, pixel_values, batch // copies)
-    # Without a vision config it is a text model that is given prepared states and an additive mask.
-    of_tiles = mask is not None and hasattr(model.config, "vision_config")
-    if mask is not None and of_tiles:
+    if not hasattr(model.config, "vision_config"):
+        mask = None  # a text model, which is given prepared states and an additive mask
+    if mask is not None:
         _check_mask(mask, batch)
         _check_mask_rows(mask, int(cache.get_seq_length()), inputs)
-    _check_values(attention_mask, None if cache.config.exact else pixel_values, mask if of_tiles else None)
+    _check_values(attention_mask, None if cache.config.exact else pixel_values, mask)
     shows = pixel_values is not None or encoded is not None or cache.kept is not None
-    if mask is not None and of_tiles and shows:
+    if mask is not None and shows:
         new = 0 if pixel_values is None else pixel_values.shape[1]
         if encoded is not None:
             new = max(sample.total for sample in encoded) // picture_tokens(model.config.vision_config)
@@ -211,22 +208,16 @@ def _check_mask_rows(mask: torch.Tensor, past: int, inputs: Mapping[str, Any]) -
 
 
 def _check_mask_columns(
-    mask: torch.Tensor,
-    cache: TrimmedCache,
-    vision_config: Any,
-    new: int,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor, cache: TrimmedCache, vision_config: Any, new: int, attention_mask: torch.Tensor | None
 ) -> None:
     """Check it against what the cache holds and the `new` pictures of a sample."""
     tiles = vision_config.max_num_tiles
     earlier = 0 if cache.kept is None else cache.kept.total // picture_tokens(vision_config)
     if mask.shape[3] != tiles or mask.shape[2] != earlier + new:
-        follow_up = (
-            f" ({earlier} from earlier turns and {new} new: in a follow-up, pixel_values hold the new pictures only, "
-            "cross_attention_mask covers all)"
-            if earlier
-            else ""
-        )
+        follow_up = ""
+        if earlier:
+            follow_up = f" ({earlier} from earlier turns and {new} new: in a follow-up, pixel_values hold the new pictures only, "
+            follow_up += "cross_attention_mask covers all)"
         raise ValueError(
             f"cross_attention_mask covers {mask.shape[2]} pictures of {mask.shape[3]} tiles, but there are {earlier + new} "
             f"of {tiles}{follow_up}. Pass what the processor returns for the whole conversation."

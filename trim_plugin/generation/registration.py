@@ -80,11 +80,6 @@ def unregister() -> None:
         _unwrap(_MIXIN_IN, "GenerationMixin", (*_WRAPPERS, "generate"))
 
 
-def is_registered() -> bool:
-    """Whether `cache_implementation="trimmed"` is known to transformers, or will be once that is loaded."""
-    return _wanted
-
-
 def _allow_name() -> None:
     module = sys.modules[_NAMES_IN]
     with _changing:

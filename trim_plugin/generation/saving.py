@@ -1,4 +1,4 @@
-"""A generation configuration that holds settings of the trimmed cache, as JSON."""
+"""Writes generation configurations as JSON, also where their `cache_config` holds rules."""
 
 from __future__ import annotations
 

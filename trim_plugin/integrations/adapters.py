@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 #: Names of before transformers 4.52, in which most published Llama-3.2-Vision adapters are written.
@@ -98,19 +98,19 @@ def _read_adapter(name: str, folder: Path) -> Adapter:
         raise ValueError(f"The adapter {folder} is damaged: adapter_config.json cannot be read ({error}).") from None
     if kind != "LORA":
         raise ValueError(f"The adapter {folder} is of type {kind}; only LORA is supported.")
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         pickles = [name for name in PICKLES if (folder / name).exists()]
         if pickles:
             raise ValueError(
                 f"The adapter {folder} is in pickle format ({pickles[0]}), which can run code when it is read. Only "
-                f"{WEIGHTS} is read: ask its author for safetensors, or convert it where you trust it."
+                f"{WEIGHTS_FILE} is read: ask its author for safetensors, or convert it where you trust it."
             )
-        raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
+        raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS_FILE}")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"The adapter {folder} is damaged: {WEIGHTS} cannot be read ({error}).") from None
+        raise ValueError(f"The adapter {folder} is damaged: {WEIGHTS_FILE} cannot be read ({error}).") from None
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     renamed = False
     for key, shape in shapes.items():

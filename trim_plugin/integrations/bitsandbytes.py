@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-from trim_plugin.cache.report import format_bytes, held_bytes
+from trim_plugin.arithmetic import format_bytes
+from trim_plugin.cache.report import held_bytes
+from trim_plugin.planning.model_sizes import model_part
 
 PRESETS = ("nf4", "fp4", "int8")
 
@@ -63,7 +66,8 @@ def quantization_config(
     """
     from transformers import BitsAndBytesConfig
 
-    check_preset(preset)
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown quantization preset {preset!r}. Allowed: {', '.join(map(repr, PRESETS))}.")
     settings: dict[str, Any] = {
         "llm_int8_skip_modules": [*SKIPPED, *([] if quantize_vision else [VISION_TOWER]), *skip]
     }
@@ -88,12 +92,6 @@ def _first_time(record: logging.LogRecord) -> bool:
     new = record.getMessage() not in _logged
     _logged.add(record.getMessage())
     return new
-
-
-def check_preset(preset: str) -> None:
-    """Raise `ValueError` unless `preset` is one of `PRESETS`."""
-    if preset not in PRESETS:
-        raise ValueError(f"Unknown quantization preset {preset!r}. Allowed: {', '.join(map(repr, PRESETS))}.")
 
 
 def use_standard_layout(model: torch.nn.Module, only_misfits: bool = False) -> None:
@@ -145,6 +143,8 @@ def layout_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _four_bit_layers(model: torch.nn.Module) -> list[Any]:
+    if "bitsandbytes" not in sys.modules:  # which a model with such layers has imported; others do without it
+        return []
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -208,14 +208,6 @@ class WeightMemory:
     def __str__(self) -> str:
         return "\n".join(f"{name:<22} {format_bytes(count):>9}" for name, count in self.rows())
 
-    def __rich__(self) -> Table:
-        table = Table(title="weights", title_justify="left")
-        table.add_column("part")
-        table.add_column("memory", justify="right")
-        for name, count in self.rows():
-            table.add_row(name, format_bytes(count))
-        return table
-
 
 def weight_memory(model: torch.nn.Module) -> WeightMemory:
     """Count the bytes of a model's weights by part, from the tensors that are held.
@@ -240,42 +232,24 @@ def weight_memory(model: torch.nn.Module) -> WeightMemory:
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
         if storage not in seen:
             seen.add(storage)
-            parts[part].append(tensor)
+            parts[re.sub(r"\W", "_", part)].append(tensor)
     offloaded = sum(tensor.nbytes for tensor in parts.pop("offloaded"))
     return WeightMemory(offloaded=offloaded, **{name: held_bytes(tensors) for name, tensors in parts.items()})
 
 
 def _placed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that a module holds itself, with the part of the model that it belongs to."""
-    layers = {
-        name: "cross_attention_layers"
-        if isinstance(module, MllamaCrossAttentionDecoderLayer)
-        else "self_attention_layers"
+    crossing = {
+        int(place[1])
         for name, module in model.named_modules()
-        if isinstance(module, MllamaCrossAttentionDecoderLayer | MllamaSelfAttentionDecoderLayer)
+        if isinstance(module, MllamaCrossAttentionDecoderLayer) and (place := re.search(r"layers\.(\d+)", name))
     }
     for name, module in model.named_modules():
-        part = _part(name, layers)
-        for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            own = "adapters" if "lora_" in f"{name}.{tensor_name}" else part
-            yield own, tensor
-            for state in _quantization_state(tensor):
-                yield own, state
-        for state in _quantization_state(getattr(module, "state", None)):
-            yield part, state
-
-
-def _part(name: str, layers: dict[str, str]) -> str:
-    owners = [part for layer, part in layers.items() if f"{name}.".startswith(f"{layer}.")]
-    if owners:
-        return owners[0]
-    keywords = {
-        "vision_model": "vision_tower",
-        "multi_modal_projector": "projector",
-        "embed_tokens": "embeddings",
-        "lm_head": "lm_head",
-    }
-    return next((part for keyword, part in keywords.items() if keyword in name.split(".")), "other")
+        part = ""
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            part = "adapters" if "lora_" in f"{name}.{own}" else model_part(f"{name}.{own}", crossing)
+            yield from ((part, one) for one in (tensor, *_quantization_state(tensor)))
+        yield from ((part, one) for one in _quantization_state(getattr(module, "state", None)))
 
 
 def _quantization_state(holder: Any) -> Iterator[torch.Tensor]:
@@ -293,7 +267,6 @@ def _quantization_state(holder: Any) -> Iterator[torch.Tensor]:
 __all__ = [
     "PRESETS",
     "WeightMemory",
-    "check_preset",
     "layout_kept",
     "quantization_config",
     "repack_for_cpu",

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trim_plugin.asking.answers import Inputs, answer
+from trim_plugin.commands.loading import device_of, process_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.integrations.accelerate import load
 from trim_plugin.pictures.prompting import written
@@ -109,8 +110,8 @@ class LlamaVisionTrimmed(lmms):
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
         self.batch_size_per_gpu = _positive("batch_size", batch_size)
         most_bytes = _bytes("encoded_gib", encoded_gib)
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._device = torch.device(self._own_device(device))
+        self._rank, self._world_size = process_of(os.environ)
+        self._device = torch.device(device_of(device, os.environ))
         self._report_to = report_to
         self._model, self.processor = load(
             pretrained,
@@ -122,10 +123,6 @@ class LlamaVisionTrimmed(lmms):
         )
         remembers = self.trimming is not None and most_bytes > 0
         self._recent = RecentPictures(self._model, self.processor, most_bytes=most_bytes) if remembers else None
-
-    def _own_device(self, device: str) -> str:
-        several = self._world_size > 1 and device == "cuda"
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several else device
 
     @property
     def model(self) -> Any:

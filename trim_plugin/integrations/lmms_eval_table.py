@@ -26,15 +26,7 @@ RULES = {"kept_share": "k-center", "radius": "radius"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One metric of one task in one result file.
-
-    Args:
-        cache: "stock", "exact", or the ratio, with KV bits if quantized.
-        task: the task's name.
-        metric: the metric's name.
-        value: as lmms-eval gives it.
-        date: when it ended, for telling which of two is newer.
-    """
+    """One metric of one task in one result file; `cache` is as `variant_of` returns it."""
 
     cache: str
     task: str
@@ -64,7 +56,7 @@ def _runs_of(file: Path) -> list[Run]:
         model, arguments = config["model"], config.get("model_args") or ""
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a result file of lmms-eval ({type(error).__name__}: {error})") from None
-    cache = cache_of(str(model), arguments)
+    cache = variant_of(str(model), arguments)
     date = str(content.get("date", file.name))
     return [
         Run(cache, task, name.split(",")[0], float(value), date)
@@ -80,13 +72,13 @@ def _is_aside(name: str) -> bool:
     return metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")) or metric in {"alias", "samples", "n", " "}
 
 
-def cache_of(model: str, arguments: str | dict[str, Any]) -> str:
-    """Which cache a run used, from its model's name and arguments.
+def variant_of(model: str, arguments: str | dict[str, Any]) -> str:
+    """The variant that a run used, told from its model's name and arguments.
 
     Example:
-        >>> cache_of("llama_vision", ""), cache_of("llama_vision_trimmed", "pretrained=x,top_k_ratio=0.5")
+        >>> variant_of("llama_vision", ""), variant_of("llama_vision_trimmed", "pretrained=x,top_k_ratio=0.5")
         ('stock', '0.5')
-        >>> cache_of("llama_vision_trimmed", {"top_k_ratio": 1.0, "kv_quantization": "int8"})
+        >>> variant_of("llama_vision_trimmed", {"top_k_ratio": 1.0, "kv_quantization": "int8"})
         'exact, int8'
     """
     given = (
@@ -190,4 +182,4 @@ if __name__ == "__main__":
     sys.exit(main())
 
 
-__all__ = ["Run", "cache_of", "main", "markdown", "newest", "plot", "read_runs", "rows_and_columns"]
+__all__ = ["Run", "main", "markdown", "newest", "plot", "read_runs", "rows_and_columns", "variant_of"]

@@ -16,7 +16,6 @@ QLoRA: load the model in 4 bits, put a preset on it, train, save, use it with th
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from trim_plugin.integrations.adapters import RENAMED, Adapter, read_adapters
+from trim_plugin.integrations.bitsandbytes import layout_kept, use_standard_layout
 
 _ATTENTION = r"(q_proj|k_proj|v_proj|o_proj)"
 _MLP = r"mlp\.(gate_proj|up_proj|down_proj)"
@@ -106,7 +106,7 @@ def prepare_qlora(model: Any, config: Any, *, gradient_checkpointing: bool = Fal
         )
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    _use_standard_layout(model)
+    use_standard_layout(model)
     prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     with _without_peft_noise():
         return get_peft_model(prepared, config)
@@ -147,7 +147,7 @@ def load_adapters(model: Any, adapters: str | Path | Mapping[str, str | Path], *
     for adapter in found:
         key_mapping = RENAMED if adapter.renamed else None
         weights = load_peft_weights(adapter.folder, device="cpu", key_mapping=key_mapping)
-        with _layout_kept(model):
+        with layout_kept(model):
             set_peft_model_state_dict(model, weights, adapter_name=adapter.name)
     model.set_adapter(found[0].name, inference_mode=not trainable)
     return model if trainable else model.eval()
@@ -213,7 +213,7 @@ def merge_adapters(model: Any, names: Sequence[str] | None = None, weights: Sequ
         raise ValueError(
             f"Give a weight for each adapter and at least one: got {len(names)} names, {len(weights)} weights."
         )
-    _use_standard_layout(model)
+    use_standard_layout(model)
     merged = names[0]
     if len(names) > 1 or weights != [1.0]:
         merged = "+".join(names)
@@ -227,22 +227,6 @@ def _check_loaded(model: Any, names: Sequence[str]) -> None:
     for name in names:
         if name not in model.peft_config:
             raise ValueError(f"No adapter {name!r} is loaded. Loaded: {', '.join(map(repr, model.peft_config))}.")
-
-
-# A model with 4-bit layers has imported bitsandbytes; other models do without it.
-def _use_standard_layout(model: torch.nn.Module) -> None:
-    if "bitsandbytes" in sys.modules:
-        from trim_plugin.integrations.bitsandbytes import use_standard_layout
-
-        use_standard_layout(model)
-
-
-def _layout_kept(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    if "bitsandbytes" not in sys.modules:
-        return contextlib.nullcontext()
-    from trim_plugin.integrations.bitsandbytes import layout_kept
-
-    return layout_kept(model)
 
 
 __all__ = [

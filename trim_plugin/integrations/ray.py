@@ -99,7 +99,7 @@ class Answerer:
 
 
 class JsonAnswerer(Answerer):
-    """The same for a file's rows as JSON texts, which may differ from each other in any way."""
+    """An actor that gets a file's rows as JSON texts, since their fields may differ from row to row."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A column "row" in, a column "result" out."""
@@ -143,22 +143,9 @@ def answer(
 
 
 def answer_rows(
-    rows: Sequence[Row],
-    model: str,
-    *,
-    actors: int | None = None,
-    num_cpus: float | None = None,
-    **settings: Any,
+    rows: Sequence[Row], model: str, *, actors: int | None = None, num_cpus: float | None = None, **settings: Any
 ) -> Iterator[list[dict[str, Any]]]:
-    """The engine of `trim-plugin batch --engine ray`: results some at a time, in the order in which they come.
-
-    Args:
-        rows: of `asking.rows.read_rows`.
-        model: a folder or hub id.
-        actors: as for `answer`.
-        num_cpus: as for `answer`.
-        settings: `Recipe`'s.
-    """
+    """What `trim-plugin batch --engine ray` answers rows by: results some at a time, as they come; arguments as for `answer`."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     recipe = Recipe(model, **settings)

@@ -28,15 +28,7 @@ ARGUMENTS = (
 
 @serve.deployment
 class Chat:
-    """OpenAI's chat completions with pictures, answered by an engine of this replica's own.
-
-    Args:
-        recipe: what the model is loaded by.
-        name: what requests call the model.
-        limits: bounds on a request.
-        max_running: requests that run at once.
-        memory: bytes for their keys and values; None takes what the device has free.
-    """
+    """OpenAI's chat completions with pictures, answered by an engine of this replica's own; arguments as for `chat_app`."""
 
     def __init__(
         self, recipe: Recipe, name: str, limits: Limits, max_running: int = MAX_RUNNING, memory: int | None = None

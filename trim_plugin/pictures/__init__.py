@@ -1,1 +1,1 @@
-"""Knows pictures before and beside the text: from files to inputs, from kept tokens to images. Imports `generation` and below."""
+"""Pictures outside of a forward: they are opened, written into prompts, encoded and saved; kept tokens are drawn."""

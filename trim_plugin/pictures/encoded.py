@@ -99,7 +99,7 @@ class Pictures(EncodedSample):
         return cls(**stored.read(Path(path), device))
 
     def to(self, device: str | torch.device) -> Pictures:
-        """The same with its tensors on a device."""
+        """These pictures with their tensors on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("states", "index", "sizes")}
         return dataclasses.replace(self, **moved)
 
@@ -141,11 +141,7 @@ class Pictures(EncodedSample):
         """Raise `ValueError` unless this model encoded the pictures, with the adapters of now: merged or not, in any format."""
         own = find_model(model)
         vision = own.config.vision_config
-        layout = (
-            vision.max_num_tiles,
-            tile_tokens(vision),
-            own.config.text_config.hidden_size,
-        )
+        layout = (vision.max_num_tiles, tile_tokens(vision), own.config.text_config.hidden_size)
         if layout != (self.most_tiles, self.tile_tokens, self.states.shape[-1]):
             raise ValueError(
                 f"These pictures were encoded by another model: {self.most_tiles} tiles of {self.tile_tokens} tokens of "

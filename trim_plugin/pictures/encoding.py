@@ -1,4 +1,4 @@
-"""From pictures to what a forward reads of them."""
+"""Encodes pictures: runs the vision tower once, and keeps all of its visual tokens or those that a rule chooses."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def encode_pictures(
         )
     if not images:
         raise ValueError("No image was given to encode_pictures. Give at least one.")
-    _check_rule(rule)
+    if isinstance(rule, TopKPerHead | TopPPerHead):
+        raise ValueError(
+            f"{rule!r} chooses by the attention of a prompt, and there is none yet. Use KCenter, or rule=None."
+        )
     read = (to_rgb(image) if isinstance(image, Image.Image) else open_picture(image) for image in images)
     pages = (encode_each(model, processor, [picture], rule, tower_share=tower_share)[0] for picture in read)
     return functools.reduce(operator.add, pages)
@@ -98,16 +101,12 @@ def encode_each(
         model, processor, rule, tower_share: as for `encode_pictures`, checked.
         pictures: RGB, at least one, and as many as the tower may be given in one call.
 
-    Raises:
-        ValueError: as for `encode_pictures`.
-
     Example:
         >>> from trim_plugin.embedded import examples, load_small_model
         >>> pages = [open_picture(example.picture) for example in examples()[:2]]
         >>> [page.tiles for page in encode_each(*load_small_model(), pages)]
         [[1], [2]]
     """
-    _check_rule(rule)
     own = find_model(model)
     device = next(own.vision_model.parameters()).device
     seen = processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt")
@@ -122,13 +121,6 @@ def encode_each(
             _encoded(own, page if len(pictures) == 1 else page.clone(), int(tiles[0]), rule, mark, tower_share)
             for page, tiles in zip(pages, seen["num_tiles"], strict=True)
         ]
-
-
-def _check_rule(rule: ProcessorLike | None) -> None:
-    if isinstance(rule, TopKPerHead | TopPPerHead):
-        raise ValueError(
-            f"{rule!r} chooses by the attention of a prompt, and there is none yet. Use KCenter, or rule=None."
-        )
 
 
 def _encoded(

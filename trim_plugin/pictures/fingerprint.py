@@ -1,4 +1,4 @@
-"""Which model encoded a picture: numbers that tell another model, one that was trained since, and other adapters.
+"""Tells whether a model is the one that encoded a picture: not another, not trained since, with the same adapters.
 
 What counts is what shapes the visual states: the vision tower and the projector, with the adapters that are active on them and
 their scales. An adapter and the same adapter merged into the weights are the same; so is a model in another format.
@@ -37,10 +37,7 @@ def fingerprint(model: Any) -> torch.Tensor:
 
     NaN where weights cannot be read: offloaded ones, and those spread over processes. The first call reads all weights. Later
     ones look at a few numbers of each, at their versions and places, and at which adapters are active with which scales; only
-    if something has changed, all weights are read again.
-
-    Args:
-        model: an `MllamaModel`.
+    if something has changed, all weights are read again. The model is an `MllamaModel`.
 
     Example:
         >>> from trim_plugin.embedded import load_small_model

@@ -1,4 +1,4 @@
-"""Prompts about pictures that are not at hand: ids and masks from the number of their tiles."""
+"""Makes prompts about encoded pictures: ids and masks follow from the number of tiles, without any pixels."""
 
 from __future__ import annotations
 

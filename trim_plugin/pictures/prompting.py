@@ -1,4 +1,4 @@
-"""From a picture and a question to the inputs of `generate`."""
+"""Opens pictures, writes prompts in the model's chat format, and makes the inputs of `generate` out of both."""
 
 from __future__ import annotations
 
@@ -18,24 +18,8 @@ from trim_plugin.pictures.rgb import POSTSCRIPT, to_rgb
 
 #: What is read, where Pillow or a plugin of it can: formats of pictures alone. For PostScript Pillow runs another program.
 FORMATS = (
-    *(
-        "PNG",
-        "JPEG",
-        "WEBP",
-        "GIF",
-        "BMP",
-        "DIB",
-        "TIFF",
-        "PPM",
-        "JPEG2000",
-        "AVIF",
-        "HEIF",
-        "ICO",
-        "ICNS",
-        "PSD",
-        "QOI",
-    ),
-    *("DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"),
+    *("ICO", "ICNS", "PSD", "QOI", "DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
 )
 _POSTSCRIPT_BEGINS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 #: What Pillow's decoders raise on broken files.
@@ -97,10 +81,7 @@ def open_picture(source: Path | str | bytes) -> Image.Image:
 def opened(source: Path | str | bytes) -> Iterator[Image.Image]:
     """A picture of which the header alone has been read: its size is known, its pixels are decoded once they are asked for.
 
-    Every picture that comes from outside is opened here.
-
-    Args:
-        source: a file, or a file's bytes.
+    Every picture that comes from outside is opened here, a file or a file's bytes.
 
     Raises:
         UnidentifiedImageError: of none of the formats `FORMATS`.

@@ -1,4 +1,4 @@
-"""Pictures that are asked about again: encoded once, remembered as long as there is room, in a folder for later runs too."""
+"""Remembers encoded pictures for the next question about them: in memory as long as there is room, and in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.encoding import encode_each
 from trim_plugin.pictures.fingerprint import fingerprint
 from trim_plugin.pictures.rgb import to_rgb
-from trim_plugin.selection.processors import ProcessorLike
 
 #: Bytes that are held unless something else is said: 20 whole pictures of the 11B model in bfloat16.
 DEFAULT_BYTES = 2**30
@@ -29,7 +28,7 @@ Key = tuple[tuple[int, int], float | None, bytes]
 
 
 class RecentPictures:
-    """Encodes pictures and keeps the ones asked for last, each under what it shows: several questions, one call of the tower.
+    """Encodes pictures whole and keeps the ones asked for last, each under what it shows: several questions, one tower call.
 
     What is held lies in main memory; a generation takes it to the model's device, a piece of the batch at a time.
 
@@ -37,14 +36,13 @@ class RecentPictures:
         model: an Mllama model, or a wrapper around one. Its weights, adapters and their scales may change: pictures of before
             are not given then.
         processor: its `MllamaProcessor`.
-        rule: as for `encode_pictures`; None is whole, with the same answers as the pictures themselves.
         most_bytes: of encoded pictures that are held at a time, in main memory; the least recently asked for go first.
-        folder: where whole pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
+        folder: where pictures are kept on disk as well, a file each, made if need be; later runs find them there. Files of
             another model, of other adapters, or of a tower that was trained since, are written anew. Nothing is ever removed:
             delete the folder, or files of it, whenever you like. None keeps nothing on disk.
 
     Raises:
-        ValueError: `most_bytes` is negative, or a folder is given with a rule.
+        ValueError: `most_bytes` is negative.
         OSError: the folder cannot be made.
 
     Example:
@@ -60,15 +58,12 @@ class RecentPictures:
         self,
         model: torch.nn.Module,
         processor: Any,
-        rule: ProcessorLike | None = None,
         most_bytes: int = DEFAULT_BYTES,
         folder: Path | str | None = None,
     ) -> None:
         if most_bytes < 0:
             raise ValueError(f"most_bytes must be 0 or more, got {most_bytes}.")
-        if folder is not None and rule is not None:
-            raise ValueError("folder and rule are both given, but files there hold whole pictures. Choose one.")
-        self._model, self._processor, self._rule = model, processor, rule
+        self._model, self._processor = model, processor
         self._most_bytes = most_bytes
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
@@ -81,11 +76,7 @@ class RecentPictures:
         self.reused = 0
 
     def __call__(self, pictures: Sequence[Image.Image], tower_share: float | None = None) -> Pictures:
-        """These pictures in a row, encoded now or earlier.
-
-        Args:
-            pictures: the pictures.
-            tower_share: as for `encode_pictures`; each share has encoded pictures of its own.
+        """These pictures in a row, encoded now or earlier; each `tower_share` has encoded pictures of its own.
 
         Raises:
             ValueError: no picture is given, or as for `encode_pictures`.
@@ -96,12 +87,7 @@ class RecentPictures:
     def several(
         self, samples: Sequence[Sequence[Image.Image]], tower_share: float | None = None, at_a_time: int = 1
     ) -> list[Pictures]:
-        """The pictures of several samples, each sample's in a row.
-
-        Args:
-            samples: for every sample its pictures.
-            tower_share: as for `encode_pictures`.
-            at_a_time: most pictures that the vision tower is given in one call.
+        """The pictures of several samples, each sample's in a row; the vision tower is given at most `at_a_time` in one call.
 
         Raises:
             ValueError, OSError: as for a call.
@@ -141,17 +127,11 @@ class RecentPictures:
         """Bytes of the pictures held now."""
         return self._nbytes
 
-    def forget(self) -> None:
-        """Hold nothing any more."""
-        self._held.clear()
-        self._nbytes = 0
-
     def _key(self, picture: Image.Image, tower_share: float | None) -> Key:
         return picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
 
     def _encode(self, pictures: Sequence[Image.Image], tower_share: float | None) -> list[Pictures]:
-        share = checked_share(tower_share)
-        made = encode_each(self._model, self._processor, pictures, self._rule, tower_share=share)
+        made = encode_each(self._model, self._processor, pictures, tower_share=checked_share(tower_share))
         self.encoded += len(made)
         return [one.to("cpu") for one in made]
 
@@ -163,7 +143,7 @@ class RecentPictures:
             self._nbytes -= self._held.popitem(last=False)[1].nbytes
 
     def _keep(self, picture: Image.Image, made: Pictures, tower_share: float | None) -> None:
-        """In the folder, if there is one."""
+        """Write it into the folder, if there is one."""
         if self._folder is None:
             return
         try:
@@ -173,7 +153,7 @@ class RecentPictures:
             raise OSError(error.errno, said, str(self._folder)) from None
 
     def _name(self, picture: Image.Image, tower_share: float | None) -> str:
-        """Of the picture's file: what it shows, and what else its encoding depends on."""
+        """The name of a picture's file: a hash of what it shows and of what else its encoding depends on."""
         own = () if tower_share is None else (tower_share,)
         kind = repr((picture.size, str(self._model.dtype), *own))
         return hashlib.blake2b(kind.encode() + picture.tobytes(), digest_size=20).hexdigest() + ".safetensors"

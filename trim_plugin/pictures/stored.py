@@ -175,7 +175,7 @@ def _numbers(fields: Any) -> dict[str, Any]:
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     fits = fits and (share is None or (is_number and 0 < share <= 1))
     if not fits:
-        raise ValueError("its fields hold what they cannot hold")
+        raise ValueError("a field has a value that is not allowed")
     return numbers
 
 

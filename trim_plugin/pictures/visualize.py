@@ -1,4 +1,4 @@
-"""Pictures of what a trimmed cache keeps."""
+"""Draws which visual tokens of a picture a trimmed cache keeps, their scores, and what each stands for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from trim_plugin.arithmetic import picture_tokens, tile_side
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
-from trim_plugin.forward.holders import GroupRecorder, holders
+from trim_plugin.forward.holders import ScoreRecorder, holders
 from trim_plugin.forward.hooks import TrimmedCache
-from trim_plugin.selection.processors import VisualTokenProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,35 +43,6 @@ class KeptFigure(Figure):
         self.savefig(file, format="png", dpi=80)
         data = base64.b64encode(file.getvalue()).decode()
         return f'<img style="max-width:100%" src="data:image/png;base64,{data}">'
-
-
-class ScoreRecorder(VisualTokenProcessor):
-    """Notes the head-mean score of every visual token and changes nothing. Put it first in a list of processors.
-
-    Example:
-        >>> recorder = ScoreRecorder()
-        >>> scores = torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])
-        >>> recorder(scores, torch.ones(1, 2, dtype=torch.bool)) is scores
-        True
-        >>> recorder.head_mean[0]
-        tensor([[0.3000, 0.7000]])
-    """
-
-    def __init__(self) -> None:
-        #: One tensor (samples, visual tokens) for every call; NaN outside the visibility group of the call.
-        self.head_mean: list[torch.Tensor] = []
-
-    def __call__(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Record; shapes as in `VisualTokenProcessor.__call__`."""
-        self.head_mean.append(scores.mean(dim=1).masked_fill(~visible, float("nan")).cpu())
-        return scores
-
-    def scores(self, sample: int = 0) -> np.ndarray:
-        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
-
-        Right for a batch of one; with more, a call may hold only those samples that have such a group.
-        """
-        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +119,11 @@ def visualize(
         )
     tile_map = tile_map_of(model, inputs, sample, image)
     inputs = {name: tensor[sample : sample + 1] for name, tensor in inputs.items()}
-    recorder, groups = ScoreRecorder(), GroupRecorder()
+    recorder = ScoreRecorder()
     cache = TrimmedCache(
         model,
         TrimConfig(
-            processors=(recorder, groups, *settings.processor_list),
-            merge=settings.merge,
-            tower_share=settings.tower_share,
+            processors=(recorder, *settings.processor_list), merge=settings.merge, tower_share=settings.tower_share
         ),
     )
     with torch.no_grad():
@@ -163,7 +131,7 @@ def visualize(
     total = cache.report().total_tokens[0]
     kept = np.zeros(total)
     kept[cache.kept_indices[0].cpu().numpy()] = 1.0
-    holding = holders(model, cache, groups) if settings.merge else None
+    holding = holders(model, cache, recorder) if settings.merge else None
     return _draw(picture_as_seen(inputs, image, tile_map), tile_map, kept, recorder.scores(), holding, title)
 
 
@@ -219,13 +187,7 @@ def _draw(
         f"{int(patches.sum())} of {patches.size} patches, {int(class_tokens.sum())} of {class_tokens.size} class tokens"
     )
     right.imshow(picture.mean(axis=2), cmap="gray", interpolation="nearest", alpha=0.35)
-    heat = right.imshow(
-        tile_map.patches(scores),
-        cmap="magma",
-        interpolation="nearest",
-        alpha=0.85,
-        extent=whole,
-    )
+    heat = right.imshow(tile_map.patches(scores), cmap="magma", interpolation="nearest", alpha=0.85, extent=whole)
     right.set_title("score: attention of the text, mean over heads")
     figure.colorbar(heat, ax=right, shrink=0.8)
     if holding is not None:
@@ -262,29 +224,26 @@ def draw_regions(axes: Axes, picture: np.ndarray, holding: np.ndarray, own: np.n
     grey = np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2)
     zoom = (height // holding.shape[0], width // holding.shape[1])
     names = np.unique(holding[holding >= 0])
-    colours = np.array([_colour(number) for number in range(len(names))] + [(1.0, 1.0, 1.0)])
+    colours = np.concatenate([_colours(len(names)), np.ones((1, 3))])
     number = np.where(holding < 0, len(names), np.searchsorted(names, holding))
     tinted = np.kron(number, np.ones(zoom, dtype=int))
     axes.imshow((1 - TINT) * grey + TINT * colours[tinted], interpolation="nearest")
-    for before, after, line in (
-        (number[:, :-1], number[:, 1:], lambda row, column: ((column + 1,) * 2, (row, row + 1))),
-        (number[:-1], number[1:], lambda row, column: ((column, column + 1), (row + 1,) * 2)),
-    ):
-        for row, column in zip(*np.nonzero(before != after), strict=True):
-            xs, ys = line(row, column)
-            axes.plot(np.array(xs) * zoom[1] - 0.5, np.array(ys) * zoom[0] - 0.5, color="black", linewidth=0.8)
+    tops, lefts = np.arange(len(number) + 1) * zoom[0] - 0.5, np.arange(number.shape[1] + 1) * zoom[1] - 0.5
+    rows, columns = np.nonzero(number[:, :-1] != number[:, 1:])
+    axes.vlines(lefts[columns + 1], tops[rows], tops[rows + 1], color="black", linewidth=0.8)
+    rows, columns = np.nonzero(number[:-1] != number[1:])
+    axes.hlines(tops[rows + 1], lefts[columns], lefts[columns + 1], color="black", linewidth=0.8)
     rows, columns = np.nonzero(own)
     axes.scatter((columns + 0.5) * zoom[1] - 0.5, (rows + 0.5) * zoom[0] - 0.5, s=7, color="black", zorder=3)
 
 
-def _colour(number: int) -> tuple[float, float, float]:
-    """Colours that differ however many there are: hues a golden ratio apart, in three lightnesses."""
+def _colours(count: int) -> np.ndarray:
+    """Colours that differ however many there are, (count, 3): hues a golden ratio apart, in three lightnesses."""
     from matplotlib.colors import hsv_to_rgb
 
-    red, green, blue = hsv_to_rgb(
-        (number * 0.618034 % 1.0, (0.85, 0.5, 0.7)[number % 3], (0.95, 0.9, 0.65)[number % 3])
-    )
-    return float(red), float(green), float(blue)
+    number = np.arange(count)
+    lightness = np.array([(0.85, 0.95), (0.5, 0.9), (0.7, 0.65)])[number % 3]
+    return np.asarray(hsv_to_rgb(np.column_stack([number * 0.618034 % 1.0, lightness])))
 
 
 def dropped_overlay(kept: np.ndarray) -> np.ndarray:

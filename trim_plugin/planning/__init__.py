@@ -1,1 +1,1 @@
-"""Knows memory from a configuration, without weights. Imports `config` and below."""
+"""How much memory a generation takes, worked out from a model's configuration without its weights."""

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 #: Models whose shape is known without a file.
 SHAPES = ("11b", "90b")
-MODEL_TYPE = "mllama"
 
 
 @dataclasses.dataclass
@@ -88,10 +87,7 @@ def built_in_config(shape: str) -> ModelNumbers:
 
 
 def read_config(settings: Any) -> ModelNumbers:
-    """The numbers in what a model folder's config.json holds; what it leaves out is as in transformers.
-
-    Args:
-        settings: the parsed JSON.
+    """The numbers in the parsed JSON of a model folder's config.json; what it leaves out is as in transformers.
 
     Raises:
         ValueError: it is no configuration of an Mllama model, or a number in it is none.
@@ -107,7 +103,7 @@ def read_config(settings: Any) -> ModelNumbers:
     kind = settings.get("model_type") if isinstance(settings, Mapping) else None
     if not isinstance(kind, str):
         raise ValueError("no model's configuration: it names no 'model_type'")
-    if kind != MODEL_TYPE:
+    if kind != "mllama":
         raise ValueError(f"a {kind} model; trim-plugin needs an Mllama (Llama-3.2-Vision) model")
     return ModelNumbers(
         _numbers(VisionNumbers, settings, "vision_config"), _numbers(TextNumbers, settings, "text_config")

@@ -1,7 +1,8 @@
-"""What fits into a memory, and what limits it."""
+"""Finds the largest batch that fits into a memory, and says what limits it."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 
@@ -42,15 +43,7 @@ def largest_fit(
     weights: str = "bf16",
     reserve: int = RESERVE,
 ) -> Fit:
-    """The largest batch whose peak, with the reserve, stays within `memory` bytes.
-
-    Args:
-        config: the model's configuration.
-        job: what is generated; its batch does not matter.
-        variant: how.
-        memory: bytes of the device.
-        weights: format of the weights.
-        reserve: bytes to be left free.
+    """The largest batch whose peak, with the reserve, stays within `memory` bytes. The job's own batch does not matter.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -64,23 +57,15 @@ def largest_fit(
     def planned(batch: int) -> Plan:
         return plan(config, dataclasses.replace(job, batch=batch), variant, weights=weights, reserve=reserve)
 
-    def fits(batch: int) -> bool:
-        return planned(batch).needed <= memory
-
-    low, high = 0, 1
-    while high < MOST and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    over = planned(low + 1)
+    largest = bisect.bisect_right(range(1, MOST), memory, key=lambda batch: planned(batch).needed)
+    over = planned(largest + 1)
     if over.weights_total + reserve >= memory:
-        return Fit(low, "weights", _weights_too_large(config, weights, reserve, memory))
-    return Fit(low, *_limit(over, memory))
+        return Fit(largest, "weights", _weights_too_large(config, weights, reserve, memory))
+    return Fit(largest, *_limit(over, memory))
 
 
 def _weights_too_large(config: Configuration, weights: str, reserve: int, memory: int) -> str:
-    """That the weights alone do not fit, and in which format or on how many devices they would."""
+    """A sentence: the weights alone do not fit; in which format, or on how many devices, they would."""
     free = memory - reserve
     if free <= 0:
         return f"the reserve alone takes {format_bytes(reserve)}"

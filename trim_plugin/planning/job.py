@@ -1,4 +1,4 @@
-"""What is to be generated, in numbers."""
+"""The job that memory is planned for: how many samples, images, tiles and text tokens."""
 
 from __future__ import annotations
 

@@ -12,14 +12,13 @@ from trim_plugin.planning.configuration import Configuration
 #: As `trim-plugin generate --weights` names them: dtypes, and bitsandbytes' formats.
 WEIGHT_FORMATS = ("bf16", "fp32", "fp16", "int8", "nf4", "fp4")
 QUANTIZED_WEIGHTS = ("int8", "nf4", "fp4")
-#: Modules that quantized weights leave in 16 bits, as trim_plugin.integrations.bitsandbytes does.
-UNQUANTIZED = ("multi_modal_projector", "lm_head")
-#: The other linear layers, by their names in `parameters`: what quantization makes smaller.
-QUANTIZED = frozenset(
+#: The linear layers that quantization makes smaller, by their names in `parameters`. Projector and `lm_head` are not among them,
+#: see `SKIPPED` of trim_plugin.integrations.bitsandbytes.
+QUANTIZED_LAYERS = frozenset(
     ("attention_proj", "fc1", "fc2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 )
 #: Values that share a scale in 4-bit weights.
-BLOCK = 64
+WEIGHT_BLOCK = 64
 #: 4-bit weights quantize their scales in blocks of this many.
 SCALE_BLOCK = 256
 
@@ -29,8 +28,8 @@ def weight_bytes(config: Configuration, weights: str = "bf16") -> dict[str, int]
 
     Args:
         config: the model's configuration.
-        weights: "bf16", "fp32", "fp16", or "int8", "nf4" and "fp4" (bitsandbytes: linear layers quantized, except the
-            projector and `lm_head`, the rest in 16 bits).
+        weights: one of `WEIGHT_FORMATS`. "int8", "nf4" and "fp4" are bitsandbytes': linear layers are quantized, except the
+            projector and `lm_head`; the rest has 16 bits.
 
     Raises:
         ValueError: an unknown format.
@@ -45,7 +44,7 @@ def weight_bytes(config: Configuration, weights: str = "bf16") -> dict[str, int]
     element = element_size(weights)
     parts: dict[str, int] = {}
     for part, times, name, shape in parameters(config):
-        small = weights in QUANTIZED_WEIGHTS and name in QUANTIZED
+        small = weights in QUANTIZED_WEIGHTS and name in QUANTIZED_LAYERS
         size = _quantized_weight(shape, weights) if small else math.prod(shape) * element
         parts[part] = parts.get(part, 0) + times * size
     return parts
@@ -57,7 +56,7 @@ def cross_kv_bytes(config: Configuration, batch: int, tokens: int, kv: str | Non
     Args:
         config: the model's configuration.
         batch: samples.
-        tokens: visual tokens that a sample's layer holds (the longest sample's).
+        tokens: visual tokens that a layer holds of each sample.
         kv: a name of `KV_FORMATS` for quantized caches, None for the model's dtype.
         element: bytes of a number in the model's dtype.
 
@@ -104,7 +103,7 @@ def dequantized_scratch(config: Configuration, weights: str) -> int:
     """
     if weights not in ("nf4", "fp4"):
         return 0
-    return 2 * max(math.prod(shape) for _, _, name, shape in parameters(config) if name in QUANTIZED)
+    return 2 * max(math.prod(shape) for _, _, name, shape in parameters(config) if name in QUANTIZED_LAYERS)
 
 
 def element_size(weights: str) -> int:
@@ -199,16 +198,16 @@ def _quantized_weight(shape: tuple[int, ...], weights: str) -> int:
     numbers = math.prod(shape)
     if weights == "int8":
         return numbers + 4 * shape[0]
-    blocks = math.ceil(numbers / BLOCK)
+    blocks = math.ceil(numbers / WEIGHT_BLOCK)
     code_books = 4 * (16 + 256) + 4
     return math.ceil(numbers / 2) + blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + code_books
 
 
-def part_of(name: str, crossing: set[int]) -> str:
+def model_part(name: str, crossing: set[int]) -> str:
     """The part of the model that a parameter of this name belongs to; `crossing` are the cross-attention layers.
 
     Example:
-        >>> part_of("model.language_model.layers.3.mlp.up_proj.weight", {3})
+        >>> model_part("model.language_model.layers.3.mlp.up_proj.weight", {3})
         'cross-attention layers'
     """
     pieces = name.split(".")

@@ -48,9 +48,9 @@ MEASURED_KEPT = (
     (0.5, 0.965),
     (1.0, 1.0),
 )
-#: Numbers of a plan that are upper bounds where micro-batches are counted as if each held the fullest samples,
+#: Numbers of a plan that are upper bounds where samples have different tiles: every micro-batch counts as one of the fullest.
 FULLEST = ("prefill_kv", "prefill_set", "prefill_peak", "needed")
-#: and where samples keep different numbers of tokens that only their mean is known of.
+#: Numbers that are upper bounds where samples keep different numbers of tokens, of which only the mean is known.
 UPPER_BOUNDS = ("cross_kv", "held_tokens", "decode_set", "decode_peak", *FULLEST)
 
 
@@ -90,7 +90,7 @@ class PlannedVariant:
 
     @property
     def forecast(self) -> bool:
-        """Whether the share is that of a ratio, so that samples keep more or less than it."""
+        """Whether the share is forecast from a ratio: single samples will keep more or less."""
         return self.top_k_ratio is not None and self.kept_share is not None and self.kept_share < 1.0
 
 
@@ -184,8 +184,9 @@ def variants(
     prefill_pictures: int | None = None,
     tower_share: float | None = None,
 ) -> list[PlannedVariant]:
-    """Stock, exact, and trimmed for every ratio and share, the default rule's share where there is none; a `tower_share` is for
-    trimmed alone.
+    """Stock, exact, and a trimmed variant for every ratio and share, or for the default rule's share where none is given.
+
+    `tower_share` is that of the trimmed variants.
 
     Example:
         >>> [variant.name for variant in variants((0.25,))], [variant.name for variant in variants((0.25, 0.1))][2:]
@@ -206,14 +207,7 @@ def variants(
 def plan(
     config: Configuration, job: Job, variant: PlannedVariant, *, weights: str = "bf16", reserve: int = RESERVE
 ) -> Plan:
-    """Memory of one variant.
-
-    Args:
-        config: the model's configuration.
-        job: what is generated.
-        variant: how.
-        weights: format of the weights, see `weight_bytes`.
-        reserve: bytes to be left free.
+    """The memory that a job takes with one variant; the format of the weights is one of `weight_bytes`.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -278,10 +272,7 @@ def samples_by_kept(config: Configuration, job: Job, variant: PlannedVariant) ->
 
 
 def width_classes(kept: Mapping[int, int]) -> list[tuple[int, int]]:
-    """How a cache lays out samples that keep so many visual tokens: the width of every class, and its samples.
-
-    Args:
-        kept: how many samples keep so many, see `samples_by_kept`.
+    """How a cache lays out samples, of which `samples_by_kept` says what they keep: the width of every class, and its samples.
 
     Example:
         >>> width_classes({1601: 3, 6404: 1}), width_classes({1601: 3, 1700: 1})
@@ -322,7 +313,7 @@ def _prefill(
     if job.tower:
         earlier = 0 if variant.stock else caches * (job.batch - samples) // job.batch
         # While the tower reads some images of a micro-batch, the states of all of them are gathered.
-        gathered = 0 if images >= last else working_set.visual_states(config, last, element)
+        gathered = 0 if images >= last else working_set.visual_state_bytes(config, last, element)
         tower = working_set.tower(config, images, element, job.most_tiles, variant.tower_share)
         moments.append((earlier, gathered + tower))
     if not variant.stock and (samples < job.batch or job.expand_size > 1):

@@ -1,4 +1,4 @@
-"""What `trim-plugin plan` shows a person: a row for each variant, and what fits in sentences."""
+"""Prints what `trim-plugin plan` shows a person: a table with a row for each variant, and sentences on what fits."""
 
 from __future__ import annotations
 
@@ -27,16 +27,9 @@ COLUMNS = (
 def show(
     console: Console, model: str, job: Job, weights: str, plans: list[Plan], memory: int | None, fits: dict[str, Fit]
 ) -> None:
-    """Print everything.
+    """Print the plans, a row each, and what fits into `memory`: `fits` by the name of the variant, empty without a memory.
 
-    Args:
-        console: where to; one that takes words as they are (`commands.plain_console`), since a model's name is its user's.
-        model: its name, for the title.
-        job: what is generated.
-        weights: their format.
-        plans: a row each.
-        memory: bytes of the device; None if they don't matter.
-        fits: what fits, by the name of the variant; empty without `memory`.
+    The console takes words as they are (`commands.plain_console`), since a model's name is its user's.
     """
     console.print(_table(_title(model, job, weights, plans), plans, fits))
     for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
@@ -82,7 +75,7 @@ def _size(one: Plan, field: str, unit: int) -> str:
 
 
 def _fitting(job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fit]) -> list[str]:
-    """Which variants fit, what limits the largest batch, and why no sample fits: variants of the same reason in one line."""
+    """Sentences: which variants fit, what limits the largest batch, and why not even one sample fits."""
     if memory is None:
         return []
     fitting = [one.variant.name for one in plans if one.needed <= memory]

@@ -11,7 +11,7 @@ from trim_plugin.planning.configuration import Configuration
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.model_sizes import kv_values
 
-#: Scoring and merging never take more scratch than this each, see `attention/scoring.py` and `rules/merging.py`.
+#: Scoring and merging never take more scratch than this each, see `selection.scoring` and `selection.merging`.
 SCRATCH = 64 * 2**20
 
 
@@ -30,12 +30,7 @@ def pixels(config: Configuration, images: int) -> int:
 def tower(config: Configuration, images: int, element: int, tiles: int = 4, share: float | None = None) -> int:
     """Bytes that the vision tower needs at its peak for so many images at once, its output included.
 
-    Args:
-        config: the model's configuration.
-        images: read at once.
-        element: bytes of a number.
-        tiles: real tiles of each image; matters with a share alone.
-        share: `TrimConfig.tower_share`; None for an untouched tower.
+    The real tiles of an image matter only with a `share`, which is `TrimConfig.tower_share`; None is an untouched tower.
 
     Example:
         >>> from trim_plugin.planning.configuration import built_in_config
@@ -75,7 +70,7 @@ def tower(config: Configuration, images: int, element: int, tiles: int = 4, shar
     )
 
 
-def visual_states(config: Configuration, images: int, element: int) -> int:
+def visual_state_bytes(config: Configuration, images: int, element: int) -> int:
     """Bytes of what the text model reads of images."""
     return images * picture_tokens(config.vision_config) * config.text_config.hidden_size * element
 
@@ -83,12 +78,7 @@ def visual_states(config: Configuration, images: int, element: int) -> int:
 def text(config: Configuration, job: Job, samples: int, kept: int | None, element: int) -> int:
     """Bytes that the text model needs at its peak to read the prompts of `samples` samples, their visual states included.
 
-    Args:
-        config: the model's configuration.
-        job: what is generated.
-        samples: read at a time.
-        kept: visual tokens that later layers get of a sample; None if nothing is chosen (stock, exact).
-        element: bytes of a number.
+    Later layers get `kept` visual tokens of a sample; None if nothing is chosen (stock, exact).
     """
     own, visual = config.text_config, samples * job.images * picture_tokens(config.vision_config)
     rows = samples * job.prompt_tokens
