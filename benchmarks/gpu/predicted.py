@@ -75,7 +75,7 @@ def choosing(members: int, tokens: int, width: int, share: float) -> Counts:
     states = (states + 2 * torch.randn(states.shape, generator=generator)).bfloat16()
     chosen_among = torch.arange(tokens)[None] < members
     with Counting("cpu") as counting:
-        _CHOOSE(KCenter(share), states, chosen_among, counts=[[members]])
+        _CHOOSE(KCenter(share), states, chosen_among, sizes=[[members]])
     return counting.found
 
 

@@ -63,7 +63,7 @@ def filled(case: Case) -> tuple[CrossAttentionLayer, torch.Tensor]:
         columns,
         list(case.kept),
         visible=torch.full((sources,), widest),
-        tiles=torch.ones(sources, -(-widest // TILE), dtype=torch.bool),
+        readable_tiles=torch.ones(sources, -(-widest // TILE), dtype=torch.bool),
         token_bytes=2 * KV_HEADS * HEAD_DIM * 4,
         dtype=torch.float32,
         sized=False,

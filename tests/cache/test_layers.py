@@ -37,7 +37,7 @@ def record_of(keeps, width, bucket=0):
         columns,
         [len(kept) for kept in keeps],
         visible=torch.full((len(keeps),), width),
-        tiles=torch.ones(len(keeps), width // TILE, dtype=torch.bool),
+        readable_tiles=torch.ones(len(keeps), width // TILE, dtype=torch.bool),
         token_bytes=8,
         dtype=torch.float32,
         sized=False,
@@ -94,7 +94,7 @@ def test_a_later_picture_follows_and_nothing_is_quantized_twice(format):
         columns,
         columns.readable.sum(1).tolist(),
         visible=kept.visible,
-        tiles=torch.ones(2, 3, dtype=torch.bool),
+        readable_tiles=torch.ones(2, 3, dtype=torch.bool),
         token_bytes=8,
         dtype=torch.float32,
         sized=False,
@@ -105,7 +105,7 @@ def test_a_later_picture_follows_and_nothing_is_quantized_twice(format):
     fresh = rounded(new, format)
     assert torch.equal(first, torch.cat([before[0], fresh[0][:, [0, 2]]], dim=1))
     assert torch.equal(second, torch.cat([before[1][:, 4:], fresh[1][:, [1]]], dim=1))
-    assert [index.tolist() for index in after.of_samples("index")] == [[0, 3, 8, 10], [4, 5, 6, 7, 9]]
+    assert [index.tolist() for index in after.per_sample("index")] == [[0, 3, 8, 10], [4, 5, 6, 7, 9]]
 
 
 class Concatenated(TorchDispatchMode):
@@ -164,7 +164,7 @@ def test_samples_move_as_if_each_had_a_copy_of_its_own(counts, steps, format, st
             [kept], [(0, source) for source in sources], [sources.index(s) for s in order], 8 if static else 0
         )
         layer.regroup(kept, recipe, [layer])
-    assert [index.tolist() for index in kept.of_samples("index")] == indices
+    assert [index.tolist() for index in kept.per_sample("index")] == indices
     for (keys, values), (ours, our_values) in zip(copies, read(layer, kept), strict=True):
         assert torch.equal(ours, keys)
         assert torch.equal(our_values, values)

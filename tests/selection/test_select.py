@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
-from trim_plugin.selection.select import Columns, Counted, select
+from trim_plugin.selection.select import Columns, KnownGroups, select
 from trim_plugin.selection.visibility import Tiles, Visibility, of_tiles
 
 INF = float("inf")
@@ -40,7 +40,7 @@ def test_every_group_keeps_its_best_and_a_sample_that_nobody_reads_keeps_all():
     scores = torch.tensor([[[9, 8, 7, 1, 2, 3.0]], [[9, 8, 7, 1, 2, 3.0]], [[-INF] * 6]])
     kept, picked = chosen(scores, columns(MIXED), TopKPerHead(0.3))
     assert kept.int().tolist() == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0], [1] * 6]
-    assert picked.readable == [2, 2, 6]
+    assert picked.readable_counts == [2, 2, 6]
     assert picked.merging is None
 
 
@@ -76,7 +76,7 @@ def test_tokens_of_earlier_turns_are_not_asked_about_and_stay():
         torch.tensor([[[0, 0, 9, 1, 2.0]]]), columns([[-1, -1, 0, 0, 0]], first_new=2), TopKPerHead(0.3), groups=1
     )
     assert kept.int().tolist() == [[1, 0, 0]]
-    assert picked.readable == [3]
+    assert picked.readable_counts == [3]
 
 
 def test_columns_are_narrowed_to_what_is_kept():
@@ -123,11 +123,11 @@ def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, t
     seen = of_tiles((torch.rand(batch, rows, 1, tiles) < 0.6).long(), padding, tile_tokens)
     about, known = everything_new(seen)
     keys, states = torch.randn(batch, 1, tiles * tile_tokens, 4), torch.randn(batch, tiles * tile_tokens, 8)
-    rule, groups = VisualTokenProcessorList([KCenter(kept_share)]), len(known.groups[0])
-    scores, unchecked = torch.zeros(batch, 1, tiles * tile_tokens), []
-    told = select(scores, keys, states, about, groups, rule, True, known, unchecked)
+    rule, groups = VisualTokenProcessorList([KCenter(kept_share)]), len(known.sizes[0])
+    scores, later = torch.zeros(batch, 1, tiles * tile_tokens), []
+    told = select(scores, keys, states, about, groups, rule, True, known, later)
     counted = select(scores, keys, states, about, groups, rule, True)
-    assert told.readable == counted.readable
+    assert told.readable_counts == counted.readable_counts
     assert (told.positions is None, told.merging is None) == (counted.positions is None, counted.merging is None)
     if counted.positions is not None:
         assert torch.equal(told.positions, counted.positions)
@@ -135,14 +135,14 @@ def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, t
     if counted.merging is not None:
         assert torch.equal(told.merging.slots, counted.merging.slots)
         assert torch.equal(told.merging.sizes, counted.merging.sizes)
-    assert not any(bool(flag.any()) for flag in unchecked)
+    assert not any(bool(flag.any()) for flag in later)
 
 
 def everything_new(seen: Visibility):
     """The columns of a first turn in which all tiles are whole, and what the host knows of them."""
-    groups, readable = seen.groups(), seen.readable()
+    groups, readable = seen.groups(), seen.readable_tiles()
     index = torch.arange(groups.shape[1] * seen.tile_tokens).expand(len(groups), -1)
     group, ones = groups.repeat_interleave(seen.tile_tokens, dim=1), torch.ones_like(index)
     can = readable.repeat_interleave(seen.tile_tokens, dim=1)
     about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=seen.tile_tokens)
-    return about, Counted.of(Tiles(groups, readable, groups), seen.tile_tokens)
+    return about, KnownGroups.of(Tiles(groups, readable, groups), seen.tile_tokens)

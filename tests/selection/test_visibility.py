@@ -28,17 +28,17 @@ def test_query_rows_read_something_and_are_not_padding():
     for found in (of_tiles(tiles, padding, 5), of_additive(*additive(rows), padding)):
         assert found.open[0].int().tolist() == rows
         assert found.query_rows.tolist() == [[False, True, False]]
-        assert found.readable(exact=True).int().tolist() == [[1, 1, 0, 1]]
+        assert found.readable_tiles(exact=True).int().tolist() == [[1, 1, 0, 1]]
 
 
 def test_a_fully_masked_last_row_reads_everything():
-    assert of_additive(*additive([[1, 0], [0, 0]]), None).readable().tolist() == [[True, True]]
+    assert of_additive(*additive([[1, 0], [0, 0]]), None).readable_tiles().tolist() == [[True, True]]
 
 
 def test_padding_behind_the_text_does_not_say_what_is_readable():
     found = seen([[[1, 0], [1, 1]], [[0, 1], [1, 1]]], [[False, True], [True, True]])
-    assert found.readable().tolist() == [[True, False], [True, True]]
-    assert found.readable(exact=True).tolist() == [[True, True], [True, True]]
+    assert found.readable_tiles().tolist() == [[True, False], [True, True]]
+    assert found.readable_tiles(exact=True).tolist() == [[True, True], [True, True]]
     second = torch.tensor([[False, True], [False, False]])
     assert not found.reads_any(second)
     assert found.reads_any(second, exact=True)

@@ -86,12 +86,12 @@ class HeldCache(Cache):
         """For every sample a sorted LongTensor: the visual tokens that decoding can read. Empty tensors without an image."""
         if self.kept is None:
             return [torch.empty(0, dtype=torch.long, device="cpu") for _ in range(self.batch_size)]
-        return self.kept.of_samples("index")
+        return self.kept.per_sample("index")
 
     @property
     def kept_sizes(self) -> list[torch.Tensor]:
         """For every sample a LongTensor: how many visual tokens each of `kept_indices` stands for; 1 where none were merged."""
-        return self.kept_indices if self.kept is None else self.kept.of_samples("sizes")
+        return self.kept_indices if self.kept is None else self.kept.per_sample("sizes")
 
     def report(self) -> TrimReport:
         """Count tokens and bytes from the tensors that are held now."""

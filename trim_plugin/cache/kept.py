@@ -61,7 +61,7 @@ class KeptTokens:
         classes: the width classes; every source is in one.
         order: the source of every sample of the batch.
         visible: int64 (sources,), visual tokens that at least one query row may read.
-        readable: bool (sources, tiles) on the CPU: visible to the last prompt row, kept or not. Decoding reads nothing else.
+        readable_tiles: bool (sources, tiles) on the CPU: visible to the last prompt row, kept or not. Decoding reads no other.
         tile_tokens: visual tokens of a tile.
         token_bytes: bytes of a visual token's keys and values in one layer, as stock holds them.
         dtype: the masks' dtype.
@@ -72,7 +72,7 @@ class KeptTokens:
     classes: tuple[WidthClass, ...]
     order: tuple[int, ...]
     visible: torch.Tensor
-    readable: torch.Tensor
+    readable_tiles: torch.Tensor
     tile_tokens: int
     token_bytes: int
     dtype: torch.dtype
@@ -88,12 +88,12 @@ class KeptTokens:
     @property
     def total(self) -> int:
         """Visual tokens of a sample, kept or not."""
-        return self.readable.shape[1] * self.tile_tokens
+        return self.readable_tiles.shape[1] * self.tile_tokens
 
     @property
     def sources(self) -> int:
         """Samples that brought pictures, copies not counted."""
-        return self.readable.shape[0]
+        return self.readable_tiles.shape[0]
 
     @property
     def shared(self) -> bool:
@@ -180,10 +180,10 @@ class KeptTokens:
             classes=(WidthClass(numbers, (0,) * sources, 1, nothing, nothing, None),),
             order=numbers,
             visible=torch.zeros(sources, dtype=torch.long, device=like.visible.device),
-            readable=torch.zeros(sources, like.readable.shape[1], dtype=torch.bool, device="cpu"),
+            readable_tiles=torch.zeros(sources, like.readable_tiles.shape[1], dtype=torch.bool, device="cpu"),
         )
 
-    def of_samples(self, name: str) -> list[torch.Tensor]:
+    def per_sample(self, name: str) -> list[torch.Tensor]:
         """For every sample what its class's `index` or `sizes` says of the tokens that are kept."""
         rows = {
             source: getattr(own, name)[row, : own.counts[row]]
@@ -207,10 +207,10 @@ class KeptTokens:
     def of(
         cls,
         columns: Columns,
-        readable: Sequence[int],
+        kept_counts: Sequence[int],
         *,
         visible: torch.Tensor,
-        tiles: torch.Tensor,
+        readable_tiles: torch.Tensor,
         token_bytes: int,
         dtype: torch.dtype,
         sized: bool,
@@ -220,21 +220,21 @@ class KeptTokens:
 
         Args:
             columns: what the turn's layers attended to.
-            readable: how many of its columns every sample keeps.
+            kept_counts: how many of its columns every sample keeps.
             visible, token_bytes, dtype, sized, bucket: as for the class.
-            tiles: bool (batch, tiles), its `readable`.
+            readable_tiles: bool (batch, tiles).
 
         Returns:
             The record, and what of the columns goes into each of its classes.
         """
-        found = classify(readable, [1] * len(readable), bucket)
+        found = classify(kept_counts, [1] * len(kept_counts), bucket)
         uploaded = Uploaded(columns.index.device)
         planned = [
-            (uploaded.rows(sources), uploaded.add([readable[source] for source in sources])) for sources, _ in found
+            (uploaded.rows(sources), uploaded.add([kept_counts[source] for source in sources])) for sources, _ in found
         ]
         classes, picked = [], []
         for (sources, width), (rows_there, counts_there) in zip(found, planned, strict=True):
-            rows, counts = rows_there(), tuple(readable[source] for source in sources)
+            rows, counts = rows_there(), tuple(kept_counts[source] for source in sources)
             own = take(columns.readable & columns.valid, rows)
             index, sizes, positions = take(columns.index, rows), take(columns.sizes, rows), None
             if width != own.shape[1] or min(counts) < width:
@@ -243,9 +243,9 @@ class KeptTokens:
             valid = None if min(counts) == width else first_places(counts_there(), width)
             classes.append(width_class(sources, counts, 1, index, sizes, valid, dtype, sized, bucket))
             picked.append(Picked(rows, positions))
-        order = tuple(range(len(readable)))
+        order = tuple(range(len(kept_counts)))
         return cls(
-            tuple(classes), order, visible, tiles, columns.tile_tokens, token_bytes, dtype, sized, bucket
+            tuple(classes), order, visible, readable_tiles, columns.tile_tokens, token_bytes, dtype, sized, bucket
         ), picked
 
 

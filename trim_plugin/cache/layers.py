@@ -234,7 +234,7 @@ class Lent:
     def tensor(self) -> torch.Tensor:
         """(batch, key-value heads, visual tokens of the fullest sample, head_dim); zeros in padding."""
         keys, values = self.layer.side_by_side().read()
-        return of_samples(keys if self.name == "keys" else values, self.layer.kept)
+        return expanded_to_samples(keys if self.name == "keys" else values, self.layer.kept)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -254,7 +254,7 @@ class Lent:
         return func(*given, **named)
 
 
-def of_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
+def expanded_to_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
     """A row for every sample of the batch, from one for every source; without a copy where that is possible."""
     if not kept.shared:
         return of_sources

@@ -16,7 +16,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import eager_attention_forward
 
-from trim_plugin.cache.layers import CrossAttentionLayer, Lent, in_this_thread, of_samples
+from trim_plugin.cache.layers import CrossAttentionLayer, Lent, expanded_to_samples, in_this_thread
 from trim_plugin.cache.regrouping import padded_columns
 from trim_plugin.selection.visibility import add_log_sizes, open_mask
 
@@ -77,7 +77,7 @@ def attention(
     if lent:
         if attention_mask is None and query.shape[2] == 1:
             attention_mask = _padded_mask(key.layer)
-        key, value = (of_samples(states, key.layer.kept) for states in key.layer.side_by_side().read())
+        key, value = (expanded_to_samples(states, key.layer.kept) for states in key.layer.side_by_side().read())
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     return stock(module, query, key, value, attention_mask, **kwargs)
 
@@ -110,13 +110,13 @@ def _padded_mask(layer: CrossAttentionLayer) -> torch.Tensor | None:
     """What a decoding step's row may read of the padded tensors, (batch, 1, 1, tokens); None if everything."""
     kept, device = layer.kept, layer.stores[0].tensors[0].device
     if len(kept.classes) == 1 and kept.in_order:
-        return None if layer.masks[0] is None else of_samples(layer.masks[0], kept)
+        return None if layer.masks[0] is None else expanded_to_samples(layer.masks[0], kept)
 
     def made() -> torch.Tensor:
         columns = padded_columns(kept)
         return add_log_sizes(open_mask(columns.valid, 1, kept.dtype), columns.sizes).to(device)
 
-    return of_samples(kept.once("padded mask", device, made), kept)
+    return expanded_to_samples(kept.once("padded mask", device, made), kept)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -31,7 +31,7 @@ def _padded_columns(kept: KeptTokens) -> Columns:
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
     counts = [kept.count_of[source] for source in range(kept.sources)]
     # One copy for both: how many tokens each has, and which tiles it can read.
-    numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable], dim=1).to(device)
+    numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable_tiles], dim=1).to(device)
     valid = first_places(numbers[:, 0], width)
     return Columns(
         index=index,
@@ -92,14 +92,14 @@ def regrouped(
         recipe.append((parts, width))
     visible = torch.stack([records[record].visible[source] for record, source in sources])
     # Samples may have had other numbers of pictures: what one never had is as out of reach as what another cannot see any more.
-    tiles = max(record.readable.shape[1] for record in records)
-    rows = [records[record].readable[source] for record, source in sources]
+    tiles = max(record.readable_tiles.shape[1] for record in records)
+    rows = [records[record].readable_tiles[source] for record, source in sources]
     readable = torch.stack([torch.nn.functional.pad(row, (0, tiles - len(row))) for row in rows])
     return KeptTokens(
         classes=tuple(classes),
         order=tuple(order),
         visible=visible,
-        readable=readable,
+        readable_tiles=readable,
         tile_tokens=first.tile_tokens,
         token_bytes=first.token_bytes,
         dtype=first.dtype,

@@ -26,7 +26,7 @@ from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.finding import attention_of
 from trim_plugin.forward.projections import layer_queries
 from trim_plugin.selection.scoring import visual_token_scores
-from trim_plugin.selection.select import Columns, Counted, Selection, select
+from trim_plugin.selection.select import Columns, KnownGroups, Selection, select
 from trim_plugin.selection.visibility import (
     LOST_TOKENS,
     Tiles,
@@ -63,7 +63,7 @@ class Turn:
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
     #: What a selection need not wait for, where more micro-batches follow; see `select`. None: it waits.
-    unchecked: list[torch.Tensor] | None = None
+    nan_flags: list[torch.Tensor] | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
     new: EncodedBatch | None = None
     #: Set when the first cross-attention layer is about to run: from then on a failure leaves the cache neither old nor new.
@@ -80,11 +80,11 @@ class Turn:
     #: turn without pictures.
     columns: Columns | Any = None
     groups: int = 0
-    readable: torch.Tensor | Any = None
+    readable_tiles: torch.Tensor | Any = None
     #: What is known of the new columns without counting; None if there are earlier ones, or not all of the new ones are there.
-    counted: Counted | None = None
+    known: KnownGroups | None = None
     sized: bool = False
-    open_mask: torch.Tensor | Any = None
+    mask_without_sizes: torch.Tensor | Any = None
     #: What the cache holds after the turn, and which of the columns these are; None if that is what it held before.
     kept: KeptTokens | None = None
     picked: list[Picked] = dataclasses.field(default_factory=list)
@@ -98,7 +98,7 @@ class Turn:
             tile_tokens=self.tile_tokens,
             looked=self.looked,
             tiles=None if self.tiles is None else self.tiles.of_samples(samples),
-            unchecked=self.unchecked,
+            nan_flags=self.nan_flags,
         )
 
     def text_mask(
@@ -147,8 +147,8 @@ class Turn:
         """Every tile's visibility group, and whether decoding can read it after this turn; copied to the device at once, for all
         samples before they are cut into micro-batches, or else by the first cross-attention layer."""
         if self.tiles is None:
-            old_tiles = 0 if cache.kept is None else cache.kept.readable.shape[1]
-            readable, groups = self._readable(cache), self.seen.groups(old_tiles)
+            old_tiles = 0 if cache.kept is None else cache.kept.readable_tiles.shape[1]
+            readable, groups = self._readable_tiles(cache), self.seen.groups(old_tiles)
             self.tiles = Tiles(groups, readable, torch.stack([groups, readable.long()]).to(device))
         return self.tiles
 
@@ -193,8 +193,8 @@ class Turn:
 
     def _read(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
         """No new pictures: the layers read what is held, and what this turn's last row cannot read any more goes."""
-        readable = self._readable(cache)
-        if not torch.equal(readable, cache.kept.readable[list(cache.kept.order)]):
+        readable = self._readable_tiles(cache)
+        if not torch.equal(readable, cache.kept.readable_tiles[list(cache.kept.order)]):
             cache.unshare()
             columns = padded_columns(cache.kept)
             still = readable.to(columns.index.device).gather(1, columns.index // columns.tile_tokens)
@@ -222,10 +222,10 @@ class Turn:
         else:
             new = torch.arange(self.states.shape[1], device=device).expand(len(self.states), -1)
             sizes, valid, complete = torch.ones_like(new), torch.ones_like(new, dtype=torch.bool), True
-        old_tiles = 0 if held is None else held.readable.shape[1]
+        old_tiles = 0 if held is None else held.readable_tiles.shape[1]
         tiles = self.note_tiles(cache, device)
-        self.readable, self.groups = tiles.readable, int(tiles.groups.max()) + 1
-        group_of_tile, readable = tiles.there.to(device)
+        self.readable_tiles, self.groups = tiles.readable, int(tiles.groups.max()) + 1
+        group_of_tile, readable = tiles.on_device.to(device)
         index = new + old_tiles * of_tile if old_tiles else new
         tile = index // of_tile
         self.columns = Columns(
@@ -241,21 +241,23 @@ class Turn:
             self.columns = padded_columns(held).followed_by(self.columns, readable != 0)
         self.sized = not complete or (held is not None and held.sized)
         if held is None and complete:
-            self.counted = Counted.of(tiles, of_tile)
+            self.known = KnownGroups.of(tiles, of_tile)
         if mask is None:
             warn_without_mask()
-            self.open_mask = open_mask(self.columns.valid, rows, self.states.dtype)
+            self.mask_without_sizes = open_mask(self.columns.valid, rows, self.states.dtype)
         elif held is None and complete:
-            self.open_mask = mask
+            self.mask_without_sizes = mask
         else:
-            self.open_mask = take_columns(mask, self.columns.index, self.columns.valid)
-        self.mask = add_log_sizes(self.open_mask, self.columns.sizes) if self.sized else self.open_mask
+            self.mask_without_sizes = take_columns(mask, self.columns.index, self.columns.valid)
+        self.mask = (
+            add_log_sizes(self.mask_without_sizes, self.columns.sizes) if self.sized else self.mask_without_sizes
+        )
 
-    def _readable(self, cache: HeldCache) -> torch.Tensor:
+    def _readable_tiles(self, cache: HeldCache) -> torch.Tensor:
         """bool (batch, tiles) on the CPU: what decoding can read after this turn, kept or not."""
-        readable = self.seen.readable(cache.config.keeps_reachable).clone()
+        readable = self.seen.readable_tiles(cache.config.keeps_reachable).clone()
         if cache.kept is not None:
-            readable[:, : cache.kept.readable.shape[1]] &= cache.kept.readable[list(cache.kept.order)]
+            readable[:, : cache.kept.readable_tiles.shape[1]] &= cache.kept.readable_tiles[list(cache.kept.order)]
         return readable
 
     # -- after the cross-attention layers --------------------------------------------------------------------------
@@ -286,14 +288,14 @@ class Turn:
                 queries, keys, self.seen, columns.tile_of, attention_of(layer).scaling, log_sizes
             )
         rules, merge = config.processor_list, config.merge
-        chosen = select(scores, keys, self.states, columns, self.groups, rules, merge, self.counted, self.unchecked)
+        chosen = select(scores, keys, self.states, columns, self.groups, rules, merge, self.known, self.nan_flags)
         visible = (columns.sizes * (columns.group >= 0)).sum(dim=1)
         if cache.kept is not None:
             visible = visible + cache.kept.visible
         if chosen.positions is not None:
             self._go_on_with(chosen, held)
         token_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
-        self._leave(cache, self.columns, chosen.readable, self.readable, visible, token_bytes, self.sized)
+        self._leave(cache, self.columns, chosen.readable_counts, self.readable_tiles, visible, token_bytes, self.sized)
 
     def _go_on_with(self, chosen: Selection, held: CrossAttentionLayer) -> None:
         """Narrow states, mask, columns, and what the first layer has cached, to what was chosen."""
@@ -308,7 +310,7 @@ class Turn:
         self.columns = before.narrowed(chosen)
         earlier = torch.arange(old, device=chosen.positions.device).expand(len(chosen.positions), -1)
         places = torch.cat([earlier, chosen.positions + old], dim=1)
-        self.mask = take_columns(self.open_mask, places, self.columns.valid)
+        self.mask = take_columns(self.mask_without_sizes, places, self.columns.valid)
         if self.sized:
             self.mask = add_log_sizes(self.mask, self.columns.sizes)
 
@@ -327,7 +329,7 @@ class Turn:
             columns,
             left,
             visible=visible,
-            tiles=readable,
+            readable_tiles=readable,
             token_bytes=token_bytes,
             dtype=cache.kept.dtype if self.states is None else self.states.dtype,
             sized=sized,
@@ -337,5 +339,5 @@ class Turn:
 
 def _check_nothing_lost(seen: Visibility, cache: HeldCache) -> None:
     """Raise if a row reads what the end of an earlier turn could not read: it is gone."""
-    if seen.reads_any(~cache.kept.readable[list(cache.kept.order)], cache.config.keeps_reachable):
+    if seen.reads_any(~cache.kept.readable_tiles[list(cache.kept.order)], cache.config.keeps_reachable):
         raise ValueError(LOST_TOKENS)

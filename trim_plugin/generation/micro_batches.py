@@ -20,7 +20,7 @@ from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
 from trim_plugin.forward.finding import check_reads_caches
 from trim_plugin.forward.turn import Turn
-from trim_plugin.selection.k_center import check_states
+from trim_plugin.selection.k_center import raise_if_nan
 
 #: What reads one micro-batch: its inputs and its cache, which it fills → the model's output.
 Read = Callable[[dict[str, Any], HeldCache], Any]
@@ -204,7 +204,7 @@ def read_in_micro_batches(
         outputs.append({name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)})
         parts.append(part)
         del output  # and with it what is left out, before the next micro-batch is read
-    check_states(whole.unchecked or [])
+    raise_if_nan(whole.nan_flags or [])
     fields = {name: _joined([one[name] for one in outputs], how.copies) for name in outputs[0]}
     outputs.clear()
     join(cache, parts, how.copies)
@@ -213,7 +213,7 @@ def read_in_micro_batches(
 
 def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any) -> Turn:
     """The turn of all sources: the masks are read once, however many micro-batches there are."""
-    turn = Turn(pictures=cache.pictures, unchecked=[])
+    turn = Turn(pictures=cache.pictures, nan_flags=[])
     mask, attention_mask = (
         None if inputs.get(name) is None else inputs[name][::copies]
         for name in ("cross_attention_mask", "attention_mask")
@@ -223,7 +223,7 @@ def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_
     rows = text.shape[1] - past if text.ndim == 2 and past and text.shape[1] > past else text.shape[1]
     if cache.pictures is not None or inputs.get("pixel_values") is not None:
         turn.look(cache, rows, mask, attention_mask, vision_config)
-        earlier = 0 if cache.kept is None else cache.kept.readable.shape[1]
+        earlier = 0 if cache.kept is None else cache.kept.readable_tiles.shape[1]
         if (
             mask is not None and turn.seen is not None and turn.seen.open.shape[2] >= earlier
         ):  # else the forward says what is wrong

@@ -18,7 +18,7 @@ from trim_plugin.deferred import when_imported
 from trim_plugin.generation.saving import writing_json, writing_json_file
 
 NAME = "trimmed"
-#: Makes what takes a method's place of the method.
+#: Takes a method, returns its replacement.
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 _wanted = False
 #: Held while methods are wrapped or unwrapped: two threads would each find one unwrapped, and wrap it twice. Nothing is imported

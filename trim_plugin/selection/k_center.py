@@ -114,17 +114,17 @@ class KCenter(VisualTokenProcessor):
         states: torch.Tensor,
         members: torch.Tensor,
         *,
-        counts: list[list[int]] | None = None,
-        unclear: list[torch.Tensor] | None = None,
+        sizes: list[list[int]] | None = None,
+        nan_flags: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The tokens to keep, without any prompt.
 
         Args:
             states: (batch, tokens, width), visual states.
             members: bool (batch, tokens), the tokens to choose among; or (batch, groups, tokens), for each group apart.
-            counts: for every sample, how many members each of its groups has, where somebody knows; None: the device is asked.
-            unclear: a list for bool tensors (1,) that nobody has looked at yet, whether states are NaN. None: they are looked at,
-                and an error is raised.
+            sizes: for every sample, how many members each of its groups has, where somebody knows; None: the device is asked.
+            nan_flags: a list that gets bool tensors (1,), whether states are NaN, to be looked at later; None: they are looked at
+                here, and an error is raised.
 
         Returns:
             bool, of the shape of `members`; nothing where there are no members.
@@ -135,27 +135,27 @@ class KCenter(VisualTokenProcessor):
         if self.kept_share == 1.0:
             return members
         asked: list[torch.Tensor] = []
-        chosen = self._choose(states, members, counts, asked)
-        if unclear is not None:
-            unclear.extend(asked)
+        chosen = self._choose(states, members, sizes, asked)
+        if nan_flags is not None:
+            nan_flags.extend(asked)
         else:
-            check_states(asked)
+            raise_if_nan(asked)
         return chosen
 
     def _choose(
-        self, states: torch.Tensor, members: torch.Tensor, known: list[list[int]] | None, unclear: list[torch.Tensor]
+        self, states: torch.Tensor, members: torch.Tensor, sizes: list[list[int]] | None, nan_flags: list[torch.Tensor]
     ) -> torch.Tensor:
         tokens = members.shape[-1]
         rows = members.reshape(-1, tokens)
         counts = rows.sum(dim=1, keepdim=True)
-        there = counts[:, 0].tolist() if known is None else [count for sample in known for count in sample]
+        there = counts[:, 0].tolist() if sizes is None else [size for sample in sizes for size in sample]
         chosen, width = torch.zeros_like(rows), max(there, default=0)
         limit = self._few
         if width > limit and any(0 < count <= limit for count in there):  # each kind as if it were alone
             few = members & (counts <= limit).view(*members.shape[:-1], 1)
             fewer = [[count if count <= limit else 0] for count in there]
             more = [[count if count > limit else 0] for count in there]
-            return self._choose(states, few, fewer, unclear) | self._choose(states, members & ~few, more, unclear)
+            return self._choose(states, few, fewer, nan_flags) | self._choose(states, members & ~few, more, nan_flags)
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
@@ -169,7 +169,7 @@ class KCenter(VisualTokenProcessor):
                 else:
                     sample = torch.arange(len(rows), device=rows.device)[part, None] // (len(rows) // len(states))
                     features = features_of(states, sample * tokens + positions[part])
-                slots, taken = self._cover(features, valid[part], counts[part], there[part], unclear)
+                slots, taken = self._cover(features, valid[part], counts[part], there[part], nan_flags)
                 # A slot that is not taken repeats the first one, which is taken.
                 slots = torch.where(taken, slots, slots[:, :1])
                 chosen[part].scatter_(1, slots if positions is None else positions[part].gather(1, slots), True)
@@ -181,7 +181,7 @@ class KCenter(VisualTokenProcessor):
         valid: torch.Tensor,
         counts: torch.Tensor,
         there: list[int],
-        unclear: list[torch.Tensor],
+        nan_flags: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of features (rows, slots, width) in the order in which they are chosen, and which of them are taken.
 
@@ -190,7 +190,7 @@ class KCenter(VisualTokenProcessor):
         few = max(there) <= self._few
         first, most_alike = _first(features, valid)
         if few:
-            unclear.append(most_alike.isnan().any()[None])
+            nan_flags.append(most_alike.isnan().any()[None])
         if self.kept_share is None:
             if few:
                 return one_by_one(features, valid, first, max(there), self.radius)
@@ -218,9 +218,9 @@ class KCenter(VisualTokenProcessor):
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
 
 
-def check_states(unclear: list[torch.Tensor]) -> None:
+def raise_if_nan(nan_flags: list[torch.Tensor]) -> None:
     """Raise `ValueError` if any of these bool tensors (1,) says that a visual state is NaN; the device is asked once for all."""
-    if unclear and any(torch.cat(unclear).tolist()):
+    if nan_flags and any(torch.cat(nan_flags).tolist()):
         raise ValueError(NAN_STATES)
 
 

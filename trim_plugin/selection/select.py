@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from trim_plugin.selection.k_center import KCenter, check_states, members_of
+from trim_plugin.selection.k_center import KCenter, members_of, raise_if_nan
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
 from trim_plugin.selection.rounds import NAN_STATES
@@ -89,62 +90,75 @@ class Selection:
         positions: int64 (batch, slots), the kept ones among the new columns, ascending, and padding; None if all were kept.
         present: bool (batch, slots), False for that padding.
         merging: what the dropped ones become part of; None if they are forgotten, or nothing was dropped.
-        readable: how many columns of every sample decoding can read, earlier turns' counted.
+        readable_counts: how many columns of every sample decoding can read, earlier turns' counted.
     """
 
     positions: torch.Tensor | Any
     present: torch.Tensor
     merging: Merging | None
+    readable_counts: list[int]
+
+
+class Counts(NamedTuple):
+    """What the host has to know of a choice.
+
+    Args:
+        kept: how many new tokens every sample keeps.
+        readable: how many columns of every sample decoding can read, earlier turns' counted.
+        whole: whether all are kept.
+        drops: whether a token that is read is dropped: only then are there log sizes to be added.
+    """
+
+    kept: list[int]
     readable: list[int]
+    whole: bool
+    drops: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
-    """What the host knows of new columns without asking the device: every tile has all of its tokens, and each is read or not.
+class KnownGroups:
+    """What the host knows of a first turn's columns without asking the device: every tile has all of its tokens.
 
     Args:
-        groups: for every sample, the tokens of each visibility group; 0 for groups that it lacks.
-        readable_groups: whether decoding can read them.
+        sizes: for every sample, the tokens of each visibility group; 0 for groups that it lacks.
+        readable: whether decoding can read them: what a sample's last row reads is what its group's rows read.
         tokens: tokens of a sample.
-        readable: how many of every sample decoding can read.
+        readable_counts: how many of every sample decoding can read.
 
     Example:
         >>> groups, readable = torch.tensor([[0, 1, 1, -1]]), torch.tensor([[False, True, True, False]])
-        >>> Counted.of(Tiles(groups, readable, groups), 5)
-        Counted(groups=[[5, 10]], readable_groups=[[False, True]], tokens=20, readable=[10])
+        >>> KnownGroups.of(Tiles(groups, readable, groups), 5)
+        KnownGroups(sizes=[[5, 10]], readable=[[False, True]], tokens=20, readable_counts=[10])
     """
 
-    groups: list[list[int]]
-    readable_groups: list[list[bool]]
+    sizes: list[list[int]]
+    readable: list[list[bool]]
     tokens: int
-    readable: list[int]
+    readable_counts: list[int]
 
     @classmethod
-    def of(cls, tiles: Tiles, tile_tokens: int) -> Counted:
-        """Of all tiles. Decoding can read all of a group or nothing: what its last row reads is what the group's rows read."""
+    def of(cls, tiles: Tiles, tile_tokens: int) -> KnownGroups:
+        """Of all tiles."""
         own = tiles.groups[:, None] == torch.arange(int(tiles.groups.max()) + 1, device="cpu")[:, None]
         return cls(
-            groups=(own.sum(dim=2) * tile_tokens).tolist(),
-            readable_groups=(own & tiles.readable[:, None]).any(dim=2).tolist(),
+            sizes=(own.sum(dim=2) * tile_tokens).tolist(),
+            readable=(own & tiles.readable[:, None]).any(dim=2).tolist(),
             tokens=tiles.groups.shape[1] * tile_tokens,
-            readable=(tiles.readable.sum(dim=1) * tile_tokens).tolist(),
+            readable_counts=(tiles.readable.sum(dim=1) * tile_tokens).tolist(),
         )
 
-    def kept_by(self, rule: KCenter | None) -> tuple[list[int], list[int], bool] | None:
-        """How many tokens of every sample a rule keeps, how many of them decoding can read, and whether any token that is read is
-        dropped; None if that depends on the picture."""
+    def kept_by(self, rule: KCenter | None) -> Counts | None:
+        """What a rule leaves of them; None if that depends on the picture."""
         if rule is None or rule.kept_share is None:
             return None
         kept, readable, drops = [], [], False
-        for groups, can_be_read, all_readable in zip(self.groups, self.readable_groups, self.readable, strict=True):
-            of_groups = [rule.keeps(count) for count in groups]
-            unread = not any(groups)  # kept whole
-            kept.append(self.tokens if unread else sum(of_groups))
-            readable.append(
-                all_readable if unread else sum(of for of, can in zip(of_groups, can_be_read, strict=True) if can)
-            )
-            drops |= of_groups != groups
-        return kept, readable, drops
+        for sizes, can_be_read, all_readable in zip(self.sizes, self.readable, self.readable_counts, strict=True):
+            left = [rule.keeps(size) for size in sizes]
+            unread = not any(sizes)  # kept whole
+            kept.append(self.tokens if unread else sum(left))
+            readable.append(all_readable if unread else sum(itertools.compress(left, can_be_read)))
+            drops |= left != sizes
+        return Counts(kept, readable, kept == [self.tokens] * len(kept), drops)
 
 
 def select(
@@ -155,8 +169,8 @@ def select(
     groups: int,
     processors: VisualTokenProcessorList,
     merge: bool,
-    known: Counted | None = None,
-    unchecked: list[torch.Tensor] | None = None,
+    known: KnownGroups | None = None,
+    later: list[torch.Tensor] | None = None,
 ) -> Selection:
     """Let the processors choose in every visibility group; the union over heads is kept, and the rest merged or forgotten.
 
@@ -174,8 +188,8 @@ def select(
         processors: the chain that decides, called for every sample's first group, then for their second ones, and so on. A sample
             that has fewer is given its first group again, and what is chosen then is ignored.
         merge: whether a dropped token joins the kept token of its group that is most like it.
-        known: what is known of the new columns, if there are no earlier ones; None: all is counted here.
-        unchecked: where checks that nobody waited for are put, for `check_states`; None: they are looked at here.
+        known: what is known of the columns, if this is a first turn of whole tiles; None: all is counted here.
+        later: where checks for NaN are put that need not be looked at here, see `raise_if_nan`; None: they are.
 
     Raises:
         TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
@@ -188,36 +202,34 @@ def select(
         >>> attention = torch.tensor([[[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]]])
         >>> rule = VisualTokenProcessorList([TopKPerHead(0.25)])
         >>> chosen = select(attention, torch.ones(1, 1, 4, 2), torch.ones(1, 4, 2), columns, 1, rule, merge=True)
-        >>> chosen.positions.tolist(), chosen.merging.sizes.tolist(), chosen.readable
+        >>> chosen.positions.tolist(), chosen.merging.sizes.tolist(), chosen.readable_counts
         ([[0, 3]], [[3, 1]], [2])
     """
     valid, group = columns.valid[:, columns.first_new :], columns.group[:, columns.first_new :]
     if scores is None and known is not None:
-        return Selection(None, valid, None, known.readable)
-    checks, kept, told = _Checks(processors), valid, None
-    unclear: list[torch.Tensor] = []
+        return Selection(None, valid, None, known.readable_counts)
+    checks, kept, counts = _Checks(processors), valid, None
     if scores is not None:
-        scores = scores[..., columns.first_new :]
-        kept = _choose(scores, states, valid, group, groups, processors, checks, known, unclear)
-        told = None if known is None else known.kept_by(_alone(processors))
-    if told is None:
-        checks.states(unclear)
-        counted, readable, present, joins = _counted(kept, columns, checks)
+        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, processors, checks, known)
+        counts = None if known is None else known.kept_by(_alone(processors))
+    if counts is None:
+        counts = _counted(kept, columns, checks)
+    elif later is None:
+        raise_if_nan(checks.nan_flags)
     else:
-        (counted, readable, joins), present = told, [group.shape[1]] * len(group)
-        check_states(unclear) if unchecked is None else unchecked.extend(unclear)
-    if counted == present:
-        return Selection(None, valid, None, readable)
+        later.extend(checks.nan_flags)
+    if counts.whole:
+        return Selection(None, valid, None, counts.readable)
     # The kept tokens in their order, then the others.
     order = kept.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    positions, least = order[:, : max(counted)], min(counted)
-    there = torch.arange(positions.shape[1], device=kept.device) < kept.sum(dim=1, keepdim=True)
+    positions, least = order[:, : max(counts.kept)], min(counts.kept)
+    present = torch.arange(positions.shape[1], device=kept.device) < kept.sum(dim=1, keepdim=True)
     merging = None
-    if merge and joins:
+    if merge and counts.drops:
         features = keys[:, :, columns.first_new :].transpose(1, 2).flatten(2)
-        sizes, alone = columns.sizes[:, columns.first_new :], groups == 1 and least == positions.shape[1]
-        merging = merge_dropped(features, kept, group, sizes, positions, others=order[:, least:], one_group=alone)
-    return Selection(positions, there, merging, readable)
+        sizes, one_group = columns.sizes[:, columns.first_new :], groups == 1 and least == positions.shape[1]
+        merging = merge_dropped(features, kept, group, sizes, positions, others=order[:, least:], one_group=one_group)
+    return Selection(positions, present, merging, counts.readable)
 
 
 def _alone(processors: VisualTokenProcessorList) -> KCenter | None:
@@ -233,15 +245,14 @@ def _choose(
     groups: int,
     processors: VisualTokenProcessorList,
     checks: _Checks,
-    known: Counted | None,
-    unclear: list[torch.Tensor],
+    known: KnownGroups | None,
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
     read, rule = group >= 0, _alone(processors)
     if groups > 0 and rule is not None:
-        members, counts = members_of(group, groups), None if known is None else known.groups
-        survivors = rule.choose(states.to(group.device), members, counts=counts, unclear=unclear).any(dim=1)
-        return torch.where(read.any(dim=1, keepdim=True), survivors, valid)
+        members, sizes = members_of(group, groups), None if known is None else known.sizes
+        chosen = rule.choose(states.to(group.device), members, sizes=sizes, nan_flags=checks.nan_flags)
+        return torch.where(read.any(dim=1, keepdim=True), chosen.any(dim=1), valid)
     checks.no_scores(scores)
     states = states.to(scores.device) if processors.needs_states else states
     if groups > 0 and processors.knows_groups:
@@ -262,9 +273,8 @@ def _choose(
     return kept
 
 
-def _counted(kept: torch.Tensor, columns: Columns, checks: _Checks) -> tuple[list[int], list[int], list[int], bool]:
-    """How many tokens every sample keeps, of all columns how many decoding can read, how many there are; and whether a token
-    that is read is dropped: that decides whether log sizes are there to be added. Looks at the checks as well."""
+def _counted(kept: torch.Tensor, columns: Columns, checks: _Checks) -> Counts:
+    """What the device says, read at once; the checks are looked at as well."""
     first_new, batch = columns.first_new, len(kept)
     counts = torch.stack([kept, columns.readable[:, first_new:] & kept, columns.valid[:, first_new:]]).sum(dim=2)
     if first_new:
@@ -272,39 +282,44 @@ def _counted(kept: torch.Tensor, columns: Columns, checks: _Checks) -> tuple[lis
     drops = ((columns.group[:, first_new:] >= 0) > kept).any()
     numbers = torch.cat([counts.flatten(), drops[None], *checks.flags]).tolist()
     checks.raise_if(numbers[3 * batch + 1 :])
-    return numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch : 3 * batch], bool(numbers[3 * batch])
+    own, readable, present = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch : 3 * batch]
+    return Counts(own, readable, own == present, bool(numbers[3 * batch]))
 
 
 class _Checks:
     """What has to hold of scores and processors, gathered on the device and looked at with the counts: one host read for all."""
 
     def __init__(self, processors: VisualTokenProcessorList) -> None:
-        self.flags: list[torch.Tensor] = []
+        #: Bool (1,) each, whether visual states are NaN.
+        self.nan_flags: list[torch.Tensor] = []
+        self._others: list[torch.Tensor] = []
         self._processors = processors
         self._meanings: list[tuple[str, int, int]] = []  # what a flag says: of which processor, or group and sample
+
+    @property
+    def flags(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [*self.nan_flags, *self._others]
 
     def no_scores(self, scores: torch.Tensor) -> None:
         self._note("scores", scores.isnan().any()[None])
 
-    def states(self, unclear: list[torch.Tensor]) -> None:
-        """Whether visual states are NaN."""
-        if unclear:
-            self._note("states", torch.cat(unclear))
-
-    def group(self, unclear: list[torch.Tensor], emptied: torch.Tensor) -> None:
+    def group(self, spoiled: list[torch.Tensor], emptied: torch.Tensor) -> None:
         """For one more group: whether each processor returned NaN, and bool (batch,), whether a sample's group was emptied."""
         number = sum(meaning == "emptied" and sample == 0 for meaning, _, sample in self._meanings)
-        if unclear:
-            self._note("unclear", torch.stack(unclear), number)
+        if spoiled:
+            self._note("spoiled", torch.stack(spoiled), number)
         self._note("emptied", emptied, number)
 
     def _note(self, meaning: str, flags: torch.Tensor, number: int = 0) -> None:
-        self.flags.append(flags)
+        self._others.append(flags)
         self._meanings += [(meaning, number, place) for place in range(len(flags))]
 
     def raise_if(self, flags: list[int]) -> None:
         """Raise `ValueError` for the first thing that does not hold."""
-        for flag, (meaning, number, place) in zip(flags, self._meanings, strict=True):
+        if any(flags[: len(self.nan_flags)]):
+            raise ValueError(NAN_STATES)
+        for flag, (meaning, number, place) in zip(flags[len(self.nan_flags) :], self._meanings, strict=True):
             if not flag:
                 continue
             if meaning == "scores":
@@ -312,9 +327,7 @@ class _Checks:
                     "The attention scores of the visual tokens are NaN: the picture, the text before it or the model's weights "
                     "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
                 )
-            if meaning == "states":
-                raise ValueError(NAN_STATES)
-            if meaning == "unclear":
+            if meaning == "spoiled":
                 raise ValueError(returned_nan(self._processors[place]))
             names = ", ".join(map(processor_name, self._processors))
             raise ValueError(

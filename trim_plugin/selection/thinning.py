@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from trim_plugin.arithmetic import PADDING_SHARE
-from trim_plugin.selection.k_center import KCenter, check_states
+from trim_plugin.selection.k_center import KCenter, raise_if_nan
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.visibility import pack
 
@@ -61,14 +61,14 @@ def merge_alike(
         >>> positions.tolist(), merging.sizes.tolist()
         ([[0, 2, 3]], [[1, 2, 2]])
     """
-    there = kinds.to(states.device)
-    unclear: list[torch.Tensor] = []
-    kept, left = there == CLASS, (kinds == CLASS).sum(dim=1)
+    on_device = kinds.to(states.device)
+    nan_flags: list[torch.Tensor] = []
+    kept, left = on_device == CLASS, (kinds == CLASS).sum(dim=1)
     # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
     for kind, rule in ((PATCH, KCenter(kept_share)), (PADDING, KCenter(PADDING_SHARE))):
         counts = (kinds == kind).sum(dim=1).tolist()
-        kept |= rule.choose(states, there == kind, counts=[[count] for count in counts], unclear=unclear)
+        kept |= rule.choose(states, on_device == kind, sizes=[[count] for count in counts], nan_flags=nan_flags)
         left += torch.tensor([rule.keeps(count) for count in counts], device="cpu")
-    check_states(unclear)
+    raise_if_nan(nan_flags)
     positions, valid = pack(kept, longest=int(left.max()))
-    return merge_dropped(states, kept, there, torch.ones_like(there), positions), positions, valid
+    return merge_dropped(states, kept, on_device, torch.ones_like(on_device), positions), positions, valid

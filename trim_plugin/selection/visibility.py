@@ -53,7 +53,7 @@ class Visibility:
             self._there[device] = (self.open & self.query_rows[..., None]).to(device)
         return self._there[device]
 
-    def readable(self, exact: bool = False) -> torch.Tensor:
+    def readable_tiles(self, exact: bool = False) -> torch.Tensor:
         """What the last text row may read: bool (batch, tiles). Decoding can read nothing else.
 
         Padding behind the text does not count. In exact mode it does: `generate` goes on from the last row, whatever it is, and
@@ -109,16 +109,16 @@ class Tiles:
     Args:
         groups: int64 (batch, tiles) on the CPU, their visibility groups, see `Visibility.groups`.
         readable: bool (batch, tiles) on the CPU: what decoding can read after the forward, kept or not.
-        there: int64 (2, batch, tiles), both on the device, copied at once.
+        on_device: int64 (2, batch, tiles), both on the device, copied at once.
     """
 
     groups: torch.Tensor
     readable: torch.Tensor
-    there: torch.Tensor
+    on_device: torch.Tensor
 
     def of_samples(self, samples: slice) -> Tiles:
         """The same for some samples."""
-        return Tiles(self.groups[samples], self.readable[samples], self.there[:, samples])
+        return Tiles(self.groups[samples], self.readable[samples], self.on_device[:, samples])
 
 
 def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int) -> Visibility:
@@ -132,7 +132,7 @@ def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int)
     Example:
         >>> padding = torch.tensor([[False, True]])
         >>> seen = of_tiles(torch.tensor([[[[1, 0]], [[0, 1]]]]), padding, 5)
-        >>> seen.open.tolist(), seen.query_rows.tolist(), seen.readable().tolist()
+        >>> seen.open.tolist(), seen.query_rows.tolist(), seen.readable_tiles().tolist()
         ([[[True, False], [False, True]]], [[True, False]], [[True, False]])
     """
     tiles = mask.flatten(2) != 0
