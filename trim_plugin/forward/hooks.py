@@ -117,14 +117,16 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     pictures = None if prepared is None else prepared.pictures
     brings = any(kwargs.get(name) is not None for name in ("pixel_values", "cross_attention_states"))
     if text is None or not (brings or pictures or (cache.kept is not None and text.shape[1] > 1)):
-        return None  # decoding, or text alone
+        if prepared is not None and not prepared.begun:
+            cache.turn = None  # of a forward that failed: this one is decoding, or text alone
+        return None
     if prepared is not None:
         cache.check_finished()
     turn = prepared or Turn()
-    if not turn.looked:
+    if turn.looked != text.shape[1]:
         masks = kwargs.get("cross_attention_mask"), kwargs.get("attention_mask")
         turn.look(cache, text.shape[1], *masks, model.config.vision_config)
-    turn.looked = False  # what was seen is this forward's, should it fail before its turn begins
+    turn.looked = 0  # what was seen is this forward's, should it fail before its turn begins
     cache.turn = turn
     if pictures is not None:
         if brings:

@@ -52,14 +52,16 @@ class Turn:
         seen: who may read what, where the model's hook, or `generate`, could tell from the mask of tiles.
         padding: bool (batch, rows), which text rows are padding; None if there is none.
         tile_tokens: visual tokens of a tile; 1 for a text model, which is given a mask of tokens.
+        past: text tokens before the forward, as `look` found them.
     """
 
     pictures: list[EncodedSample] | None = None
     seen: Visibility | Any = None
     padding: torch.Tensor | None = None
     tile_tokens: int = 1
-    #: Whether `seen` and `padding` are there already for the next forward.
-    looked: bool = False
+    past: int = 0
+    #: Of how many text rows `seen` and `padding` are there already for the next forward; 0 if they are not.
+    looked: int = 0
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
     #: What a selection need not wait for, where more micro-batches follow; see `select`. None: it waits.
@@ -96,6 +98,7 @@ class Turn:
             seen=None if self.seen is None else self.seen.of_samples(samples),
             padding=None if self.padding is None else self.padding[samples],
             tile_tokens=self.tile_tokens,
+            past=self.past,
             looked=self.looked,
             tiles=None if self.tiles is None else self.tiles.of_samples(samples),
             nan_flags=self.nan_flags,
@@ -117,10 +120,13 @@ class Turn:
         """
         if self.seen is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or torch.compiler.is_compiling():
             return mask
-        padded = bool(self.seen.padding.any())
-        if not padded and mask.shape[1] == text.shape[1]:
-            return None
-        if not padded or text_model.config._attn_implementation != "sdpa" or mask.device != text.device:
+        padded, attention = bool(self.seen.padding.any()), text_model.config._attn_implementation
+        if not padded:
+            # A mask of new text alone, behind other text, hides all of it from transformers; and of a static cache's places only
+            # these two leave out on their own those that are free.
+            all_text = not self.past and mask.shape[1] == text.shape[1]
+            return None if all_text and (attention in ("sdpa", "eager") or not cache.config.static) else mask
+        if attention != "sdpa" or mask.device != text.device:
             return mask
         like = text.new_empty(*text.shape[:2], 0, dtype=text_model.dtype)
         return create_causal_mask(text_model.config, like, mask, cache, allow_is_causal_skip=False)
@@ -134,9 +140,9 @@ class Turn:
         vision_config: Any,
     ) -> None:
         """Read what a model is called with: `cross_attention_mask` and `attention_mask` of `rows` text rows."""
-        self.tile_tokens, self.looked = tile_tokens(vision_config), True
+        self.tile_tokens, self.looked = tile_tokens(vision_config), rows
         self.seen = self.tiles = None
-        past = int(cache.get_seq_length())
+        self.past = past = int(cache.get_seq_length())
         self.padding = padding_of(attention_mask, past, rows)
         if mask is not None and mask.ndim == 4:
             self.seen = of_tiles(
