@@ -89,7 +89,8 @@ def prefill_of_generate(
     def read_part(inputs: dict[str, Any], part: HeldCache) -> Any:
         return read(inputs.pop("input_ids"), {**inputs, CACHE: part})
 
-    return read_in_micro_batches(cache, {"input_ids": input_ids, **model_kwargs}, batch, how, vision_config, read_part)
+    inputs, rows = {"input_ids": input_ids, **model_kwargs}, _rows_read(cache, input_ids, model_kwargs)
+    return read_in_micro_batches(cache, inputs, batch, how, vision_config, read_part, rows)
 
 
 def prefill(model: Any, cache: HeldCache | None = None, **inputs: Any) -> Any:
@@ -139,7 +140,9 @@ def prefill(model: Any, cache: HeldCache | None = None, **inputs: Any) -> Any:
 
     how = cut(cache, inputs, len(text), vision_config)
     return (
-        read(inputs, cache) if how.whole else read_in_micro_batches(cache, inputs, len(text), how, vision_config, read)
+        read(inputs, cache)
+        if how.whole
+        else read_in_micro_batches(cache, inputs, len(text), how, vision_config, read, text.shape[1])
     )
 
 
@@ -177,7 +180,7 @@ def cut(cache: HeldCache, inputs: Mapping[str, Any], batch: int, vision_config: 
 
 
 def read_in_micro_batches(
-    cache: HeldCache, inputs: Mapping[str, Any], batch: int, how: Cut, vision_config: Any, read: Read
+    cache: HeldCache, inputs: Mapping[str, Any], batch: int, how: Cut, vision_config: Any, read: Read, rows: int
 ) -> Any:
     """Read every micro-batch with a cache of its own, and let `cache` hold what they hold.
 
@@ -188,12 +191,13 @@ def read_in_micro_batches(
         how: what `cut` returned.
         vision_config: the model's.
         read: reads one micro-batch.
+        rows: text rows of its forward.
 
     Returns:
         The output as one forward over the whole batch returns it, with this cache in it, but without `LEFT_OUT`.
     """
     cache.unshare()
-    whole = _looked_at(cache, inputs, how.copies, vision_config)
+    whole = _looked_at(cache, inputs, how.copies, vision_config, rows)
     parts, outputs = [], []
     for samples in how.slices:
         part = part_of(cache, samples)
@@ -211,17 +215,24 @@ def read_in_micro_batches(
     return kind(**fields, **{CACHE: cache})
 
 
-def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any) -> Turn:
+def _rows_read(cache: HeldCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
+    """Text rows that `GenerationMixin._prefill` reads of what it is given: all, or what a conversation's cache lacks."""
+    embeds, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
+    past = int(cache.get_seq_length())
+    if embeds is not None:
+        return int(embeds.shape[1]) - past
+    rows = input_ids.shape[1]
+    return rows - past if mask is not None and mask.shape[1] == rows else rows
+
+
+def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any, rows: int) -> Turn:
     """The turn of all sources: the masks are read once, however many micro-batches there are."""
     turn = Turn(pictures=cache.pictures, nan_flags=[])
     mask, attention_mask = (
         None if inputs.get(name) is None else inputs[name][::copies]
         for name in ("cross_attention_mask", "attention_mask")
     )
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    past = int(cache.get_seq_length())
-    rows = text.shape[1] - past if text.ndim == 2 and past and text.shape[1] > past else text.shape[1]
-    if cache.pictures is not None or inputs.get("pixel_values") is not None:
+    if rows > 0 and (cache.pictures is not None or inputs.get("pixel_values") is not None):
         turn.look(cache, rows, mask, attention_mask, vision_config)
         earlier = 0 if cache.kept is None else cache.kept.readable_tiles.shape[1]
         if (

@@ -1,0 +1,62 @@
+"""How many text rows a piece has is known for every way of saying what is to be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trim_plugin import KCenter, TrimmedCache, prefill
+
+from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+
+BATCH = [Sample((1, (6,), 6)), Sample((2, (1,), 3)), Sample((3,)), Sample((1, (2,), 2, (1,), 4))]
+#: Rows of the first turn, which has one picture; the second one has more of them, and another picture.
+FIRST = 4
+
+
+@pytest.mark.parametrize("config", [{"top_k_ratio": 1.0}, {"top_k_ratio": 0.3}, {"processors": [KCenter(0.3)]}])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
+def test_embedded_prompts(config, mode):
+    """`generate` then has ids of no token at all."""
+    model = random_model(seed=3)
+    inputs = random_inputs(model, BATCH)
+    expected = trimmed(model, inputs, config, new=4, **mode)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    for pictures in (1, 2):
+        ours = trimmed(model, inputs, {**config, "prefill_pictures": pictures}, new=4, **mode)
+        assert torch.equal(ours.sequences, expected.sequences[:, -4:])
+        assert largest_difference(ours, expected) <= 1e-5
+
+
+def long_follow_up(padded):
+    """A first turn, and the inputs of a second one that is longer, in which a sample may begin with padding."""
+    samples = [Sample((1, (2,), FIRST - 2, 2, (3,), 6))] * 2
+    model = random_model(seed=5)
+    whole = random_inputs(model, samples)
+    if padded:
+        whole["attention_mask"][1, FIRST : FIRST + 2] = 0
+    images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    texts = ("input_ids", "attention_mask", "cross_attention_mask")
+    first = {name: whole[name][:, :FIRST] for name in texts} | {name: whole[name][:, :1] for name in images}
+    first["cross_attention_mask"] = first["cross_attention_mask"][:, :, :1]
+    second = {**whole, **{name: whole[name][:, 1:] for name in images}}
+    return model, first, {**second, "input_ids": whole["input_ids"][:, FIRST:]}
+
+
+@pytest.mark.parametrize("config", [{"top_k_ratio": 1.0}, {"top_k_ratio": 0.3}, {"processors": [KCenter(0.3)]}])
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_follow_ups_that_are_longer_than_what_is_held(config, by_hand, padded):
+    """Only their new tokens are given."""
+    model, first, second = long_follow_up(padded)
+    kept, found = [], []
+    for pieces in ({}, {"prefill_pictures": 1}):
+        cache = TrimmedCache(model, config | pieces)
+        prefill(model, cache, **first)
+        if by_hand:
+            found.append(prefill(model, cache, **second).logits[:, -1])
+        else:
+            found.append(generate(model, second, 1, cache=cache).logits[0])
+        kept.append(cache.kept_indices)
+    assert float((found[0] - found[1]).abs().max()) <= 1e-5
+    assert all(map(torch.equal, *kept))
