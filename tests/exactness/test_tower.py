@@ -306,6 +306,18 @@ def test_a_tower_that_runs_without_the_hooks_says_so():
         trimmed(model, inputs, {"tower_share": SHARE})
 
 
+def test_a_picture_without_a_real_tile_is_read_in_company_as_alone():
+    """All of its tokens are closed, and so are places that are there because another picture has more: those don't count."""
+    model = random_model(image_size=16)
+    inputs = random_inputs(model, [Sample((1, (6,), 6)), Sample((1, (1,), 3))])
+    inputs["aspect_ratio_mask"][1] = 0
+    company, alone = (
+        trimmed(model, inputs, {"tower_share": 0.25, "top_k_ratio": 1.0, "prefill_pictures": pictures}, 1)
+        for pictures in (2, 1)
+    )
+    assert largest_difference(company, alone) <= 1e-5
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sixteen_bits_are_near_to_all_bits(autocast):
     tower = random_tower(0, 4, [1])

@@ -22,7 +22,7 @@ from trim_plugin.contract import check_contract
 from trim_plugin.forward.finding import Hook, attaching, put_on, take_off
 from trim_plugin.selection.merging import Merging
 from trim_plugin.selection.thinning import kinds_of_tokens, merge_alike
-from trim_plugin.selection.visibility import add_log_sizes, close, take_square
+from trim_plugin.selection.visibility import add_log_sizes, take_square
 
 _call: contextvars.ContextVar[TowerCall | None] = contextvars.ContextVar("trim_plugin_tower_call", default=None)
 
@@ -61,7 +61,9 @@ class TowerCall:
         if self._merging is None:
             kinds = kinds_of_tokens(self._tiles.cpu(), self._patches, hidden.shape[1])
             self._merging, positions, valid = merge_alike(hidden, kinds, self._share)
-            self.mask = close(add_log_sizes(take_square(mask, positions), self._merging.sizes), valid)
+            own = add_log_sizes(take_square(mask, positions), self._merging.sizes)
+            # More than closed: a picture without a real tile reads its closed tokens alike, in company as alone.
+            self.mask = own.masked_fill(~valid.to(own.device)[:, None, None], -torch.inf)
         return self._merging.mean(hidden)
 
     def spread(self, encoder: Any, output: Any) -> Any:
