@@ -306,6 +306,21 @@ def test_a_tower_that_runs_without_the_hooks_says_so():
         trimmed(model, inputs, {"tower_share": SHARE})
 
 
+@pytest.mark.parametrize("pictures", [1, 50])
+def test_states_that_are_no_numbers_are_told_before_anything_is_held(pictures):
+    """Nothing else looks at them where nothing is chosen behind the tower."""
+    model = random_model(image_size=16)
+    inputs = random_inputs(model, BATCH)
+    cache = TrimmedCache(model, {"tower_share": 0.5, "top_k_ratio": 1.0, "prefill_pictures": pictures})
+    spoiled = inputs["pixel_values"].clone()
+    spoiled[1, 0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="visual states are NaN"):
+        prefill(model, cache, **{**inputs, "pixel_values": spoiled})
+    assert cache.batch_size == -1
+    prefill(model, cache, **inputs)
+    assert cache.batch_size == len(BATCH)
+
+
 def test_a_picture_without_a_real_tile_is_read_in_company_as_alone():
     """All of its tokens are closed, and so are places that are there because another picture has more: those don't count."""
     model = random_model(image_size=16)
