@@ -8,7 +8,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 
-from trim_plugin import TrimmedCache
+from trim_plugin import TrimmedCache, prefill
 from trim_plugin.compat import CACHE, slices_mask_rows
 
 from ..random_models import Sample, random_inputs, random_model
@@ -98,3 +98,28 @@ def test_attention_that_needs_a_mask_to_leave_out_free_places_is_given_one():
     stock, static, dynamic = given
     assert torch.equal(stock, static)
     assert dynamic is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pictures", [1, 50])
+@pytest.mark.parametrize("covered", [0, 3])
+def test_text_that_a_mask_does_not_cover_is_hidden_as_stock_hides_it(attention, pictures, covered):
+    model = random_model(attention=attention)
+    inputs = random_inputs(model, EVEN)
+    inputs["attention_mask"] = inputs["attention_mask"][:, :covered]
+    ours = prefill(model, TrimmedCache(model, {**EXACT, "prefill_pictures": pictures}), **inputs, logits_to_keep=0)
+    stocks = logits(model, inputs, DynamicCache(config=model.config.get_text_config()))
+    torch.testing.assert_close(ours.logits, stocks, atol=1e-5, rtol=0)
+
+
+def test_a_masks_row_that_stands_for_all_samples_does_so_in_pieces():
+    """A picture without `cross_attention_mask`: everybody reads everything."""
+    model = random_model()
+    inputs = random_inputs(model, EVEN)
+    del inputs["cross_attention_mask"]
+    inputs["attention_mask"] = inputs["attention_mask"][:1]
+    whole, pieces = (
+        prefill(model, TrimmedCache(model, {**EXACT, "prefill_pictures": pictures}), **inputs).logits
+        for pictures in (50, 1)
+    )
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=0)

@@ -96,7 +96,8 @@ class Turn:
         return Turn(
             pictures=None if self.pictures is None else self.pictures[samples],
             seen=None if self.seen is None else self.seen.of_samples(samples),
-            padding=None if self.padding is None else self.padding[samples],
+            # One row may stand for all samples.
+            padding=self.padding if self.padding is None or len(self.padding) == 1 else self.padding[samples],
             tile_tokens=self.tile_tokens,
             past=self.past,
             looked=self.looked,

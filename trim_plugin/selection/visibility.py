@@ -215,9 +215,13 @@ def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> tor
             "and 1, and load the model with attn_implementation='sdpa' or 'eager'."
         )
     # As transformers reads it: a column is a token's position. A mask of the new tokens alone says as much here.
-    first = past if attention_mask.shape[-1] >= past + rows else attention_mask.shape[-1] - rows
+    width = attention_mask.shape[-1]
+    first = width - rows if rows <= width < past + rows else past
     own = attention_mask[..., first : first + rows]
-    return own == 0 if attention_mask.ndim == 2 else _padding_of_rows(own)
+    if attention_mask.ndim == 4:
+        return _padding_of_rows(own)
+    # What a mask does not cover is hidden.
+    return torch.nn.functional.pad(own == 0, (0, rows - own.shape[1]), value=True)
 
 
 def _padding_of_rows(own: torch.Tensor) -> torch.Tensor:
