@@ -214,14 +214,12 @@ def padding_of(attention_mask: torch.Tensor | None, past: int, rows: int) -> tor
             f"trim_plugin cannot read padding off an attention mask of {of}. Give the processor's, (batch, text tokens) of 0 "
             "and 1, and load the model with attn_implementation='sdpa' or 'eager'."
         )
-    # As transformers reads it: a column is a token's position. A mask of the new tokens alone says as much here.
+    # As transformers reads it: a column is a token's position, what none covers is hidden. One of the new tokens alone will do.
     width = attention_mask.shape[-1]
     first = width - rows if rows <= width < past + rows else past
     own = attention_mask[..., first : first + rows]
-    if attention_mask.ndim == 4:
-        return _padding_of_rows(own)
-    # What a mask does not cover is hidden.
-    return torch.nn.functional.pad(own == 0, (0, rows - own.shape[1]), value=True)
+    hidden = torch.nn.functional.pad(own == 0, (0, rows - own.shape[-1]), value=True)
+    return hidden if attention_mask.ndim == 2 else _padding_of_rows(own)
 
 
 def _padding_of_rows(own: torch.Tensor) -> torch.Tensor:
@@ -254,8 +252,7 @@ def take_columns(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor)
         >>> take_columns(mask, torch.tensor([[2, 1]]), torch.tensor([[True, False]])).flatten().tolist()
         [2.0, -3.4028234663852886e+38]
     """
-    taken = mask.gather(3, columns.to(mask.device)[:, None, None].expand(-1, 1, mask.shape[2], -1))
-    return close(taken, valid)
+    return close(mask.gather(3, columns.to(mask.device)[:, None, None].expand(-1, 1, mask.shape[2], -1)), valid)
 
 
 def take_square(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -282,8 +279,7 @@ def open_mask(valid: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tenso
     An explicit mask is needed even if all are valid and there are several rows: `sdpa_attention_forward` takes a module without
     `is_causal` for a causal one when it gets no mask.
     """
-    batch, tokens = valid.shape
-    return close(torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=valid.device), valid)
+    return close(torch.zeros(len(valid), 1, rows, valid.shape[1], dtype=dtype, device=valid.device), valid)
 
 
 def add_log_sizes(mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
