@@ -106,7 +106,7 @@ class Turn:
         )
 
     def text_mask(
-        self, text_model: Any, cache: HeldCache, text: torch.Tensor, mask: torch.Tensor
+        self, text_model: Any, cache: HeldCache, text: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What an `MllamaTextModel` makes of its attention mask, without waiting for the device: what is padding is known.
 
