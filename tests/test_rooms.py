@@ -71,7 +71,6 @@ TESTED_IN = {
     "commands.generate": "integrations/test_generate_command.py",
     "generation.assisted": "exactness/test_decoding.py",
     "forward.tower": "exactness/test_pieces.py",
-    "forward.tower_merging": "exactness/test_tower.py",
     "forward.tower_weights": "pictures/test_adapters.py",
     "generation.checks": "errors/test_inputs.py",
     "generation.micro_batches": "exactness/test_pieces.py",

@@ -162,7 +162,7 @@ def _raise_if(missing: Sequence[str]) -> None:
 def _missing_in_module(module: Any) -> Iterator[str]:
     name = next((one.__name__ for one in type(module).__mro__ if one.__name__ in FORWARDS), None)
     own = vars(module).get("forward")  # set on the module itself, where it takes no self
-    taken = _arguments(type(module).forward) if own is None else _named(own, first=0)
+    taken = arguments_of(type(module).forward) if own is None else _named(own, first=0)
     if name is not None and taken is not None:
         yield from (
             f"{argument}= of {type(module).__name__}.forward" for argument in FORWARDS[name] if argument not in taken
@@ -194,7 +194,7 @@ def _missing_methods(owner: Any, methods: dict[str, tuple[tuple[str, ...], tuple
         if method is None:
             yield f"{owner.__name__}.{name}"
             continue
-        found = _arguments(method)
+        found = arguments_of(method)
         if found is None:
             continue
         if found[: len(first)] != first:
@@ -210,7 +210,7 @@ def _missing_in_models() -> Iterator[str]:
             yield f"{name} in {MLLAMA}"
             continue
         # Something else in its place, as a test puts there to see who calls it, has no arguments to compare.
-        taken = _arguments(found.forward) if callable(found.forward) else None
+        taken = arguments_of(found.forward) if callable(found.forward) else None
         if taken is not None:
             yield from (f"{argument}= of {name}.forward" for argument in arguments if argument not in taken)
     caches = importlib.import_module(CACHES)
@@ -235,13 +235,13 @@ def _missing_in_models() -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
+def arguments_of(function: Callable[..., Any]) -> tuple[str, ...] | None:
     """The arguments of a method without the first, seen through decorators; None for a wrapper that hands on anything."""
     return _named(function, first=1)
 
 
 def _named(function: Callable[..., Any], first: int) -> tuple[str, ...] | None:
-    """What `_arguments` returns, from argument `first` on. Not remembered: a module's own `forward` dies with the module."""
+    """What `arguments_of` returns, from argument `first` on. Not remembered: a module's own `forward` dies with the module."""
     parameters = list(inspect.signature(function).parameters.values())
     named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     hands_on = {one.kind for one in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}

@@ -21,8 +21,7 @@ from trim_plugin import TrimConfig, TrimmedCache, prefill
 from trim_plugin.arithmetic import layers_before, tokens_left
 from trim_plugin.compat import CACHE
 from trim_plugin.forward import tower_merging
-from trim_plugin.forward.tower_merging import merging_in_tower
-from trim_plugin.selection.thinning import merge_alike
+from trim_plugin.forward.tower_merging import merge_alike, merging_in_tower
 
 from ..random_models import (
     TILE_COUNTS,

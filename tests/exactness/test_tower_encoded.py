@@ -11,8 +11,8 @@ from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures, open_p
 from trim_plugin.embedded import ask, examples, load_small_model
 from trim_plugin.evaluation import AnswerLog, Question, evaluate, variants_for
 from trim_plugin.forward import tower_merging
+from trim_plugin.forward.tower_merging import merge_alike
 from trim_plugin.pictures.recent import RecentPictures
-from trim_plugin.selection.thinning import merge_alike
 
 from ..random_models import generate, largest_difference, largest_logit, trimmed
 

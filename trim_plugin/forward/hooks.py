@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ from trim_plugin.cache.layers import in_this_thread
 from trim_plugin.cache.reading import NamingOurs, install
 from trim_plugin.compat import CACHE, cache_of, unsupported
 from trim_plugin.config import TrimConfig
-from trim_plugin.contract import check_contract, check_modules
+from trim_plugin.contract import arguments_of, check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
 from trim_plugin.forward.finding import (
     Hook,
@@ -243,12 +241,7 @@ def _text_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by their names, however they were given."""
-    return {**dict(zip(_argument_names(type(model).forward), args, strict=False)), **kwargs} if args else kwargs
-
-
-@functools.cache
-def _argument_names(forward: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    return {**dict(zip(arguments_of(type(model).forward) or (), args, strict=False)), **kwargs} if args else kwargs
 
 
 class TrimmedCache(HeldCache):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin.arithmetic import checked_share, tokens_left
-from trim_plugin.selection.thinning import CLASS, PADDING, PATCH, kinds_of_tokens, merge_alike
+from trim_plugin.forward.tower_merging import CLASS, PADDING, PATCH, kinds_of_tokens, merge_alike
 
 PATCHES, TOKENS = 17, 24
 
