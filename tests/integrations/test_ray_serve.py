@@ -27,20 +27,25 @@ def free_port():
 def client():
     from trim_plugin.integrations.ray_serve import chat_app
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {
-        "model": "small",
-        "device": "cpu",
-        "top_k_ratio": "0.1",
-        "num_cpus": "0.5",
-        "pictures": "4",
-    }
-    serve.run(chat_app(arguments), name="chat", route_prefix="/")
-    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-    serve.shutdown()
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Serve kills a proxy that is not ready after five seconds, which a busy machine takes.
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+        try:
+            port = free_port()
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            arguments = {
+                "model": "small",
+                "device": "cpu",
+                "top_k_ratio": "0.1",
+                "num_cpus": "0.5",
+                "pictures": "4",
+            }
+            serve.run(chat_app(arguments), name="chat", route_prefix="/")
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+            serve.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def messages(data, question):
