@@ -18,3 +18,7 @@ def worker(small, tmp_path):
     made = Worker(*small, {"top_k_ratio": 0.1}, max_running=8, max_new_tokens=24, folder=tmp_path)
     yield made
     made.close()
+
+
+def without_seconds(results):
+    return [{name: value for name, value in result.items() if name != "seconds"} for result in results]

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from ..batching.test_worker import BROKEN
+from ..batching.test_failures import BROKEN
 from ..serving.wrong import MESSAGES, PICTURES, SETTINGS
 
 TESTS = Path(__file__).parents[1]

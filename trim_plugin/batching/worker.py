@@ -225,7 +225,7 @@ class _Run:
             self._begun.discard(place)
             try:
                 result = {**_id(self._rows[place]), **self._worker.result(request, until - since)}
-                self._alike = 0
+                self._alike, self._cause = 0, None
             except (EngineClosed, *OF_ALL):
                 raise
             except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
@@ -243,7 +243,7 @@ class _Run:
 
     def check(self) -> None:
         """Raise `RowsFail` if it looks as if no row could be answered."""
-        if self._cause is not None and self._alike >= MOST_ALIKE and not self._begun:
+        if self._cause is not None and not self._begun:
             raise RowsFail(
                 f"{self._alike} rows in a row have failed alike, while no other was answered. The last: {told(self._cause)}"
             ) from self._cause

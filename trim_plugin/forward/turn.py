@@ -64,7 +64,7 @@ class Turn:
     looked: int = 0
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
-    #: What a selection need not wait for, where more micro-batches follow; see `select`. None: it waits.
+    #: Where a selection leaves checks for NaN, if more micro-batches follow; see `select`. None: it looks at them.
     nan_flags: list[torch.Tensor] | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
     new: EncodedBatch | None = None

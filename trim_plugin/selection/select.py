@@ -210,7 +210,7 @@ def select(
         return Selection(None, valid, None, known.readable_counts)
     checks, kept, counts = _Checks(processors), valid, None
     if scores is not None:
-        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, processors, checks, known)
+        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, checks, known)
         counts = None if known is None else known.kept_by(_alone(processors))
     if counts is None:
         counts = _counted(kept, columns, checks)
@@ -243,12 +243,12 @@ def _choose(
     valid: torch.Tensor,
     group: torch.Tensor,
     groups: int,
-    processors: VisualTokenProcessorList,
     checks: _Checks,
     known: KnownGroups | None,
 ) -> torch.Tensor:
     """bool (batch, new columns): what the processors keep; what has no query row at all is kept whole."""
-    read, rule = group >= 0, _alone(processors)
+    processors, read = checks.processors, group >= 0
+    rule = _alone(processors)
     if groups > 0 and rule is not None:
         members, sizes = members_of(group, groups), None if known is None else known.sizes
         chosen = rule.choose(states.to(group.device), members, sizes=sizes, nan_flags=checks.nan_flags)
@@ -293,7 +293,7 @@ class _Checks:
         #: Bool (1,) each, whether visual states are NaN.
         self.nan_flags: list[torch.Tensor] = []
         self._others: list[torch.Tensor] = []
-        self._processors = processors
+        self.processors = processors
         self._meanings: list[tuple[str, int, int]] = []  # what a flag says: of which processor, or group and sample
 
     @property
@@ -328,8 +328,8 @@ class _Checks:
                     "hold NaN or inf, so no head could choose. top_k_ratio=1.0 chooses nothing and does what transformers does."
                 )
             if meaning == "spoiled":
-                raise ValueError(returned_nan(self._processors[place]))
-            names = ", ".join(map(processor_name, self._processors))
+                raise ValueError(returned_nan(self.processors[place]))
+            names = ", ".join(map(processor_name, self.processors))
             raise ValueError(
                 f"The visual token processors {names} removed every visual token of visibility group {number} in "
                 f"sample {place}. Leave at least one token of each group above -inf, so that no text row loses all it reads."
