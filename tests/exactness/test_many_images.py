@@ -37,7 +37,7 @@ def test_scoring_32_frames_needs_little_scratch():
     """32 frames × 4 tiles × 1,601 tokens; measured by torch's own accounting of CPU memory."""
     heads, rows, dim, tokens = 2, 128, 16, 32 * 4 * 1601
     queries, keys = torch.randn(1, heads, rows, dim), torch.randn(1, 1, tokens, dim)
-    seen = Visibility(torch.ones(1, rows, 1, dtype=torch.bool), torch.zeros(1, rows, dtype=torch.bool), tokens)
+    seen = Visibility(torch.ones(1, rows, 1, dtype=torch.bool), torch.zeros(1, rows, dtype=torch.bool))
     tile_of = torch.zeros(1, tokens, dtype=torch.long)
     held, peak = 0, 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

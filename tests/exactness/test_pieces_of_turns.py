@@ -1,11 +1,14 @@
-"""How many text rows a piece has is known for every way of saying what is to be read."""
+"""Pieces of a turn: how many text rows they have is known however they are given, and one that chose too little is read again."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
 
 from trim_plugin import KCenter, TrimmedCache, prefill
+from trim_plugin.compat import cache_of
 
 from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
 
@@ -60,3 +63,27 @@ def test_follow_ups_that_are_longer_than_what_is_held(config, by_hand, padded):
         kept.append(cache.kept_indices)
     assert float((found[0] - found[1]).abs().max()) <= 1e-5
     assert all(map(torch.equal, *kept))
+
+
+@pytest.mark.parametrize("config", [{}, {"tower_share": 0.6}])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_what_was_chosen_too_hastily_is_chosen_again(config, mode):
+    """Choices that did not ask whether they are done, in every second call that may not."""
+    model, choose, hasty = random_model(seed=3), KCenter.choose, []
+    inputs = random_inputs(model, BATCH)
+    expected = trimmed(model, inputs, {"prefill_pictures": 1, **config}, new=4, **mode)
+
+    def too_few(rule, states, members, *, unread=None, **known):
+        chosen = choose(rule, states, members, unread=unread, **known)
+        if unread is None or unread.asks is None or len(hasty) > 7:
+            return chosen
+        hasty.append(len(hasty) % 2 == 0)
+        unread.short.append(torch.tensor([hasty[-1]]))
+        return chosen & (chosen.cumsum(dim=-1) < 2) if hasty[-1] else chosen
+
+    with mock.patch.object(KCenter, "choose", too_few):
+        ours = trimmed(model, inputs, {"prefill_pictures": 1, **config}, new=4, **mode)
+    assert any(hasty)
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert largest_difference(ours, expected) <= 1e-5
+    assert all(map(torch.equal, cache_of(ours).kept_indices, cache_of(expected).kept_indices))

@@ -112,7 +112,7 @@ def launches_of_one_choice(share, rows=128, groups=1, tiles=4):
     opened = torch.ones(1, rows, tiles, dtype=torch.bool)
     for group in range(groups):
         opened[:, : group * rows // groups, group * tiles // groups :] = False
-    seen = Visibility(opened, torch.zeros(1, rows, dtype=torch.bool), 1601)
+    seen = Visibility(opened, torch.zeros(1, rows, dtype=torch.bool))
     assert int(seen.groups().max()) + 1 == groups
     with torch.device("meta"):
         queries, keys, states = (
@@ -144,7 +144,7 @@ def test_samples_score_together_where_they_fit():
 
     def launches(batch):
         opened = torch.ones(batch, 4, 1, dtype=torch.bool)
-        seen = Visibility(opened, torch.zeros(batch, 4, dtype=torch.bool), 100)
+        seen = Visibility(opened, torch.zeros(batch, 4, dtype=torch.bool))
         with torch.device("meta"):
             queries, keys = torch.empty(batch, 8, 4, 16), torch.empty(batch, 2, 100, 16)
             tile_of = torch.empty(batch, 100, dtype=torch.long)

@@ -56,7 +56,7 @@ def one_choice(rule=None, dtype=torch.float32):
     )
     opened = torch.ones(2, 6, 2, dtype=torch.bool)
     opened[:, :3, 1] = False
-    seen = Visibility(opened, torch.zeros(2, 6, dtype=torch.bool), 40)
+    seen = Visibility(opened, torch.zeros(2, 6, dtype=torch.bool))
     index, ones = torch.arange(80).expand(2, -1), torch.ones(2, 80, dtype=torch.long)
     columns = Columns(index, ones.bool(), ones, seen.groups().gather(1, index // 40), ones.bool(), 0, 40)
     scores = visual_token_scores(queries, keys, seen, columns.tile_of, 0.3)

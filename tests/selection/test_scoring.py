@@ -37,7 +37,7 @@ def test_blocks_give_what_the_whole_map_gives(heads, batch, rows, tiles, seed, b
     torch.manual_seed(seed)
     tokens = 3 * tiles
     queries, keys = torch.randn(batch, heads[0], rows, 8), torch.randn(batch, heads[1], tokens, 8)
-    seen = Visibility(torch.rand(batch, rows, tiles) < 0.7, torch.rand(batch, rows) < 0.2, 3)
+    seen = Visibility(torch.rand(batch, rows, tiles) < 0.7, torch.rand(batch, rows) < 0.2)
     tile_of = torch.randint(tiles, (batch, tokens)).sort(dim=1).values
     log_sizes = None
     if merged:
@@ -61,7 +61,7 @@ torch.set_num_threads(2)
 rows, heads, tokens, dim, dtype = int(sys.argv[2]), int(sys.argv[3]), 51232, int(sys.argv[4]), getattr(torch, sys.argv[1])
 queries = torch.empty(1, heads, rows, dim, dtype=dtype).normal_()
 keys = torch.empty(1, heads // 4, tokens, dim, dtype=dtype).normal_()
-seen = Visibility(torch.ones(1, rows, 1, dtype=torch.bool), torch.zeros(1, rows, dtype=torch.bool), tokens)
+seen = Visibility(torch.ones(1, rows, 1, dtype=torch.bool), torch.zeros(1, rows, dtype=torch.bool))
 small = torch.ones(1, 64, 64, dtype=dtype)
 small.bmm(small)  # the libraries' own buffers are not scratch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

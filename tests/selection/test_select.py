@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import KCenter, TopKPerHead, VisualTokenProcessorList
+from trim_plugin.selection.k_center import short_ones
+from trim_plugin.selection.rounds import Unread
 from trim_plugin.selection.select import Columns, KnownGroups, select
 from trim_plugin.selection.visibility import Tiles, Visibility, of_tiles
 
@@ -120,11 +122,11 @@ def test_nan_is_found_wherever_it_comes_from(group):
 def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, tiles, tile_tokens, kept_share, seed):
     torch.manual_seed(seed)
     padding = torch.rand(batch, rows) < 0.2
-    seen = of_tiles((torch.rand(batch, rows, 1, tiles) < 0.6).long(), padding, tile_tokens)
-    about, known = everything_new(seen)
+    seen = of_tiles((torch.rand(batch, rows, 1, tiles) < 0.6).long(), padding)
+    about, known = everything_new(seen, tile_tokens)
     keys, states = torch.randn(batch, 1, tiles * tile_tokens, 4), torch.randn(batch, tiles * tile_tokens, 8)
     rule, groups = VisualTokenProcessorList([KCenter(kept_share)]), len(known.sizes[0])
-    scores, later = torch.zeros(batch, 1, tiles * tile_tokens), []
+    scores, later = torch.zeros(batch, 1, tiles * tile_tokens), Unread()
     told = select(scores, keys, states, about, groups, rule, True, known, later)
     counted = select(scores, keys, states, about, groups, rule, True)
     assert told.readable_counts == counted.readable_counts
@@ -135,14 +137,14 @@ def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, t
     if counted.merging is not None:
         assert torch.equal(told.merging.slots, counted.merging.slots)
         assert torch.equal(told.merging.sizes, counted.merging.sizes)
-    assert not any(bool(flag.any()) for flag in later)
+    assert short_ones([later]) == []
 
 
-def everything_new(seen: Visibility):
+def everything_new(seen: Visibility, tile_tokens: int):
     """The columns of a first turn in which all tiles are whole, and what the host knows of them."""
     groups, readable = seen.groups(), seen.readable_tiles()
-    index = torch.arange(groups.shape[1] * seen.tile_tokens).expand(len(groups), -1)
-    group, ones = groups.repeat_interleave(seen.tile_tokens, dim=1), torch.ones_like(index)
-    can = readable.repeat_interleave(seen.tile_tokens, dim=1)
-    about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=seen.tile_tokens)
-    return about, KnownGroups.of(Tiles(groups, readable, groups), seen.tile_tokens)
+    index = torch.arange(groups.shape[1] * tile_tokens).expand(len(groups), -1)
+    group, ones = groups.repeat_interleave(tile_tokens, dim=1), torch.ones_like(index)
+    can = readable.repeat_interleave(tile_tokens, dim=1)
+    about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=tile_tokens)
+    return about, KnownGroups.of(Tiles(groups, readable, groups), tile_tokens)

@@ -15,17 +15,17 @@ def additive(rows):
     return torch.zeros(allowed.shape).masked_fill(~allowed, LOW) * open_rows, open_rows
 
 
-def seen(rows, padding=None, tile_tokens=1):
+def seen(rows, padding=None):
     rows = torch.tensor(rows, dtype=torch.bool)
     padding = torch.zeros(rows.shape[:2], dtype=torch.bool) if padding is None else torch.tensor(padding)
-    return Visibility(rows, padding, tile_tokens)
+    return Visibility(rows, padding)
 
 
 def test_query_rows_read_something_and_are_not_padding():
     rows = [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]
     padding = torch.tensor([[False, False, True]])
     tiles = torch.tensor(rows).view(1, 3, 2, 2)
-    for found in (of_tiles(tiles, padding, 5), of_additive(*additive(rows), padding)):
+    for found in (of_tiles(tiles, padding), of_additive(*additive(rows), padding)):
         assert found.open[0].int().tolist() == rows
         assert found.query_rows.tolist() == [[False, True, False]]
         assert found.readable_tiles(exact=True).int().tolist() == [[1, 1, 0, 1]]
@@ -66,7 +66,6 @@ def test_groups_against_a_restatement(batch, rows, tiles, number):
     found = Visibility(
         torch.rand(batch, rows, tiles, generator=generator) < 0.5,
         torch.rand(batch, rows, generator=generator) < 0.2,
-        1,
     )
     for sample, groups in enumerate(found.groups().tolist()):
         readers = [

@@ -24,8 +24,9 @@ import torch
 from trim_plugin.arithmetic import PADDING_SHARE, layers_before
 from trim_plugin.contract import check_contract
 from trim_plugin.forward.finding import Hook, attaching, put_on, take_off
-from trim_plugin.selection.k_center import KCenter, raise_if_nan
+from trim_plugin.selection.k_center import KCenter, short_ones
 from trim_plugin.selection.merging import Merging, merge_dropped
+from trim_plugin.selection.rounds import Unread
 from trim_plugin.selection.visibility import add_log_sizes, pack, take_square
 
 #: The kinds of tokens in `kinds_of_tokens`.
@@ -58,7 +59,7 @@ def kinds_of_tokens(tiles: torch.Tensor, patches: int, tokens: int) -> torch.Ten
 
 
 def merge_alike(
-    states: torch.Tensor, kinds: torch.Tensor, kept_share: float
+    states: torch.Tensor, kinds: torch.Tensor, kept_share: float, unread: Unread | None = None
 ) -> tuple[Merging, torch.Tensor, torch.Tensor]:
     """Merge tokens that are alike, all tiles of a picture together.
 
@@ -66,6 +67,7 @@ def merge_alike(
         states: (pictures, tokens, width).
         kinds: int64 (pictures, tokens) on the CPU, see `kinds_of_tokens`: what is there to choose from is counted there.
         kept_share: share of the real tiles' patches that stay, rounded up.
+        unread: gets what is left for the host to read; None: it reads here, and raises.
 
     Returns:
         The merging; int64 (pictures, slots), the token that stands for each slot; and bool (pictures, slots), False for slots
@@ -78,14 +80,15 @@ def merge_alike(
         ([[0, 2, 3]], [[1, 2, 2]])
     """
     on_device = kinds.to(states.device)
-    nan_flags: list[torch.Tensor] = []
+    own = unread or Unread()
     kept, left = on_device == CLASS, (kinds == CLASS).sum(dim=1)
     # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
     for kind, rule in ((PATCH, KCenter(kept_share)), (PADDING, KCenter(PADDING_SHARE))):
         counts = (kinds == kind).sum(dim=1).tolist()
-        kept |= rule.choose(states, on_device == kind, sizes=[[count] for count in counts], nan_flags=nan_flags)
+        kept |= rule.choose(states, on_device == kind, sizes=[[count] for count in counts], unread=own)
         left += torch.tensor([rule.keeps(count) for count in counts], device="cpu")
-    raise_if_nan(nan_flags)
+    if unread is None:
+        short_ones([own])
     positions, valid = pack(kept, longest=int(left.max()))
     return merge_dropped(states, kept, on_device, torch.ones_like(on_device), positions), positions, valid
 
@@ -97,14 +100,16 @@ class TowerCall:
         tower: the `MllamaVisionModel`.
         share: share of the real tiles' patches that go on.
         tiles: bool (pictures, tiles), True for real tiles.
+        unread: as for `merge_alike`.
     """
 
-    def __init__(self, tower: Any, share: float, tiles: torch.Tensor) -> None:
+    def __init__(self, tower: Any, share: float, tiles: torch.Tensor, unread: Unread | None = None) -> None:
         layers = tower.transformer.layers
         self._before = layers_before(len(layers))
         #: The local layer before which tokens are merged; None: they are before the global layers.
         self.first = layers[self._before] if self._before < len(layers) else None
         self._local, self._share, self._tiles, self._patches = tower.transformer, share, tiles, tower.num_patches
+        self._unread = unread
         self._merging: Merging | None = None
         #: Additive (pictures, 1, slots, slots), with log sizes, once tokens are merged.
         self.mask: Any = None
@@ -123,7 +128,7 @@ class TowerCall:
         """
         if self._merging is None:
             kinds = kinds_of_tokens(self._tiles.cpu(), self._patches, hidden.shape[1])
-            self._merging, positions, valid = merge_alike(hidden, kinds, self._share)
+            self._merging, positions, valid = merge_alike(hidden, kinds, self._share, self._unread)
             own = add_log_sizes(take_square(mask, positions), self._merging.sizes)
             # More than closed: a picture without a real tile reads its closed tokens alike, in company as alone.
             self.mask = own.masked_fill(~valid.to(own.device)[:, None, None], -torch.inf)
@@ -150,14 +155,17 @@ class TowerCall:
 
 
 @contextlib.contextmanager
-def merging_in_tower(tower: Any, share: float | None, aspect_ratio_mask: torch.Tensor | None) -> Iterator[None]:
+def merging_in_tower(
+    tower: Any, share: float | None, aspect_ratio_mask: torch.Tensor | None, unread: Unread | None = None
+) -> Iterator[None]:
     """Within this context one call of the vision tower merges patches; with `share` None it is untouched.
 
     Args:
         tower: an `MllamaVisionModel`; hooks are put on it if it has none yet.
         share: share of the real tiles' patches that go on.
-        aspect_ratio_mask: (batch, pictures, tiles), 1 for real tiles, of the call. None, which transformers refuses, is left to
-            its own error.
+        aspect_ratio_mask: (batch, pictures, tiles), 1 for real tiles, of the call; one on the CPU saves a host read. None, which
+            transformers refuses, is left to its own error.
+        unread: as for `merge_alike`.
 
     Raises:
         RuntimeError: the tower ran and nothing was merged, because it runs without its hooks.
@@ -166,7 +174,7 @@ def merging_in_tower(tower: Any, share: float | None, aspect_ratio_mask: torch.T
         yield
         return
     attach_to_tower(tower)
-    call = TowerCall(tower, share, aspect_ratio_mask.flatten(0, 1) != 0)
+    call = TowerCall(tower, share, aspect_ratio_mask.flatten(0, 1) != 0, unread)
     token = _call.set(call)
     try:
         yield

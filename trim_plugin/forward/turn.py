@@ -25,6 +25,7 @@ from trim_plugin.cache.stores import take_tokens
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.finding import attention_of
 from trim_plugin.forward.projections import layer_queries
+from trim_plugin.selection.rounds import Unread
 from trim_plugin.selection.scoring import visual_token_scores
 from trim_plugin.selection.select import Columns, KnownGroups, Selection, select
 from trim_plugin.selection.visibility import (
@@ -51,7 +52,7 @@ class Turn:
         pictures: encoded pictures that it reads, an entry a sample; None if it has none.
         seen: who may read what, where the model's hook, or `generate`, could tell from the mask of tiles.
         padding: bool (batch, rows), which text rows are padding; None if there is none.
-        tile_tokens: visual tokens of a tile; 1 for a text model, which is given a mask of tokens.
+        tile_tokens: visual tokens of a tile, which follow from the mask; 1 for a text model, which is given a mask of tokens.
         past: text tokens before the forward, as `look` found them.
     """
 
@@ -64,8 +65,10 @@ class Turn:
     looked: int = 0
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
-    #: Where a selection leaves checks for NaN, if more micro-batches follow; see `select`. None: it looks at them.
-    nan_flags: list[torch.Tensor] | None = None
+    #: `aspect_ratio_mask` on the CPU, where it was read for all micro-batches.
+    real_tiles: torch.Tensor | None = None
+    #: Where choices leave what the host reads when all micro-batches are read; None: it is read at once.
+    unread: Unread | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
     new: EncodedBatch | None = None
     #: Set when the first cross-attention layer is about to run: from then on a failure leaves the cache neither old nor new.
@@ -77,32 +80,28 @@ class Turn:
     mask: torch.Tensor | None = None
     #: The first cross-attention layer's queries, (batch, heads, rows, head_dim), until they have scored.
     queries: torch.Tensor | None = None
-    #: What the first layer attends to, how many visibility groups a sample has at most, the tiles (bool, on the CPU) that
-    #: decoding can read after it, whether a column stands for several tokens, and the mask without log sizes. None in a
-    #: turn without pictures.
+    #: What the first layer attends to, whether a column stands for several tokens, and the mask without log sizes. None in a turn
+    #: without pictures.
     columns: Columns | Any = None
-    groups: int = 0
-    readable_tiles: torch.Tensor | Any = None
-    #: What is known of the new columns without counting; None if there are earlier ones, or not all of the new ones are there.
-    known: KnownGroups | None = None
     sized: bool = False
     mask_without_sizes: torch.Tensor | Any = None
+    #: What is known of the new columns without counting; None if there are earlier ones, or not all of the new ones are there.
+    known: KnownGroups | None = None
     #: What the cache holds after the turn, and which of the columns these are; None if that is what it held before.
     kept: KeptTokens | None = None
     picked: list[Picked] = dataclasses.field(default_factory=list)
 
-    def of_samples(self, samples: slice) -> Turn:
+    def of_samples(self, samples: slice, unread: Unread) -> Turn:
         """What was noted so far, of some samples."""
-        return Turn(
-            pictures=None if self.pictures is None else self.pictures[samples],
-            seen=None if self.seen is None else self.seen.of_samples(samples),
-            # One row may stand for all samples.
-            padding=self.padding if self.padding is None or len(self.padding) == 1 else self.padding[samples],
-            tile_tokens=self.tile_tokens,
-            past=self.past,
-            looked=self.looked,
-            tiles=None if self.tiles is None else self.tiles.of_samples(samples),
-            nan_flags=self.nan_flags,
+        padding, real_tiles = self.padding, self.real_tiles
+        return dataclasses.replace(
+            self,
+            pictures=self.pictures and self.pictures[samples],
+            seen=self.seen and self.seen.of_samples(samples),
+            padding=padding if padding is None or len(padding) == 1 else padding[samples],  # one row may stand for all
+            tiles=self.tiles and self.tiles.of_samples(samples),
+            real_tiles=None if real_tiles is None else real_tiles[samples],
+            unread=unread,
         )
 
     def text_mask(
@@ -141,14 +140,13 @@ class Turn:
         vision_config: Any,
     ) -> None:
         """Read what a model is called with: `cross_attention_mask` and `attention_mask` of `rows` text rows."""
-        self.tile_tokens, self.looked = tile_tokens(vision_config), rows
-        self.seen = self.tiles = None
+        self.looked, self.seen, self.tiles = rows, None, None
         self.past = past = int(cache.get_seq_length())
         self.padding = padding_of(attention_mask, past, rows)
         if mask is not None and mask.ndim == 4:
-            self.seen = of_tiles(
-                mask if mask.shape[1] == rows else mask[:, past : past + rows], self.padding, self.tile_tokens
-            )
+            self.seen = of_tiles(mask if mask.shape[1] == rows else mask[:, past : past + rows], self.padding)
+        else:
+            self.tile_tokens = tile_tokens(vision_config)
 
     def note_tiles(self, cache: HeldCache, device: torch.device) -> Tiles:
         """Every tile's visibility group, and whether decoding can read it after this turn; copied to the device at once, for all
@@ -181,22 +179,30 @@ class Turn:
         total = earlier + new
         if mask is not None:
             check_columns(mask, total)
-        if self.seen is None:
-            open_rows = kwargs["full_text_row_masked_out_mask"]
-            tiles = total // self.tile_tokens
-            self.seen = (
-                of_everything(batch, rows, tiles, self.tile_tokens, self.padding)
-                if mask is None
-                else of_additive(mask, open_rows, self.padding)
-            )
+        if self.seen is None and mask is not None:
+            self.seen = of_additive(mask, kwargs["full_text_row_masked_out_mask"], self.padding)
+        elif self.seen is None:
+            self.seen = of_everything(batch, rows, self._whole_tiles(cache, total), self.padding)
+        self.tile_tokens = total // max(1, self.seen.open.shape[2])
         if cache.kept is not None and mask is not None:
-            _check_nothing_lost(self.seen, cache)
+            gone = ~cache.kept.readable_tiles[list(cache.kept.order)]
+            if self.seen.reads_any(gone, cache.config.keeps_reachable):
+                raise ValueError(LOST_TOKENS)
         if self.states is None:
             self._read(cache, mask, rows)
         else:
             self._bring(cache, mask, rows)
             if cache.config.needs_scores:
                 self.queries = layer_queries(layer, hidden_states)
+
+    def _whole_tiles(self, cache: HeldCache, total: int) -> int:
+        """How many tiles so many visual tokens are, where no mask tells; if they are not whole ones, every token is one."""
+        of_tile = self.tile_tokens if cache.kept is None else cache.kept.tile_tokens
+        if total % of_tile and cache.kept is not None:
+            raise ValueError(
+                f"Earlier turns of this TrimmedCache brought tiles of {of_tile} tokens. Give whole tiles here, too."
+            )
+        return total if total % of_tile else total // of_tile
 
     def _read(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
         """No new pictures: the layers read what is held, and what this turn's last row cannot read any more goes."""
@@ -223,7 +229,7 @@ class Turn:
         """New pictures: the columns are what is held, side by side, and then all of the new visual tokens."""
         if cache.kept is not None:
             cache.unshare()
-        held, of_tile, device = cache.kept, self.seen.tile_tokens, self.states.device
+        held, of_tile, device = cache.kept, self.tile_tokens, self.states.device
         if self.new is not None:
             new, sizes, valid, complete = self.new.index, self.new.sizes, self.new.valid, self.new.complete
         else:
@@ -231,7 +237,6 @@ class Turn:
             sizes, valid, complete = torch.ones_like(new), torch.ones_like(new, dtype=torch.bool), True
         old_tiles = 0 if held is None else held.readable_tiles.shape[1]
         tiles = self.note_tiles(cache, device)
-        self.readable_tiles, self.groups = tiles.readable, int(tiles.groups.max()) + 1
         group_of_tile, readable = tiles.on_device.to(device)
         index = new + old_tiles * of_tile if old_tiles else new
         tile = index // of_tile
@@ -294,15 +299,16 @@ class Turn:
             scores = visual_token_scores(
                 queries, keys, self.seen, columns.tile_of, attention_of(layer).scaling, log_sizes
             )
-        rules, merge = config.processor_list, config.merge
-        chosen = select(scores, keys, self.states, columns, self.groups, rules, merge, self.known, self.nan_flags)
+        tiles, rules, merge = self.note_tiles(cache, keys.device), config.processor_list, config.merge
+        groups = int(tiles.groups.max()) + 1
+        chosen = select(scores, keys, self.states, columns, groups, rules, merge, self.known, self.unread)
         visible = (columns.sizes * (columns.group >= 0)).sum(dim=1)
         if cache.kept is not None:
             visible = visible + cache.kept.visible
         if chosen.positions is not None:
             self._go_on_with(chosen, held)
         token_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
-        self._leave(cache, self.columns, chosen.readable_counts, self.readable_tiles, visible, token_bytes, self.sized)
+        self._leave(cache, self.columns, chosen.readable_counts, tiles.readable, visible, token_bytes, self.sized)
 
     def _go_on_with(self, chosen: Selection, held: CrossAttentionLayer) -> None:
         """Narrow states, mask, columns, and what the first layer has cached, to what was chosen."""
@@ -342,9 +348,3 @@ class Turn:
             sized=sized,
             bucket=cache.config.bucket,
         )
-
-
-def _check_nothing_lost(seen: Visibility, cache: HeldCache) -> None:
-    """Raise if a row reads what the end of an earlier turn could not read: it is gone."""
-    if seen.reads_any(~cache.kept.readable_tiles[list(cache.kept.order)], cache.config.keeps_reachable):
-        raise ValueError(LOST_TOKENS)

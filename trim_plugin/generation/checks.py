@@ -231,7 +231,7 @@ def _check_nothing_lost(mask: torch.Tensor, cache: TrimmedCache, attention_mask:
     past = int(cache.get_seq_length())
     from_the_start = mask.shape[1] > past and (attention_mask is None or attention_mask.shape[1] == mask.shape[1])
     rows = mask[:, past:] if from_the_start else mask
-    seen = of_tiles(rows, padding_of(attention_mask, past, rows.shape[1]), tile_tokens=1)
+    seen = of_tiles(rows, padding_of(attention_mask, past, rows.shape[1]))
     if seen.reads_any(~cache.kept.readable_tiles[list(cache.kept.order)], cache.config.keeps_reachable):
         raise ValueError(LOST_TOKENS)
 

@@ -20,7 +20,8 @@ from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
 from trim_plugin.forward.finding import check_reads_caches
 from trim_plugin.forward.turn import Turn
-from trim_plugin.selection.k_center import raise_if_nan
+from trim_plugin.selection.k_center import make_all
+from trim_plugin.selection.rounds import Unread
 
 #: What reads one micro-batch: its inputs and its cache, which it fills → the model's output.
 Read = Callable[[dict[str, Any], HeldCache], Any]
@@ -197,22 +198,25 @@ def read_in_micro_batches(
         The output as one forward over the whole batch returns it, with this cache in it, but without `LEFT_OUT`.
     """
     cache.unshare()
-    whole = _looked_at(cache, inputs, how.copies, vision_config, rows)
-    parts, outputs = [], []
-    for samples in how.slices:
-        part = part_of(cache, samples)
-        part.turn = whole.of_samples(samples)
-        own = _rows(inputs, batch, how.copies, samples)
-        output = read(own, part)
-        kind = type(output)
-        outputs.append({name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)})
-        parts.append(part)
-        del output  # and with it what is left out, before the next micro-batch is read
-    raise_if_nan(whole.nan_flags or [])
-    fields = {name: _joined([one[name] for one in outputs], how.copies) for name in outputs[0]}
+    whole, slices = _looked_at(cache, inputs, how.copies, vision_config, rows), how.slices
+    parts: dict[int, HeldCache] = {}
+    outputs: dict[int, dict[str, Any]] = {}
+
+    def read_part(number: int, unread: Unread) -> None:
+        part = part_of(cache, slices[number])
+        part.turn = whole.of_samples(slices[number], unread)
+        output = read(_rows(inputs, batch, how.copies, slices[number]), part)
+        kinds.append(type(output))
+        # And with the rest what is left out goes, before the next micro-batch is read.
+        outputs[number] = {name: value for name, value in output.items() if name not in (CACHE, LEFT_OUT)}
+        parts[number] = part
+
+    kinds: list[type] = []
+    make_all(len(slices), read_part)
+    fields = {name: _joined([one[name] for one in outputs.values()], how.copies) for name in outputs[0]}
     outputs.clear()
-    join(cache, parts, how.copies)
-    return kind(**fields, **{CACHE: cache})
+    join(cache, list(parts.values()), how.copies)
+    return kinds[0](**fields, **{CACHE: cache})
 
 
 def _rows_read(cache: HeldCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
@@ -227,11 +231,13 @@ def _rows_read(cache: HeldCache, input_ids: torch.Tensor, model_kwargs: dict[str
 
 def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any, rows: int) -> Turn:
     """The turn of all sources: the masks are read once, however many micro-batches there are."""
-    turn = Turn(pictures=cache.pictures, nan_flags=[])
-    mask, attention_mask = (
+    turn = Turn(pictures=cache.pictures)
+    mask, attention_mask, real_tiles = (
         None if inputs.get(name) is None else inputs[name][::copies]
-        for name in ("cross_attention_mask", "attention_mask")
+        for name in ("cross_attention_mask", "attention_mask", "aspect_ratio_mask")
     )
+    if cache.config.tower_share is not None and real_tiles is not None:
+        turn.real_tiles = real_tiles.cpu()
     if rows > 0 and (cache.pictures is not None or inputs.get("pixel_values") is not None):
         turn.look(cache, rows, mask, attention_mask, vision_config)
         earlier = 0 if cache.kept is None else cache.kept.readable_tiles.shape[1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
 from trim_plugin.arithmetic import FEATURES, share
 from trim_plugin.selection.precision import full_float32
 from trim_plugin.selection.processors import VisualTokenProcessor
-from trim_plugin.selection.rounds import CANDIDATES, DONE, EQUAL, NAN_STATES, SAME, SMALL, Rounds
+from trim_plugin.selection.rounds import CANDIDATES, DONE, EQUAL, NAN_STATES, SAME, SMALL, Rounds, Unread
 from trim_plugin.selection.visibility import pack
 
 #: Bytes of features, and of what they are compared to, at a time.
@@ -27,6 +28,8 @@ SHORTEST = 1e-15
 COLUMNS = 4
 #: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
 DIGITS = 6
+#: How often rounds of many micro-batches, or of many calls of the tower, ask the host before they do without.
+ASKS = 4
 #: Tokens that are taken one after the other before the host asks whether a radius is covered.
 TAKEN_UNASKED = 32
 
@@ -46,10 +49,9 @@ class KCenter(VisualTokenProcessor):
     were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
-    in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. The host
-    asks the device whether rounds have chosen enough, once in most cases, and how many members there are if nobody knows. For a
-    page of the 11B model 10 to 16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242. Scratch: up to 1,460 float32 values
-    a token (128 MiB of them at a time).
+    in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. For a page
+    of the 11B model 10 to 16 rounds choose 641 of 6,404 tokens, 14 to 19 rounds 2,242; the host asks the device once or twice
+    whether they have. Scratch: up to 1,460 float32 values a token (128 MiB of them at a time).
 
     Args:
         kept_share: share of a visibility group's visible tokens that is kept, rounded up, in (0, 1].
@@ -115,7 +117,7 @@ class KCenter(VisualTokenProcessor):
         members: torch.Tensor,
         *,
         sizes: list[list[int]] | None = None,
-        nan_flags: list[torch.Tensor] | None = None,
+        unread: Unread | None = None,
     ) -> torch.Tensor:
         """The tokens to keep, without any prompt.
 
@@ -123,8 +125,7 @@ class KCenter(VisualTokenProcessor):
             states: (batch, tokens, width), visual states.
             members: bool (batch, tokens), the tokens to choose among; or (batch, groups, tokens), for each group apart.
             sizes: for every sample, how many members each of its groups has, where somebody knows; None: the device is asked.
-            nan_flags: a list that gets bool tensors (1,), whether states are NaN, to be looked at later; None: they are looked at
-                here, and an error is raised.
+            unread: gets what is left for the host to read; None: it reads here, and raises.
 
         Returns:
             bool, of the shape of `members`; nothing where there are no members.
@@ -134,16 +135,13 @@ class KCenter(VisualTokenProcessor):
         """
         if self.kept_share == 1.0:
             return members
-        asked: list[torch.Tensor] = []
-        chosen = self._choose(states, members, sizes, asked)
-        if nan_flags is not None:
-            nan_flags.extend(asked)
-        else:
-            raise_if_nan(asked)
+        chosen = self._choose(states, members, sizes, own := unread or Unread())
+        if unread is None:
+            short_ones([own])
         return chosen
 
     def _choose(
-        self, states: torch.Tensor, members: torch.Tensor, sizes: list[list[int]] | None, nan_flags: list[torch.Tensor]
+        self, states: torch.Tensor, members: torch.Tensor, sizes: list[list[int]] | None, unread: Unread
     ) -> torch.Tensor:
         tokens = members.shape[-1]
         rows = members.reshape(-1, tokens)
@@ -155,7 +153,7 @@ class KCenter(VisualTokenProcessor):
             few = members & (counts <= limit).view(*members.shape[:-1], 1)
             fewer = [[count if count <= limit else 0] for count in there]
             more = [[count if count > limit else 0] for count in there]
-            return self._choose(states, few, fewer, nan_flags) | self._choose(states, members & ~few, more, nan_flags)
+            return self._choose(states, few, fewer, unread) | self._choose(states, members & ~few, more, unread)
         # Usually every token is a member: then nothing has to be packed.
         whole = min(there, default=0) == tokens and len(rows) == len(states)
         positions, valid = (None, rows) if whole else pack(rows, longest=width)
@@ -169,7 +167,7 @@ class KCenter(VisualTokenProcessor):
                 else:
                     sample = torch.arange(len(rows), device=rows.device)[part, None] // (len(rows) // len(states))
                     features = features_of(states, sample * tokens + positions[part])
-                slots, taken = self._cover(features, valid[part], counts[part], there[part], nan_flags)
+                slots, taken = self._cover(features, valid[part], counts[part], there[part], unread)
                 # A slot that is not taken repeats the first one, which is taken.
                 slots = torch.where(taken, slots, slots[:, :1])
                 chosen[part].scatter_(1, slots if positions is None else positions[part].gather(1, slots), True)
@@ -181,7 +179,7 @@ class KCenter(VisualTokenProcessor):
         valid: torch.Tensor,
         counts: torch.Tensor,
         there: list[int],
-        nan_flags: list[torch.Tensor],
+        unread: Unread,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of features (rows, slots, width) in the order in which they are chosen, and which of them are taken.
 
@@ -190,7 +188,7 @@ class KCenter(VisualTokenProcessor):
         few = max(there) <= self._few
         first, most_alike = _first(features, valid)
         if few:
-            nan_flags.append(most_alike.isnan().any()[None])
+            unread.nan.append(most_alike.isnan().any()[None])
         if self.kept_share is None:
             if few:
                 return one_by_one(features, valid, first, max(there), self.radius)
@@ -201,7 +199,9 @@ class KCenter(VisualTokenProcessor):
             slots, _ = one_by_one(features, valid, first, max(known))
             return slots, torch.arange(slots.shape[1], device=slots.device) < wanted
         rounds = Rounds.begin(features, valid, first, most_alike, wanted, counts)
-        slots, taken, place = rounds.until_counted(known, there)
+        slots, taken, place = rounds.until_counted(known, there, unread)
+        if unread.asks == 0:
+            unread.short.append((place[:, -1:] < wanted).any()[None])
         return slots, taken & (place <= wanted)
 
     @property
@@ -218,10 +218,39 @@ class KCenter(VisualTokenProcessor):
         return f"KCenter({self.kept_share})" if self.radius is None else f"KCenter(radius={self.radius})"
 
 
-def raise_if_nan(nan_flags: list[torch.Tensor]) -> None:
-    """Raise `ValueError` if any of these bool tensors (1,) says that a visual state is NaN; the device is asked once for all."""
-    if nan_flags and any(torch.cat(nan_flags).tolist()):
+def short_ones(unread: Sequence[Unread]) -> list[int]:
+    """Read what choices have left unread, once for all: the numbers of those that are to be made again, and ask.
+
+    Raises:
+        ValueError: visual states are NaN.
+
+    Example:
+        >>> no, yes = torch.tensor([False]), torch.tensor([True])
+        >>> short_ones([Unread(nan=[no]), Unread(nan=[no], short=[no, yes]), Unread()])
+        [1]
+    """
+    flags = [flag for one in unread for flag in (*one.nan, *one.short)]
+    said = iter(torch.cat([flag.to(flags[0].device) for flag in flags]).tolist() if flags else ())
+    read = [([next(said) for _ in one.nan], [next(said) for _ in one.short]) for one in unread]
+    if any(any(nan) for nan, _ in read):
         raise ValueError(NAN_STATES)
+    return [number for number, (_, short) in enumerate(read) if any(short)]
+
+
+def make_all(count: int, make: Callable[[int, Unread], None]) -> None:
+    """Make choices for every number below `count`, and let the host read what they leave unread once, behind the last.
+
+    Those whose rounds were too few are made again. Before that rounds ask at most `ASKS` times, however many choices there are.
+
+    Raises:
+        ValueError: visual states are NaN.
+    """
+    unread: list[Unread] = []
+    for number in range(count):
+        unread.append(Unread(ASKS if not unread else unread[-1].asks))
+        make(number, unread[-1])
+    for number in short_ones(unread):
+        make(number, Unread())
 
 
 def members_of(group: torch.Tensor, groups: int) -> torch.Tensor:

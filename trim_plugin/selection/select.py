@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trim_plugin.selection.k_center import KCenter, members_of, raise_if_nan
+from trim_plugin.selection.k_center import KCenter, members_of, short_ones
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
-from trim_plugin.selection.rounds import NAN_STATES
+from trim_plugin.selection.rounds import NAN_STATES, Unread
 from trim_plugin.selection.visibility import Tiles
 
 
@@ -170,13 +170,13 @@ def select(
     processors: VisualTokenProcessorList,
     merge: bool,
     known: KnownGroups | None = None,
-    later: list[torch.Tensor] | None = None,
+    unread: Unread | None = None,
 ) -> Selection:
     """Let the processors choose in every visibility group; the union over heads is kept, and the rest merged or forgotten.
 
     A sample without any query row keeps everything: its rows are fully masked, which read all tokens in stock's attention.
     Waits for the device once, for counts and checks together; not at all where nothing is chosen and `known` says the rest, or
-    where the rule is a share of `KCenter` alone, of which `known` says the rest as well, and checks may wait.
+    where the rule is a share of `KCenter` alone, of which `known` says the rest as well, and what it says may wait.
 
     Args:
         scores: float32 (batch, heads, columns), see `scoring.visual_token_scores`; None keeps everything (exact mode).
@@ -189,7 +189,7 @@ def select(
             that has fewer is given its first group again, and what is chosen then is ignored.
         merge: whether a dropped token joins the kept token of its group that is most like it.
         known: what is known of the columns, if this is a first turn of whole tiles; None: all is counted here.
-        later: where checks for NaN are put that need not be looked at here, see `raise_if_nan`; None: they are.
+        unread: gets what `KCenter` leaves for the host to read, where the rest is known; None: it is read here.
 
     Raises:
         TypeError, ValueError: a processor returned something else than scores of the same shape, or removed every token of
@@ -210,14 +210,14 @@ def select(
         return Selection(None, valid, None, known.readable_counts)
     checks, kept, counts = _Checks(processors), valid, None
     if scores is not None:
-        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, checks, known)
         counts = None if known is None else known.kept_by(_alone(processors))
+        if unread is not None and counts is not None:
+            checks.unread = unread
+        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, checks, known)
     if counts is None:
         counts = _counted(kept, columns, checks)
-    elif later is None:
-        raise_if_nan(checks.nan_flags)
-    else:
-        later.extend(checks.nan_flags)
+    elif unread is None:
+        short_ones([checks.unread])
     if counts.whole:
         return Selection(None, valid, None, counts.readable)
     # The kept tokens in their order, then the others.
@@ -251,7 +251,7 @@ def _choose(
     rule = _alone(processors)
     if groups > 0 and rule is not None:
         members, sizes = members_of(group, groups), None if known is None else known.sizes
-        chosen = rule.choose(states.to(group.device), members, sizes=sizes, nan_flags=checks.nan_flags)
+        chosen = rule.choose(states.to(group.device), members, sizes=sizes, unread=checks.unread)
         return torch.where(read.any(dim=1, keepdim=True), chosen.any(dim=1), valid)
     checks.no_scores(scores)
     states = states.to(scores.device) if processors.needs_states else states
@@ -290,8 +290,7 @@ class _Checks:
     """What has to hold of scores and processors, gathered on the device and looked at with the counts: one host read for all."""
 
     def __init__(self, processors: VisualTokenProcessorList) -> None:
-        #: Bool (1,) each, whether visual states are NaN.
-        self.nan_flags: list[torch.Tensor] = []
+        self.unread = Unread()
         self._others: list[torch.Tensor] = []
         self.processors = processors
         self._meanings: list[tuple[str, int, int]] = []  # what a flag says: of which processor, or group and sample
@@ -299,7 +298,7 @@ class _Checks:
     @property
     def flags(self) -> list[torch.Tensor]:
         """All of them."""
-        return [*self.nan_flags, *self._others]
+        return [*self.unread.nan, *self._others]
 
     def no_scores(self, scores: torch.Tensor) -> None:
         self._note("scores", scores.isnan().any()[None])
@@ -317,9 +316,9 @@ class _Checks:
 
     def raise_if(self, flags: list[int]) -> None:
         """Raise `ValueError` for the first thing that does not hold."""
-        if any(flags[: len(self.nan_flags)]):
+        if any(flags[: len(self.unread.nan)]):
             raise ValueError(NAN_STATES)
-        for flag, (meaning, number, place) in zip(flags[len(self.nan_flags) :], self._meanings, strict=True):
+        for flag, (meaning, number, place) in zip(flags[len(self.unread.nan) :], self._meanings, strict=True):
             if not flag:
                 continue
             if meaning == "scores":

@@ -26,13 +26,11 @@ class Visibility:
     Args:
         open: bool (batch, text rows, tiles): the row may read the tile. All False for a fully masked row.
         padding: bool (batch, text rows): rows that are padding.
-        tile_tokens: visual tokens of a tile.
         within: the batch that these samples are some of, and which; None if they are all.
     """
 
     open: torch.Tensor
     padding: torch.Tensor
-    tile_tokens: int
     within: tuple[Visibility, slice] | None = dataclasses.field(default=None, repr=False, compare=False)
     #: What `reads_on` has copied, by device.
     _there: dict[torch.device, torch.Tensor] = dataclasses.field(
@@ -81,7 +79,7 @@ class Visibility:
 
         Example:
             >>> rows = torch.tensor([[[True, False, True, False], [False, True, False, False]]])
-            >>> Visibility(rows, torch.zeros(1, 2, dtype=torch.bool), 1).groups().tolist()
+            >>> Visibility(rows, torch.zeros(1, 2, dtype=torch.bool)).groups().tolist()
             [[0, 1, 0, -1]]
         """
         found = torch.full((len(self.open), self.open.shape[2]), -1, device="cpu")
@@ -99,7 +97,7 @@ class Visibility:
 
     def of_samples(self, samples: slice) -> Visibility:
         """The same for some samples."""
-        return Visibility(self.open[samples], self.padding[samples], self.tile_tokens, (self, samples))
+        return Visibility(self.open[samples], self.padding[samples], (self, samples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,26 +119,25 @@ class Tiles:
         return Tiles(self.groups[samples], self.readable[samples], self.on_device[:, samples])
 
 
-def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None, tile_tokens: int) -> Visibility:
+def of_tiles(mask: torch.Tensor, padding: torch.Tensor | None) -> Visibility:
     """Read what a model is called with, at one look at the device.
 
     Args:
         mask: (batch, text rows, pictures, tiles) of 0 and 1, the forward's rows of `cross_attention_mask`.
         padding: bool (batch or 1, text rows), see `padding_of`; or None.
-        tile_tokens: visual tokens of a tile.
 
     Example:
         >>> padding = torch.tensor([[False, True]])
-        >>> seen = of_tiles(torch.tensor([[[[1, 0]], [[0, 1]]]]), padding, 5)
+        >>> seen = of_tiles(torch.tensor([[[[1, 0]], [[0, 1]]]]), padding)
         >>> seen.open.tolist(), seen.query_rows.tolist(), seen.readable_tiles().tolist()
         ([[[True, False], [False, True]]], [[True, False]], [[True, False]])
     """
     tiles = mask.flatten(2) != 0
     if padding is None:
-        return Visibility(tiles.cpu(), torch.zeros(tiles.shape[:2], dtype=torch.bool, device="cpu"), tile_tokens)
+        return Visibility(tiles.cpu(), torch.zeros(tiles.shape[:2], dtype=torch.bool, device="cpu"))
     padded = padding.to(tiles.device).expand(tiles.shape[:2])
     both = torch.cat([tiles, padded[..., None]], dim=-1).cpu()
-    return Visibility(both[..., :-1], both[..., -1], tile_tokens)
+    return Visibility(both[..., :-1], both[..., -1])
 
 
 def of_additive(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: torch.Tensor | None) -> Visibility:
@@ -167,18 +164,18 @@ def of_additive(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: tor
         if open_rows is not None:
             own &= open_rows[:, 0, part].to(own.device) != 0
         allowed[:, part] = own.cpu()
-    return Visibility(allowed, _padded(padding, batch, rows), 1)
+    return Visibility(allowed, _padded(padding, batch, rows))
 
 
-def of_everything(batch: int, rows: int, tiles: int, tile_tokens: int, padding: torch.Tensor | None) -> Visibility:
+def of_everything(batch: int, rows: int, tiles: int, padding: torch.Tensor | None) -> Visibility:
     """No mask was given: every row may read every tile.
 
     Example:
-        >>> of_everything(1, 2, 3, 1, None).groups().tolist()
+        >>> of_everything(1, 2, 3, None).groups().tolist()
         [[0, 0, 0]]
     """
     padded = _padded(padding, batch, rows)
-    return Visibility(padded.new_ones(batch, rows, tiles), padded, tile_tokens)
+    return Visibility(padded.new_ones(batch, rows, tiles), padded)
 
 
 def _padded(padding: torch.Tensor | None, batch: int, rows: int) -> torch.Tensor:
