@@ -214,7 +214,7 @@ class CrossAttentionLayer(DynamicLayer):
         columns: Store
         if self._new is None:
             columns = self.side_by_side()
-        elif self.stores and self.encode is not None:  # codes are moved, nothing is quantized twice
+        elif self.stores and self.encode is not None:  # what is held is moved, nothing is encoded twice
             columns = self.side_by_side().followed_by(self._encoded(self._new))
         else:
             columns = self._attended()
@@ -240,7 +240,7 @@ class CrossAttentionLayer(DynamicLayer):
     ) -> None:
         """Hold what `KeptTokens.regrouped` says, put together from these layers, which may be this one.
 
-        Codes are moved, nothing is quantized again.
+        What is held is moved, nothing is encoded again.
         """
         sources, self.device = [layer.stores for layer in layers], layers[0].device
         self._hold(kept, [_assembled(sources, parts, width) for parts, width in recipe])
