@@ -63,7 +63,6 @@ TESTED_IN = {
     "cache.kept": "cache/test_layers.py",
     "cache.reading": "exactness/test_decoding.py",
     "cache.regrouping": "cache/test_layers.py",
-    "cache.stores": "cache/test_layers.py",
     "planning.table": "commands/test_plan.py",
     "planning.job": "planning/test_planner.py",
     "planning.working_set": "planning/test_planner.py",

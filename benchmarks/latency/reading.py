@@ -22,8 +22,8 @@ from benchmarks.common.intervals import spread
 from benchmarks.common.results import environment, write_result
 from benchmarks.common.seeds import seed_everything
 from trim_plugin.cache.kept import KeptTokens
-from trim_plugin.cache.layers import CrossAttentionLayer, Lent
-from trim_plugin.cache.reading import NamingOurs, attention
+from trim_plugin.cache.layers import CrossAttentionLayer
+from trim_plugin.cache.reading import Lent, NamingOurs, attention
 from trim_plugin.cache.regrouping import regrouped
 from trim_plugin.selection.select import Columns
 

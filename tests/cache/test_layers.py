@@ -1,5 +1,6 @@
 """A cross-attention layer: a store for every width class, in every format, growing or in buffers."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -10,10 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trim_plugin.cache.blocks import Blocks
-from trim_plugin.cache.kept import KeptTokens
-from trim_plugin.cache.layers import CrossAttentionLayer
-from trim_plugin.cache.regrouping import padded_columns, regrouped
-from trim_plugin.cache.stores import Plain, padded_join, take_tokens
+from trim_plugin.cache.kept import KeptTokens, take_tokens
+from trim_plugin.cache.layers import CrossAttentionLayer, Plain
+from trim_plugin.cache.regrouping import padded_columns, padded_join, regrouped
 from trim_plugin.selection.select import Columns
 
 FORMATS = (None, *(("int8", "nf4") if importlib.util.find_spec("bitsandbytes") is not None else ()))
@@ -45,10 +45,14 @@ def record_of(keeps, width, bucket=0):
     )
 
 
+def new_layer(format=None, static=False):
+    return CrossAttentionLayer(None if format is None else functools.partial(Blocks.of, format=format), static)
+
+
 def filled(keeps, width, format=None, static=False):
     """A layer that a prompt with pictures has left, its record, and the keys that were given."""
     keys = torch.randn(len(keeps), HEADS, width, DIM)
-    layer = CrossAttentionLayer(format, static)
+    layer = new_layer(format, static)
     layer.update(keys, 2 * keys)
     kept, picked = record_of(keeps, width, 8 if static else 0)
     layer.settle(kept, picked)
@@ -185,7 +189,7 @@ def test_batches_are_joined(batches, format):
         expected = [pair for layer, kept, _ in parts for pair in read(layer, kept)]
         sources = [(number, source) for number, (_, kept, _) in enumerate(parts) for source in range(kept.sources)]
         kept, recipe = regrouped([kept for _, kept, _ in parts], sources, range(len(sources)), 8 if static else 0)
-        whole = CrossAttentionLayer(format, static)
+        whole = new_layer(format, static)
         whole.regroup(kept, recipe, [layer for layer, _, _ in parts])
         for (keys, values), (ours, our_values) in zip(expected, read(whole, kept), strict=True):
             assert torch.equal(ours, keys)

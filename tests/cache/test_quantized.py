@@ -12,8 +12,7 @@ from transformers import cache_utils
 
 from trim_plugin import TrimConfig, TrimmedCache
 from trim_plugin.cache.blocks import Blocks
-from trim_plugin.cache.layers import CrossAttentionLayer
-from trim_plugin.cache.stores import Plain
+from trim_plugin.cache.layers import CrossAttentionLayer, Plain
 from trim_plugin.compat import CACHE, cache_of, slices_mask_rows
 from trim_plugin.kv_formats import require_bitsandbytes
 
@@ -71,15 +70,11 @@ def test_no_value_depends_on_another_token_or_sample(format, head_dim):
 def with_round_trips(model, settings, format):
     """The reference: a cache that holds full tensors, quantized and dequantized once at the end of the prompt's forward."""
 
-    class RoundTripLayer(CrossAttentionLayer):
-        def _encoded(self, store):
-            return Plain(*Blocks.of(store, format).read())
-
     class RoundTripCache(TrimmedCache):
         def new_layers(self, *args, **kwargs):
             layers = super().new_layers(*args, **kwargs)
             for index in self.cross_layers:
-                layers[index] = RoundTripLayer()
+                layers[index] = CrossAttentionLayer(lambda plain: Plain(*Blocks.of(plain, format).read()))
             return layers
 
     return RoundTripCache(model, settings)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trim_plugin.cache.stores import Store
+from trim_plugin.cache.layers import Store
 from trim_plugin.kv_formats import BLOCK, KV_FORMATS, Quantized
 
 
@@ -43,7 +43,7 @@ class Blocks(Store):
         """Quantize what a store holds.
 
         Example:
-            >>> from trim_plugin.cache.stores import Plain
+            >>> from trim_plugin.cache.layers import Plain
             >>> states = torch.randn(1, 2, 5, 64)
             >>> stored = Blocks.of(Plain(states, states), "int8")
             >>> [tuple(tensor.shape) for tensor in stored.tensors[:2]]

@@ -5,6 +5,7 @@ The public `TrimmedCache` is this plus the hooks on a model that fill it (`trim_
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,13 @@ import transformers
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from trim_plugin.cache.blocks import Blocks
 from trim_plugin.cache.kept import KeptTokens
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.regrouping import regrouped
 from trim_plugin.cache.report import TrimReport, format_bytes, held_bytes, stored_tensors
 from trim_plugin.config import TrimConfig
+from trim_plugin.kv_formats import require_bitsandbytes
 
 
 class HalfDone:
@@ -75,8 +78,12 @@ class HeldCache(Cache):
         """
         places = range(1 + max(*self.cross_layers, *self.self_layers))
         layers: list[Any] = [_self_layer(config, max_cache_len) for _ in places]
+        encode = None
+        if config.kv_quantization is not None:
+            require_bitsandbytes(f"kv_quantization={config.kv_quantization!r}")
+            encode = functools.partial(Blocks.of, format=config.kv_quantization)
         for index in self.cross_layers:
-            layers[index] = CrossAttentionLayer(config.kv_quantization, config.static)
+            layers[index] = CrossAttentionLayer(encode, config.static)
         return layers
 
     # -- what it holds ------------------------------------------------------------------------------------------

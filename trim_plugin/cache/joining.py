@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trim_plugin.cache.held import HalfDone, HeldCache
 from trim_plugin.cache.kept import KeptTokens
-from trim_plugin.cache.stores import padded_join
+from trim_plugin.cache.regrouping import padded_join
 
 
 def can_part(cache: HeldCache) -> bool:

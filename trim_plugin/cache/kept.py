@@ -314,3 +314,24 @@ class Uploaded:
 def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """These rows of a tensor."""
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows.to(tensor.device))
+
+
+def take_tokens(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick tokens per sample along the second last dimension.
+
+    Args:
+        tensor: (batch, ..., tokens, features).
+        positions: int64 (batch, kept).
+
+    Returns:
+        (batch, ..., kept, features), a copy.
+
+    Example:
+        >>> take_tokens(torch.arange(6).view(2, 3, 1), torch.tensor([[0, 2], [1, 1]]))[..., 0]
+        tensor([[0, 2],
+                [4, 4]])
+    """
+    if tensor.shape[0] == 1:
+        return tensor.index_select(-2, positions[0])
+    spread = positions.view(positions.shape[0], *[1] * (tensor.ndim - 3), positions.shape[1], 1)
+    return tensor.gather(-2, spread.expand(*tensor.shape[:-2], -1, tensor.shape[-1]))

@@ -1,43 +1,115 @@
-"""A cross-attention layer of a cache: keys and values of visual tokens, a store for every width class."""
+"""A cross-attention layer of a cache: keys and values of visual tokens, a store for every width class.
+
+A store is a few tensors whose first dimension counts samples and whose second last counts visual tokens. So picking samples,
+dropping tokens and appending a later picture's are the same operations for all kinds (`blocks` has the quantized ones).
+"""
 
 from __future__ import annotations
 
-import threading
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from trim_plugin.cache.blocks import Blocks
-from trim_plugin.cache.kept import KeptTokens, Picked
-from trim_plugin.cache.regrouping import ClassParts, side_by_side
-from trim_plugin.cache.stores import Plain, Store
-from trim_plugin.kv_formats import require_bitsandbytes
+from trim_plugin.cache.kept import KeptTokens, Picked, take_tokens
+from trim_plugin.cache.reading import Lent, in_this_thread
+from trim_plugin.cache.regrouping import ClassParts, padded_join, side_by_side
 
 
-class _InThisThread(threading.local):
-    """Whether a model in this thread reads what a trimmed cache lends; other threads may use the same model meanwhile."""
+class Store(ABC):
+    """Keys and values of visual tokens, of samples that hold about as many."""
 
-    lending = False
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What is held: (samples, ..., tokens, features) each."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Store:
+        """A store of this kind that holds these tensors."""
+
+    @abstractmethod
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, (samples, key-value heads, tokens, head_dim) each."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples and tokens."""
+        first = self.tensors[0]
+        return first.shape[0], first.shape[-2]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """A store of this kind with every tensor changed alike."""
+        return self.with_tensors([change(tensor) for tensor in self.tensors])
+
+    def take(self, rows: slice | torch.Tensor, positions: torch.Tensor | None) -> Any:
+        """A store of these samples, each with its tokens at `positions`, int64 (samples, kept); None for all tokens."""
+
+        def taken(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(rows, slice):
+                tensor = tensor.index_select(0, rows.to(tensor.device))
+            elif rows != slice(0, len(tensor)):
+                # A part that is not picked from below is copied: a view would hold on to all of it.
+                tensor = tensor[rows] if positions is not None else tensor[rows].clone()
+            return tensor.contiguous() if positions is None else take_tokens(tensor, positions.to(tensor.device))
+
+        return self.map(taken)
+
+    def followed_by(self, later: Store) -> Any:
+        """A store of these tokens and, behind them, `later` ones of the same samples."""
+        return self.with_tensors([torch.cat(pair, dim=-2) for pair in zip(self.tensors, later.tensors, strict=True)])
+
+    @staticmethod
+    def joined(stores: Sequence[Any], width: int) -> Any:
+        """A store of the samples of several, one after the other, padded to `width` tokens (which read as zeros) or cut to it."""
+        first = stores[0]
+        if len(stores) == 1 and first.shape[1] == width:
+            return first
+        columns = zip(*(store.tensors for store in stores), strict=True)
+        return first.with_tensors([padded_join(tensors, width, dim=-2) for tensors in columns])
 
 
-in_this_thread = _InThisThread()
+@dataclasses.dataclass(frozen=True)
+class Plain(Store):
+    """Keys and values in the model's dtype, (samples, key-value heads, tokens, head_dim) each.
+
+    Example:
+        >>> store = Plain(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+        >>> store.take(slice(0, 1), torch.tensor([[0, 3]])).shape
+        (1, 2)
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """See the base class."""
+        return self.keys, self.values
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Plain:
+        """See the base class."""
+        return Plain(*tensors)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        return self.keys, self.values
 
 
 class CrossAttentionLayer(DynamicLayer):
     """Keys and values of visual tokens. They come with a picture, are trimmed once, and never grow with the text.
 
-    Two choices make a layer: in which format tokens are stored, and whether the tensors are buffers that keep their
-    address, so that one compiled graph decodes many pictures. Buffers outlive `reset()` and are filled again if the next
-    picture's tokens need the same width.
+    Two choices make a layer: what tokens are stored as, and whether the tensors are buffers that keep their address, so that
+    one compiled graph decodes many pictures. Buffers outlive `reset()` and are filled again if the next picture's tokens need
+    the same width.
 
     Args:
-        format: a name of `KV_FORMATS`; None stores what the model computed.
+        encode: makes the store that is held out of what the model computed, every token by itself; None holds it as it is.
+            Copied and pickled with the layer.
         static: whether to store in buffers.
-
-    Raises:
-        ImportError: the format needs bitsandbytes, which is not installed.
 
     Example:
         >>> layer = CrossAttentionLayer()
@@ -46,10 +118,8 @@ class CrossAttentionLayer(DynamicLayer):
         (torch.Size([1, 2, 5, 4]), 5)
     """
 
-    def __init__(self, format: str | None = None, static: bool = False) -> None:
-        if format is not None:
-            require_bitsandbytes(f"kv_quantization={format!r}")
-        self.format, self.static = format, static
+    def __init__(self, encode: Callable[[Plain], Store] | None = None, static: bool = False) -> None:
+        self.encode, self.static = encode, static
         self.is_compileable, self.is_croppable = static, not static
         #: One for each of `kept.classes`.
         self.stores: list[Store] = []
@@ -144,7 +214,7 @@ class CrossAttentionLayer(DynamicLayer):
         columns: Store
         if self._new is None:
             columns = self.side_by_side()
-        elif self.stores and self.format is not None:  # codes are moved, nothing is quantized twice
+        elif self.stores and self.encode is not None:  # what is held is moved, nothing is encoded twice
             columns = self.side_by_side().followed_by(self._encoded(self._new))
         else:
             columns = self._attended()
@@ -161,7 +231,7 @@ class CrossAttentionLayer(DynamicLayer):
         return _assembled([self.stores], side_by_side(self.kept, self.device), self.kept.width)
 
     def _encoded(self, store: Store) -> Store:
-        return Blocks.of(store, self.format) if self.format is not None and isinstance(store, Plain) else store
+        return self.encode(store) if self.encode is not None and isinstance(store, Plain) else store
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +240,7 @@ class CrossAttentionLayer(DynamicLayer):
     ) -> None:
         """Hold what `KeptTokens.regrouped` says, put together from these layers, which may be this one.
 
-        Codes are moved, nothing is quantized again.
+        What is held is moved, nothing is encoded again.
         """
         sources, self.device = [layer.stores for layer in layers], layers[0].device
         self._hold(kept, [_assembled(sources, parts, width) for parts, width in recipe])
@@ -214,55 +284,6 @@ class CrossAttentionLayer(DynamicLayer):
         """The tensors whose bytes this layer holds, buffers that wait to be filled again among them."""
         stores = [*self.stores, *(store for store in (self._new, self._buffers) if store is not None)]
         return [tensor for store in stores for tensor in store.tensors]
-
-
-class Lent:
-    """A layer's keys or values as transformers' module is handed them in decoding.
-
-    Knows its shape without a look at the tensors. Whoever treats it as a tensor (another attention function, a user) gets a
-    padded one with a row for every sample of the batch, made for the call.
-    """
-
-    def __init__(self, layer: CrossAttentionLayer, name: str) -> None:
-        #: The layer that holds them, and "keys" or "values".
-        self.layer, self.name = layer, name
-
-    def numel(self) -> int:
-        """More than 0 where anything is held: all that transformers asks of a layer before it decides to run it."""
-        return self.layer.places
-
-    def tensor(self) -> torch.Tensor:
-        """(batch, key-value heads, visual tokens of the fullest sample, head_dim); zeros in padding."""
-        keys, values = self.layer.side_by_side().read()
-        return expanded_to_samples(keys if self.name == "keys" else values, self.layer.kept)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.tensor()[index]
-
-    def __len__(self) -> int:
-        return len(self.tensor())
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = [value.tensor() if isinstance(value, Lent) else value for value in args]
-        named = {name: value.tensor() if isinstance(value, Lent) else value for name, value in (kwargs or {}).items()}
-        return func(*given, **named)
-
-
-def expanded_to_samples(of_sources: torch.Tensor, kept: KeptTokens) -> torch.Tensor:
-    """A row for every sample of the batch, from one for every source; without a copy where that is possible."""
-    if not kept.shared:
-        return of_sources
-    if kept.sources == 1:
-        return of_sources.expand(len(kept.order), *[-1] * (of_sources.ndim - 1))
-    if kept.in_order and len(kept.classes) == 1:
-        return of_sources.repeat_interleave(kept.classes[0].copies, dim=0)
-    return of_sources.index_select(0, kept.sources_on(of_sources.device))
 
 
 def _assembled(sources: Sequence[Sequence[Store]], parts: ClassParts, width: int) -> Store:

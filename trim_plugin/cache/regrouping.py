@@ -8,7 +8,6 @@ import torch
 
 from trim_plugin.arithmetic import classify
 from trim_plugin.cache.kept import KeptTokens, Uploaded, first_places, take, width_class
-from trim_plugin.cache.stores import padded_join
 from trim_plugin.selection.select import Columns
 
 #: A width class put together from held ones: (which cache, which of its classes, rows; None for all of them) in order.
@@ -135,3 +134,24 @@ def _assembled(records: Sequence[KeptTokens], parts: ClassParts, name: str, widt
         tensor = getattr(records[record].classes[number], name)
         tensors.append(tensor if rows is None else take(tensor, rows))
     return padded_join([tensor.to(tensors[0].device) for tensor in tensors], width, dim=1, fill=fill)
+
+
+def padded_join(tensors: Sequence[torch.Tensor], width: int, dim: int, fill: int = 0) -> torch.Tensor:
+    """Tensors one after the other along the batch, filled up, or cut, to `width` along `dim`.
+
+    Example:
+        >>> padded_join([torch.ones(1, 1), torch.ones(1, 2)], 2, dim=1)
+        tensor([[1., 0.],
+                [1., 1.]])
+    """
+    first = tensors[0]
+    if len(tensors) == 1 and first.shape[dim] == width:
+        return first
+    shape = list(first.shape)
+    shape[0], shape[dim] = sum(tensor.shape[0] for tensor in tensors), width
+    whole, start = first.new_full(shape, fill), 0
+    for tensor in tensors:
+        length = min(width, tensor.shape[dim])
+        whole.narrow(0, start, tensor.shape[0]).narrow(dim, 0, length).copy_(tensor.narrow(dim, 0, length))
+        start += tensor.shape[0]
+    return whole

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trim_plugin.cache.kept import first_places
-from trim_plugin.cache.stores import padded_join
+from trim_plugin.cache.regrouping import padded_join
 
 
 @dataclasses.dataclass

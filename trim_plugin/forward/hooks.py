@@ -10,8 +10,7 @@ import transformers
 from transformers.models.mllama.modeling_mllama import MllamaModel
 
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.cache.layers import in_this_thread
-from trim_plugin.cache.reading import NamingOurs, install
+from trim_plugin.cache.reading import NamingOurs, in_this_thread, install
 from trim_plugin.compat import CACHE, cache_of, unsupported
 from trim_plugin.config import TrimConfig
 from trim_plugin.contract import arguments_of, check_contract, check_modules

@@ -18,10 +18,9 @@ from transformers.masking_utils import create_causal_mask
 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.cache.kept import KeptTokens, Picked
+from trim_plugin.cache.kept import KeptTokens, Picked, take_tokens
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.regrouping import padded_columns
-from trim_plugin.cache.stores import take_tokens
 from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
 from trim_plugin.forward.finding import attention_of
 from trim_plugin.forward.projections import layer_queries
