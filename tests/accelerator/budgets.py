@@ -63,7 +63,7 @@ class Case:
         then: the second turn of a conversation, which is what counts then.
         micro_batches: in how many the prompt is read, if the rule has to read in each.
         image_size: of the model; 144 has 1,297 visual tokens a tile.
-        encoded: a picture of the small trained model is asked about instead, encoded beforehand for ours.
+        encoded: so many times a picture of the small trained model is asked about instead, encoded beforehand for ours.
         needs_bitsandbytes: whether it does.
         stock_samples: other prompts for stock's, where it cannot do this with pictures.
         step_reads: how many more reads than stock's a step may have.
@@ -76,7 +76,7 @@ class Case:
     then: list[Sample] | None = None
     micro_batches: int = 1
     image_size: int = 8
-    encoded: bool = False
+    encoded: int = 0
     needs_bitsandbytes: bool = False
     stock_samples: list[Sample] | None = None
     step_reads: int = 0
@@ -125,7 +125,8 @@ CASES = {
     "assisted, a picture; stock: text": Case(
         ALONE, EXACT, settings={"assistant_model": _assistant}, stock_samples=ASKED, step_reads=2
     ),
-    "an encoded picture": Case([], encoded=True),
+    "an encoded picture": Case([], encoded=1),
+    "8 samples of encoded and merged pictures in 8 micro-batches": Case([], {"prefill_pictures": 1}, encoded=8),
     "text only": Case(TEXT),
     "second turn, text": Case(FIRST, then=[Sample((3,))] * 2),
     "second turn, a picture": Case(FIRST, then=NEW_PICTURE),
@@ -229,7 +230,7 @@ def _counted(place: Place, case: Case, trimmed: bool, device: Emulation, new: in
     if case.then is not None:
         inputs, how[CACHE] = _second_turn(place, case, trimmed)
     elif case.encoded:
-        model, inputs, cache = _encoded(place, trimmed)
+        model, inputs, cache = _encoded(place, case, trimmed)
         how |= {} if cache is None else {CACHE: cache}
     else:
         inputs = place.inputs(case.samples if trimmed else case.stock_samples or case.samples)
@@ -241,13 +242,18 @@ def _counted(place: Place, case: Case, trimmed: bool, device: Emulation, new: in
     return steps.counted, sum(k_center)
 
 
-def _encoded(place: Place, trimmed: bool) -> tuple[Any, dict[str, torch.Tensor], Any]:
-    """The small model, and a question about a picture: as stock takes it, or on the encoded picture."""
+def _encoded(place: Place, case: Case, trimmed: bool) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    """The small model, and questions about a picture: as stock takes them, or on the encoded picture, merged if they are many."""
     model, processor = place.small()
-    if not trimmed:
-        return model, place.put(ask(processor)), None
-    pictures = encode_pictures(model, processor, [examples()[0].picture])
-    return model, place.put(pictures.inputs(processor, "Read all digits.")), TrimmedCache(model, pictures=[pictures])
+    if trimmed:
+        rule = KCenter(0.5) if case.encoded > 1 else None
+        pictures = encode_pictures(model, processor, [examples()[0].picture], rule=rule)
+        inputs = pictures.inputs(processor, "Read all digits.")
+    else:
+        inputs = ask(processor)
+    several = {name: tensor.repeat_interleave(case.encoded, dim=0) for name, tensor in inputs.items()}
+    cache = TrimmedCache(model, case.config, pictures=[pictures] * case.encoded) if trimmed else None
+    return model, place.put(several), cache
 
 
 def _second_turn(place: Place, case: Case, trimmed: bool) -> tuple[dict[str, torch.Tensor], Any]:

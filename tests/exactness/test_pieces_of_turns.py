@@ -7,10 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
-from trim_plugin import KCenter, TrimmedCache, prefill
+from trim_plugin import KCenter, TrimmedCache, encode_pictures, prefill
 from trim_plugin.compat import cache_of
+from trim_plugin.embedded import examples, load_small_model
 
-from ..random_models import Sample, generate, largest_difference, random_inputs, random_model, trimmed
+from ..random_models import Sample, generate, largest_difference, largest_logit, random_inputs, random_model, trimmed
 
 BATCH = [Sample((1, (6,), 6)), Sample((2, (1,), 3)), Sample((3,)), Sample((1, (2,), 2, (1,), 4))]
 #: Rows of the first turn, which has one picture; the second one has more of them, and another picture.
@@ -87,3 +88,34 @@ def test_what_was_chosen_too_hastily_is_chosen_again(config, mode):
     assert torch.equal(ours.sequences, expected.sequences)
     assert largest_difference(ours, expected) <= 1e-5
     assert all(map(torch.equal, cache_of(ours).kept_indices, cache_of(expected).kept_indices))
+
+
+@pytest.mark.parametrize("rule", [None, KCenter(0.4)])
+@pytest.mark.parametrize("config", [{}, {"top_k_ratio": 0.3}, {"top_k_ratio": 1.0}])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
+def test_samples_with_unequally_many_encoded_pictures(rule, config, mode):
+    """A piece's mask covers as many pictures as the batch's fullest sample has."""
+    model, processor = load_small_model()
+    drawn = [example.picture for example in examples()]
+    pictures = [encode_pictures(model, processor, drawn[:count], rule=rule) for count in (1, 3, 2)]
+    asked = [own.inputs(processor, "Read all digits.") for own in pictures]
+    longest = max(one["input_ids"].shape[1] for one in asked)
+
+    def stacked(name, value=0):
+        rows = [one[name][0] for one in asked]
+        missing = [longest - len(row) for row in rows]
+        more = [[0, 0, 0, 3 - row.shape[1]] if row.ndim == 3 else [] for row in rows]
+        padded = (
+            torch.nn.functional.pad(row, (*own, left, 0), value=value)
+            for row, own, left in zip(rows, more, missing, strict=True)
+        )
+        return torch.stack(list(padded))
+
+    inputs = {name: stacked(name) for name in ("input_ids", "attention_mask", "cross_attention_mask")}
+    whole, ours = (
+        generate(model, inputs, 4, cache=TrimmedCache(model, config | pieces, pictures=pictures), **mode)
+        for pieces in ({}, {"prefill_pictures": 1})
+    )
+    assert torch.equal(whole.sequences, ours.sequences)
+    assert largest_difference(ours, whole) <= 1e-5 * largest_logit(whole)
+    assert all(map(torch.equal, cache_of(ours).kept_indices, cache_of(whole).kept_indices))

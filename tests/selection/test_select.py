@@ -147,4 +147,5 @@ def everything_new(seen: Visibility, tile_tokens: int):
     group, ones = groups.repeat_interleave(tile_tokens, dim=1), torch.ones_like(index)
     can = readable.repeat_interleave(tile_tokens, dim=1)
     about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=tile_tokens)
-    return about, KnownGroups.of(Tiles(groups, readable, groups), tile_tokens)
+    there = torch.full_like(groups, tile_tokens)
+    return about, KnownGroups.of(Tiles(groups, readable, groups), there, readable[:, :0], [0] * len(groups))

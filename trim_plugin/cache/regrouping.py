@@ -29,15 +29,15 @@ def _padded_columns(kept: KeptTokens) -> Columns:
     parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
     index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
     counts = [kept.count_of[source] for source in range(kept.sources)]
-    # One copy for both: how many tokens each has, and which tiles it can read.
-    numbers = torch.cat([torch.tensor(counts, device="cpu")[:, None], kept.readable_tiles], dim=1).to(device)
-    valid = first_places(numbers[:, 0], width)
+    valid = torch.ones_like(index, dtype=torch.bool)
+    if min(counts) < width:
+        valid = first_places(torch.tensor(counts, device=device), width)
     return Columns(
         index=index,
         valid=valid,
         sizes=sizes,
         group=torch.full_like(index, -1),
-        readable=(numbers[:, 1:].gather(1, index // kept.tile_tokens) != 0) & valid,
+        readable=valid,  # nothing else is held
         first_new=width,
         tile_tokens=kept.tile_tokens,
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from trim_plugin.cache.kept import first_places
 from trim_plugin.cache.regrouping import padded_join
 
 
@@ -52,8 +51,10 @@ class EncodedBatch:
     complete: bool
 
     @classmethod
-    def of(cls, samples: Sequence[EncodedSample], device: torch.device, dtype: torch.dtype) -> EncodedBatch:
-        """Put samples side by side.
+    def of(
+        cls, samples: Sequence[EncodedSample], device: torch.device, dtype: torch.dtype, total: int = 0
+    ) -> EncodedBatch:
+        """Put samples side by side; `total` where others have more.
 
         Example:
             >>> one = EncodedSample(torch.ones(1, 2), torch.tensor([0]), torch.tensor([3]), 4)
@@ -62,22 +63,35 @@ class EncodedBatch:
             >>> batch.valid.tolist(), batch.total
             ([[True, False], [True, True]], 8)
         """
-        longest = max(len(sample.index) for sample in samples)
+        longest, total = max(len(sample.index) for sample in samples), max(total, *(one.total for one in samples))
 
         def padded(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            own = [getattr(sample, name)[None].to(device, dtype) for sample in samples]
-            return padded_join(own, longest, dim=1, fill=fill)
+            first = getattr(samples[0], name).device  # put together there, and copied once
+            own = [getattr(sample, name)[None].to(first, dtype) for sample in samples]
+            return padded_join(own, longest, dim=1, fill=fill).to(device)
 
-        lengths = torch.tensor([len(sample.index) for sample in samples], device=device)
-        total = max(sample.total for sample in samples)
+        index = padded("index", -1, torch.long)
         return cls(
             states=padded("states", 0, dtype),
-            index=padded("index", 0, torch.long),
+            index=index.clamp(min=0),
             sizes=padded("sizes", 1, torch.long),
-            valid=first_places(lengths, longest),
+            valid=index >= 0,
             total=total,
             complete=all(len(sample.index) == total for sample in samples),
         )
+
+
+def tokens_of_tiles(samples: Sequence[EncodedSample], tiles: int, tile_tokens: int) -> torch.Tensor:
+    """int64 (batch, tiles) on the CPU: how many tokens of each tile there are. Reads a device at most once.
+
+    Example:
+        >>> one = EncodedSample(torch.ones(2, 2), torch.tensor([0, 5]), torch.tensor([1, 1]), 8)
+        >>> tokens_of_tiles([one, one], tiles=2, tile_tokens=4).tolist()
+        [[1, 1], [1, 1]]
+    """
+    first = [number * tiles * tile_tokens for number in range(len(samples))]
+    index = torch.cat([sample.index.to(samples[0].index) + start for sample, start in zip(samples, first, strict=True)])
+    return torch.bincount(index.cpu() // tile_tokens, minlength=len(samples) * tiles).view(len(samples), tiles)
 
 
 def check_samples(pictures: Any) -> list[EncodedSample]:

@@ -128,7 +128,7 @@ def open_turn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if pictures is not None:
         if brings:
             raise ValueError(ENCODED_AND_PIXELS)
-        turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype)
+        turn.new = EncodedBatch.of(check_count(pictures, len(text)), text.device, model.dtype, turn.total)
         return args, {**kwargs, "cross_attention_states": turn.new.states}
     pixels = kwargs.get("pixel_values")
     if pixels is None or kwargs.get("cross_attention_states") is not None:

@@ -55,7 +55,8 @@ def visual_states(
         nonlocal states
         own = slice(number * at_a_time, (number + 1) * at_a_time)
         pixels, ids, mask = (None if tensor is None else tensor[own] for tensor in flat)
-        with merging_in_tower(model.vision_model, share, None if real_tiles is None else real_tiles[own], unread):
+        on_cpu = None if real_tiles is None else real_tiles[own]
+        with merging_in_tower(model.vision_model, share, mask, on_cpu, unread):
             seen = model.vision_model(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask)
         projected = model.multi_modal_projector(seen.last_hidden_state).flatten(0, 2)
         del seen

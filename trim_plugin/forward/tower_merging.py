@@ -27,7 +27,7 @@ from trim_plugin.forward.finding import Hook, attaching, put_on, take_off
 from trim_plugin.selection.k_center import KCenter, short_ones
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.rounds import Unread
-from trim_plugin.selection.visibility import add_log_sizes, pack, take_square
+from trim_plugin.selection.visibility import add_log_sizes, pack
 
 #: The kinds of tokens in `kinds_of_tokens`.
 PATCH, PADDING, CLASS = 0, 1, 2
@@ -58,8 +58,25 @@ def kinds_of_tokens(tiles: torch.Tensor, patches: int, tokens: int) -> torch.Ten
     return kinds.flatten(1)
 
 
+def take_square(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The mask (batch, 1, tokens, tokens) of a self-attention among these positions alone, int64 (batch, slots).
+
+    Example:
+        >>> take_square(torch.arange(9.0).view(1, 1, 3, 3), torch.tensor([[0, 2]])).tolist()
+        [[[[0.0, 2.0], [6.0, 8.0]]]]
+    """
+    positions = positions.to(mask.device)
+    samples = torch.arange(len(mask), device=mask.device)[:, None, None]
+    # Indices are broadcast, not laid out: nothing wider than the result exists.
+    return mask[samples, 0, positions[:, :, None], positions[:, None, :]][:, None]
+
+
 def merge_alike(
-    states: torch.Tensor, kinds: torch.Tensor, kept_share: float, unread: Unread | None = None
+    states: torch.Tensor,
+    kinds: torch.Tensor,
+    kept_share: float,
+    unread: Unread | None = None,
+    on_device: torch.Tensor | None = None,
 ) -> tuple[Merging, torch.Tensor, torch.Tensor]:
     """Merge tokens that are alike, all tiles of a picture together.
 
@@ -68,6 +85,7 @@ def merge_alike(
         kinds: int64 (pictures, tokens) on the CPU, see `kinds_of_tokens`: what is there to choose from is counted there.
         kept_share: share of the real tiles' patches that stay, rounded up.
         unread: gets what is left for the host to read; None: it reads here, and raises.
+        on_device: `kinds` where the states are; None copies them.
 
     Returns:
         The merging; int64 (pictures, slots), the token that stands for each slot; and bool (pictures, slots), False for slots
@@ -79,7 +97,7 @@ def merge_alike(
         >>> positions.tolist(), merging.sizes.tolist()
         ([[0, 2, 3]], [[1, 2, 2]])
     """
-    on_device = kinds.to(states.device)
+    on_device = kinds.to(states.device) if on_device is None else on_device.to(states.device)
     own = unread or Unread()
     kept, left = on_device == CLASS, (kinds == CLASS).sum(dim=1)
     # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
@@ -100,16 +118,19 @@ class TowerCall:
         tower: the `MllamaVisionModel`.
         share: share of the real tiles' patches that go on.
         tiles: bool (pictures, tiles), True for real tiles.
+        on_cpu: the same on the CPU.
         unread: as for `merge_alike`.
     """
 
-    def __init__(self, tower: Any, share: float, tiles: torch.Tensor, unread: Unread | None = None) -> None:
+    def __init__(
+        self, tower: Any, share: float, tiles: torch.Tensor, on_cpu: torch.Tensor, unread: Unread | None = None
+    ) -> None:
         layers = tower.transformer.layers
         self._before = layers_before(len(layers))
         #: The local layer before which tokens are merged; None: they are before the global layers.
         self.first = layers[self._before] if self._before < len(layers) else None
         self._local, self._share, self._tiles, self._patches = tower.transformer, share, tiles, tower.num_patches
-        self._unread = unread
+        self._on_cpu, self._unread = on_cpu, unread
         self._merging: Merging | None = None
         #: Additive (pictures, 1, slots, slots), with log sizes, once tokens are merged.
         self.mask: Any = None
@@ -127,8 +148,9 @@ class TowerCall:
             mask: additive (pictures, 1, tokens, tokens), as transformers made it.
         """
         if self._merging is None:
-            kinds = kinds_of_tokens(self._tiles.cpu(), self._patches, hidden.shape[1])
-            self._merging, positions, valid = merge_alike(hidden, kinds, self._share, self._unread)
+            tokens = hidden.shape[1]
+            kinds, there = (kinds_of_tokens(tiles, self._patches, tokens) for tiles in (self._on_cpu, self._tiles))
+            self._merging, positions, valid = merge_alike(hidden, kinds, self._share, self._unread, there)
             own = add_log_sizes(take_square(mask, positions), self._merging.sizes)
             # More than closed: a picture without a real tile reads its closed tokens alike, in company as alone.
             self.mask = own.masked_fill(~valid.to(own.device)[:, None, None], -torch.inf)
@@ -156,15 +178,20 @@ class TowerCall:
 
 @contextlib.contextmanager
 def merging_in_tower(
-    tower: Any, share: float | None, aspect_ratio_mask: torch.Tensor | None, unread: Unread | None = None
+    tower: Any,
+    share: float | None,
+    aspect_ratio_mask: torch.Tensor | None,
+    on_cpu: torch.Tensor | None = None,
+    unread: Unread | None = None,
 ) -> Iterator[None]:
     """Within this context one call of the vision tower merges patches; with `share` None it is untouched.
 
     Args:
         tower: an `MllamaVisionModel`; hooks are put on it if it has none yet.
         share: share of the real tiles' patches that go on.
-        aspect_ratio_mask: (batch, pictures, tiles), 1 for real tiles, of the call; one on the CPU saves a host read. None, which
-            transformers refuses, is left to its own error.
+        aspect_ratio_mask: (batch, pictures, tiles), 1 for real tiles, of the call. None, which transformers refuses, is left to
+            its own error.
+        on_cpu: the same on the CPU; None reads it.
         unread: as for `merge_alike`.
 
     Raises:
@@ -174,7 +201,8 @@ def merging_in_tower(
         yield
         return
     attach_to_tower(tower)
-    call = TowerCall(tower, share, aspect_ratio_mask.flatten(0, 1) != 0, unread)
+    tiles = aspect_ratio_mask.flatten(0, 1) != 0
+    call = TowerCall(tower, share, tiles, tiles.cpu() if on_cpu is None else on_cpu.flatten(0, 1) != 0, unread)
     token = _call.set(call)
     try:
         yield

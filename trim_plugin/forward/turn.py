@@ -21,7 +21,7 @@ from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.kept import KeptTokens, Picked, take_tokens
 from trim_plugin.cache.layers import CrossAttentionLayer
 from trim_plugin.cache.regrouping import padded_columns
-from trim_plugin.forward.encoded import EncodedBatch, EncodedSample
+from trim_plugin.forward.encoded import EncodedBatch, EncodedSample, tokens_of_tiles
 from trim_plugin.forward.finding import attention_of
 from trim_plugin.forward.projections import layer_queries
 from trim_plugin.selection.rounds import Unread
@@ -64,8 +64,10 @@ class Turn:
     looked: int = 0
     #: What follows from `seen` for every tile, see `note_tiles`.
     tiles: Tiles | None = None
-    #: `aspect_ratio_mask` on the CPU, where it was read for all micro-batches.
+    #: What was read for all micro-batches: `aspect_ratio_mask`; of encoded pictures `tokens_of_tiles`, and the largest `total`.
     real_tiles: torch.Tensor | None = None
+    there: torch.Tensor | None = None
+    total: int = 0
     #: Where choices leave what the host reads when all micro-batches are read; None: it is read at once.
     unread: Unread | None = None
     #: Which visual tokens encoded pictures hold; None where the tower yields all of them.
@@ -84,7 +86,7 @@ class Turn:
     columns: Columns | Any = None
     sized: bool = False
     mask_without_sizes: torch.Tensor | Any = None
-    #: What is known of the new columns without counting; None if there are earlier ones, or not all of the new ones are there.
+    #: What is known of the columns without counting them.
     known: KnownGroups | None = None
     #: What the cache holds after the turn, and which of the columns these are; None if that is what it held before.
     kept: KeptTokens | None = None
@@ -92,14 +94,18 @@ class Turn:
 
     def of_samples(self, samples: slice, unread: Unread) -> Turn:
         """What was noted so far, of some samples."""
-        padding, real_tiles = self.padding, self.real_tiles
+
+        def own(of_all: Any) -> Any:
+            return None if of_all is None else of_all[samples]
+
         return dataclasses.replace(
             self,
-            pictures=self.pictures and self.pictures[samples],
+            pictures=own(self.pictures),
             seen=self.seen and self.seen.of_samples(samples),
-            padding=padding if padding is None or len(padding) == 1 else padding[samples],  # one row may stand for all
+            padding=self.padding if self.padding is None or len(self.padding) == 1 else own(self.padding),
             tiles=self.tiles and self.tiles.of_samples(samples),
-            real_tiles=None if real_tiles is None else real_tiles[samples],
+            real_tiles=own(self.real_tiles),
+            there=own(self.there),
             unread=unread,
         )
 
@@ -108,14 +114,9 @@ class Turn:
     ) -> torch.Tensor | None:
         """What an `MllamaTextModel` makes of its attention mask, without waiting for the device: what is padding is known.
 
-        Args:
-            text_model: the model.
-            cache: its cache, before the forward.
-            text: (batch, rows) or (batch, rows, width), what it reads.
-            mask: its attention mask: int64 (batch, text tokens so far), None, or one that is made already.
-
-        Returns:
-            None if nothing is padding; bool (batch, 1, rows, text tokens so far) for sdpa attention; else the mask as it is.
+        `text` is what it reads, (batch, rows) or (batch, rows, width); `mask` int64 (batch, text tokens so far), None, or made
+        already; `cache` as before the forward. Returns None if nothing is padding; bool (batch, 1, rows, text tokens so far) for
+        sdpa attention; else the mask as it is.
         """
         if self.seen is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or torch.compiler.is_compiling():
             return mask
@@ -181,7 +182,8 @@ class Turn:
         if self.seen is None and mask is not None:
             self.seen = of_additive(mask, kwargs["full_text_row_masked_out_mask"], self.padding)
         elif self.seen is None:
-            self.seen = of_everything(batch, rows, self._whole_tiles(cache, total), self.padding)
+            of_tile = self.tile_tokens if cache.kept is None else cache.kept.tile_tokens
+            self.seen = of_everything(batch, rows, total, of_tile, self.padding, first=cache.kept is None)
         self.tile_tokens = total // max(1, self.seen.open.shape[2])
         if cache.kept is not None and mask is not None:
             gone = ~cache.kept.readable_tiles[list(cache.kept.order)]
@@ -193,15 +195,6 @@ class Turn:
             self._bring(cache, mask, rows)
             if cache.config.needs_scores:
                 self.queries = layer_queries(layer, hidden_states)
-
-    def _whole_tiles(self, cache: HeldCache, total: int) -> int:
-        """How many tiles so many visual tokens are, where no mask tells; if they are not whole ones, every token is one."""
-        of_tile = self.tile_tokens if cache.kept is None else cache.kept.tile_tokens
-        if total % of_tile and cache.kept is not None:
-            raise ValueError(
-                f"Earlier turns of this TrimmedCache brought tiles of {of_tile} tokens. Give whole tiles here, too."
-            )
-        return total if total % of_tile else total // of_tile
 
     def _read(self, cache: HeldCache, mask: torch.Tensor | None, rows: int) -> None:
         """No new pictures: the layers read what is held, and what this turn's last row cannot read any more goes."""
@@ -251,8 +244,12 @@ class Turn:
         if held is not None:
             self.columns = padded_columns(held).followed_by(self.columns, readable != 0)
         self.sized = not complete or (held is not None and held.sized)
-        if held is None and complete:
-            self.known = KnownGroups.of(tiles, of_tile)
+        new_tiles = tiles.groups.shape[1] - old_tiles
+        there = torch.full((len(new), new_tiles), of_tile, device="cpu")
+        if not complete:
+            there = tokens_of_tiles(self.pictures or [], new_tiles, of_tile) if self.there is None else self.there
+        before = (tiles.readable[:, :0], [0] * len(new)) if held is None else (held.readable_tiles, held.counts())
+        self.known = KnownGroups.of(tiles, there, *before)
         if mask is None:
             warn_without_mask()
             self.mask_without_sizes = open_mask(self.columns.valid, rows, self.states.dtype)

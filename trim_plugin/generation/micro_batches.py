@@ -14,10 +14,11 @@ import torch
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from trim_plugin.arithmetic import picture_tokens, pictures_read_together
+from trim_plugin.arithmetic import picture_tokens, pictures_read_together, tile_tokens
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.joining import can_part, join, part_of
 from trim_plugin.compat import CACHE
+from trim_plugin.forward.encoded import tokens_of_tiles
 from trim_plugin.forward.finding import check_reads_caches
 from trim_plugin.forward.turn import Turn
 from trim_plugin.selection.k_center import make_all
@@ -68,6 +69,7 @@ def prefill_of_generate(
     input_ids: torch.Tensor,
     model_kwargs: dict[str, Any],
     read: Callable[[torch.Tensor, dict[str, Any]], Any],
+    mask_length: int = -1,
 ) -> Any:
     """What `GenerationMixin._prefill` returns, read in micro-batches where that saves something.
 
@@ -78,6 +80,7 @@ def prefill_of_generate(
         input_ids: int64 (batch, text tokens), copies included.
         model_kwargs: `generate`'s model inputs without `input_ids`.
         read: transformers' own `_prefill` of given `input_ids` and `model_kwargs`.
+        mask_length: text tokens of the attention mask that `generate` was given, if it has left it out since nothing is padding.
     """
     batch = input_ids.shape[0]
     vision_config = getattr(model.config, "vision_config", None)
@@ -90,7 +93,7 @@ def prefill_of_generate(
     def read_part(inputs: dict[str, Any], part: HeldCache) -> Any:
         return read(inputs.pop("input_ids"), {**inputs, CACHE: part})
 
-    inputs, rows = {"input_ids": input_ids, **model_kwargs}, _rows_read(cache, input_ids, model_kwargs)
+    inputs, rows = {"input_ids": input_ids, **model_kwargs}, _rows_read(cache, input_ids, model_kwargs, mask_length)
     return read_in_micro_batches(cache, inputs, batch, how, vision_config, read_part, rows)
 
 
@@ -219,14 +222,14 @@ def read_in_micro_batches(
     return kinds[0](**fields, **{CACHE: cache})
 
 
-def _rows_read(cache: HeldCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
+def _rows_read(cache: HeldCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], mask_length: int) -> int:
     """Text rows that `GenerationMixin._prefill` reads of what it is given: all, or what a conversation's cache lacks."""
     embeds, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
     past = int(cache.get_seq_length())
     if embeds is not None:
         return int(embeds.shape[1]) - past
-    rows = input_ids.shape[1]
-    return rows - past if mask is not None and mask.shape[1] == rows else rows
+    rows = int(input_ids.shape[1])
+    return rows - past if (mask_length if mask is None else mask.shape[1]) == rows else rows
 
 
 def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_config: Any, rows: int) -> Turn:
@@ -238,6 +241,9 @@ def _looked_at(cache: HeldCache, inputs: Mapping[str, Any], copies: int, vision_
     )
     if cache.config.tower_share is not None and real_tiles is not None:
         turn.real_tiles = real_tiles.cpu()
+    if cache.pictures is not None:
+        turn.total, of_tile = max(sample.total for sample in cache.pictures), tile_tokens(vision_config)
+        turn.there = tokens_of_tiles(cache.pictures, turn.total // of_tile, of_tile)
     if rows > 0 and (cache.pictures is not None or inputs.get("pixel_values") is not None):
         turn.look(cache, rows, mask, attention_mask, vision_config)
         earlier = 0 if cache.kept is None else cache.kept.readable_tiles.shape[1]

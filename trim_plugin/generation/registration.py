@@ -211,7 +211,9 @@ def _reading_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
         def read(own_ids: Any, own_kwargs: dict[str, Any]) -> Any:
             return original(self, own_ids, generation_config, own_kwargs, *args, **kwargs)
 
-        return prefill_of_generate(self, cache, copies, input_ids, model_kwargs, read)
+        # From 5.23 on, `generate` leaves out a mask that hides nothing, and notes how long it was.
+        mask_length = getattr(generation_config, "_mask_length", -1)
+        return prefill_of_generate(self, cache, copies, input_ids, model_kwargs, read, mask_length)
 
     return prefill
 

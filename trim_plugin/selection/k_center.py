@@ -44,9 +44,8 @@ class KCenter(VisualTokenProcessor):
     Of a group of up to 1,200 tokens one is taken after the other, always the one least like all taken ones; so are up to 240 of
     up to 3,000 tokens. Of more, tokens are taken in rounds. A round looks at the 384 tokens that are least like the chosen ones,
     goes through them from the farthest on, and takes each that is at least 0.9 as far as the farthest (0.95 in groups of up to
-    3,000), from chosen tokens and from those it takes itself; the first rounds are content with less. The cover is the greedy
-    choice's within 3 % (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it
-    were alone.
+    3,000), from chosen tokens and from its own; the first rounds are content with less. The cover is the greedy choice's within
+    3 % (`docs/explanation/merging.md`). All visibility groups and samples are chosen for at once, each as if it were alone.
 
     Cost for a group of N tokens: one product of N × N × 260 values and three operations a chosen token if they are few, else
     in every round one product of N × 384 × 260 values, a sort of N, and 17 small operations: no N × K matrix exists. For a page

@@ -117,48 +117,58 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class KnownGroups:
-    """What the host knows of a first turn's columns without asking the device: every tile has all of its tokens.
+    """What the host knows of a turn's columns without asking the device.
 
     Args:
-        sizes: for every sample, the tokens of each visibility group; 0 for groups that it lacks.
+        sizes: for every sample, the new tokens of each visibility group; 0 for groups that it lacks.
         readable: whether decoding can read them: what a sample's last row reads is what its group's rows read.
-        tokens: tokens of a sample.
-        readable_counts: how many of every sample decoding can read.
+        tokens: new tokens of every sample.
+        readable_counts: how many columns of every sample decoding can read, earlier turns' counted.
+        held: how many of these are earlier turns'.
 
     Example:
         >>> groups, readable = torch.tensor([[0, 1, 1, -1]]), torch.tensor([[False, True, True, False]])
-        >>> KnownGroups.of(Tiles(groups, readable, groups), 5)
-        KnownGroups(sizes=[[5, 10]], readable=[[False, True]], tokens=20, readable_counts=[10])
+        >>> KnownGroups.of(Tiles(groups, readable, groups), torch.tensor([[5, 5, 5, 5]]), readable[:, :0], [0])
+        KnownGroups(sizes=[[5, 10]], readable=[[False, True]], tokens=[20], readable_counts=[10], held=[0])
     """
 
     sizes: list[list[int]]
     readable: list[list[bool]]
-    tokens: int
+    tokens: list[int]
     readable_counts: list[int]
+    held: list[int]
 
     @classmethod
-    def of(cls, tiles: Tiles, tile_tokens: int) -> KnownGroups:
-        """Of all tiles."""
-        own = tiles.groups[:, None] == torch.arange(int(tiles.groups.max()) + 1, device="cpu")[:, None]
+    def of(cls, tiles: Tiles, there: torch.Tensor, before: torch.Tensor, counts: list[int]) -> KnownGroups | None:
+        """Of new tiles, the last ones, of which so many tokens are there, int64 (batch, new tiles) on the CPU; behind so many
+        columns of tiles that could be read before, bool (batch, earlier tiles). None if a sample goes on reading a part of these.
+        """
+        old = before.shape[1]
+        still, groups, readable = tiles.readable[:, :old], tiles.groups[:, old:], tiles.readable[:, old:]
+        if not torch.equal(still, before & still.any(dim=1, keepdim=True)):
+            return None
+        held = [count * read for count, read in zip(counts, still.any(dim=1).tolist(), strict=True)]
+        own = groups[:, None] == torch.arange(int(groups.max()) + 1, device="cpu")[:, None]
         return cls(
-            sizes=(own.sum(dim=2) * tile_tokens).tolist(),
-            readable=(own & tiles.readable[:, None]).any(dim=2).tolist(),
-            tokens=tiles.groups.shape[1] * tile_tokens,
-            readable_counts=(tiles.readable.sum(dim=1) * tile_tokens).tolist(),
+            sizes=(own * there[:, None]).sum(dim=2).tolist(),
+            readable=(own & readable[:, None]).any(dim=2).tolist(),
+            tokens=there.sum(dim=1).tolist(),
+            readable_counts=((readable * there).sum(dim=1) + torch.tensor(held, device="cpu")).tolist(),
+            held=held,
         )
 
     def kept_by(self, rule: KCenter | None) -> Counts | None:
         """What a rule leaves of them; None if that depends on the picture."""
         if rule is None or rule.kept_share is None:
             return None
-        kept, readable, drops = [], [], False
-        for sizes, can_be_read, all_readable in zip(self.sizes, self.readable, self.readable_counts, strict=True):
+        kept, readable, drops = list(self.tokens), list(self.readable_counts), False
+        for sample, sizes in enumerate(self.sizes):
             left = [rule.keeps(size) for size in sizes]
-            unread = not any(sizes)  # kept whole
-            kept.append(self.tokens if unread else sum(left))
-            readable.append(all_readable if unread else sum(itertools.compress(left, can_be_read)))
+            if any(sizes):  # else no row reads anything, and all is kept
+                kept[sample] = sum(left)
+                readable[sample] = self.held[sample] + sum(itertools.compress(left, self.readable[sample]))
             drops |= left != sizes
-        return Counts(kept, readable, kept == [self.tokens] * len(kept), drops)
+        return Counts(kept, readable, kept == self.tokens, drops)
 
 
 def select(
@@ -188,7 +198,7 @@ def select(
         processors: the chain that decides, called for every sample's first group, then for their second ones, and so on. A sample
             that has fewer is given its first group again, and what is chosen then is ignored.
         merge: whether a dropped token joins the kept token of its group that is most like it.
-        known: what is known of the columns, if this is a first turn of whole tiles; None: all is counted here.
+        known: what is known of the columns without counting them; None: they are counted here.
         unread: gets what `KCenter` leaves for the host to read, where the rest is known; None: it is read here.
 
     Raises:

@@ -167,15 +167,24 @@ def of_additive(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: tor
     return Visibility(allowed, _padded(padding, batch, rows))
 
 
-def of_everything(batch: int, rows: int, tiles: int, padding: torch.Tensor | None) -> Visibility:
-    """No mask was given: every row may read every tile.
+def of_everything(
+    batch: int, rows: int, tokens: int, tile_tokens: int, padding: torch.Tensor | None, *, first: bool
+) -> Visibility:
+    """No mask was given: every row may read all of so many visual tokens. If they are not whole tiles, each is a tile of its own.
+
+    Raises:
+        ValueError: they are not, and it is not the first turn: what is held is counted in whole ones.
 
     Example:
-        >>> of_everything(1, 2, 3, None).groups().tolist()
+        >>> of_everything(1, 2, tokens=15, tile_tokens=5, padding=None, first=True).groups().tolist()
         [[0, 0, 0]]
     """
-    padded = _padded(padding, batch, rows)
-    return Visibility(padded.new_ones(batch, rows, tiles), padded)
+    part, padded = tokens % tile_tokens, _padded(padding, batch, rows)
+    if part and not first:
+        raise ValueError(
+            f"Earlier turns of this TrimmedCache brought tiles of {tile_tokens} tokens: give whole tiles here, too."
+        )
+    return Visibility(padded.new_ones(batch, rows, tokens if part else tokens // tile_tokens), padded)
 
 
 def _padded(padding: torch.Tensor | None, batch: int, rows: int) -> torch.Tensor:
@@ -250,19 +259,6 @@ def take_columns(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor)
         [2.0, -3.4028234663852886e+38]
     """
     return close(mask.gather(3, columns.to(mask.device)[:, None, None].expand(-1, 1, mask.shape[2], -1)), valid)
-
-
-def take_square(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The mask (batch, 1, tokens, tokens) of a self-attention among these positions alone, int64 (batch, slots).
-
-    Example:
-        >>> take_square(torch.arange(9.0).view(1, 1, 3, 3), torch.tensor([[0, 2]])).tolist()
-        [[[[0.0, 2.0], [6.0, 8.0]]]]
-    """
-    positions = positions.to(mask.device)
-    samples = torch.arange(len(mask), device=mask.device)[:, None, None]
-    # Indices are broadcast, not laid out: nothing wider than the result exists.
-    return mask[samples, 0, positions[:, :, None], positions[:, None, :]][:, None]
 
 
 def close(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
