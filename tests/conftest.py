@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
+import signal
 
 import pytest
 import torch
@@ -76,3 +78,17 @@ def data(tmp_path):
         lines.append({"picture": example.picture.name, "question": example.question, "answer": example.answer})
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.fixture
+def full_disk():
+    """No file may have more than 600 bytes."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+
+    def larger():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    yield larger
+    larger()
+    signal.signal(signal.SIGXFSZ, handler)

@@ -1,6 +1,5 @@
 """Files that interruptions leave whole."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trim_plugin import durable
-from trim_plugin.durable import append_lines, check_settings, draft_of, open_regular, whole_lines, write_whole
+from trim_plugin.durable import append_lines, draft_of, open_regular, whole_lines, write_whole
 
 
 def test_a_file_is_replaced_whole_and_no_draft_is_left(tmp_path):
@@ -55,17 +54,6 @@ def test_cut_off_anywhere_whole_lines_are_found(tmp_path_factory, lines, cut: in
     whole, end = whole_lines(data)
     assert whole == lines[: data.count(b"\n")]
     assert data[end:].count(b"\n") == 0
-
-
-@pytest.mark.parametrize("now", [{"model": "large"}, {}, {"model": "small", "limit": 1}])
-def test_other_settings_are_another_run(tmp_path, now):
-    file = tmp_path / "settings.json"
-    write_whole(file, json.dumps({"model": "small"}))
-    check_settings(file, {"model": "small", "adapter": None}, "x holds answers", "folder")
-    with pytest.raises(
-        ValueError, match=r"^x holds answers of another run \(.*Give another folder, or remove this one"
-    ):
-        check_settings(file, now, "x holds answers", "folder")
 
 
 def test_a_pipe_that_takes_a_files_place_meanwhile_is_not_waited_for(tmp_path, monkeypatch):

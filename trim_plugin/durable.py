@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import platform
 import re
@@ -13,9 +12,9 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 if sys.platform != "win32":
     import fcntl
@@ -184,18 +183,3 @@ def append_lines(file: Path, lines: Iterable[bytes]) -> None:
         except OSError:
             opened.truncate(before)
             raise
-
-
-def check_settings(before: Path | Mapping[str, Any], settings: Mapping[str, Any], whose: str, another: str) -> None:
-    """Compare settings with those of `before`, which may be a JSON file; `whose` and `another` are parts of the message.
-
-    Raises:
-        ValueError: a setting differs.
-    """
-    known = json.loads(before.read_text(encoding="utf-8")) if isinstance(before, Path) else before
-    for name in sorted(set(known) | set(settings)):
-        if known.get(name) != settings.get(name):
-            raise ValueError(
-                f"{whose} of another run ({name} was {known.get(name)!r}, now {settings.get(name)!r}). "
-                f"Give another {another}, or remove this one."
-            )

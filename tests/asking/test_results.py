@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import subprocess
 import sys
 
@@ -216,16 +214,6 @@ def test_doubled_lines_are_one_again_and_an_answer_counts_more_than_an_error(fil
     assert found(file) == [("1", "y")]
 
 
-def test_ways_have_results_of_their_own(file, tmp_path):
-    rows = named(tmp_path, "1")
-    results = Results(file, {}, rows)
-    results.add([{"id": "1", "way": "stock", "answer": "a"}, {"id": "1", "way": "0.1", "error": "b"}])
-    assert results.add([{"id": "1", "way": "stock", "answer": "c"}]) == 0
-    assert (results.failed("1", "stock"), results.failed("1", "0.1"), results.has("1")) == (False, True, False)
-    results.forget_errors(["1"])
-    assert [result["way"] for result in Results(file, {}, rows).read()] == ["stock"]
-
-
 def test_what_a_link_leads_to_is_written(file, tmp_path):
     rows = named(tmp_path, "1", "2")
     link = tmp_path / "link.jsonl"
@@ -243,20 +231,6 @@ def test_where_nothing_can_be_written(tmp_path, where):
     (tmp_path / "a file").touch()
     with pytest.raises((ValueError, OSError), match=r"results need a file|cannot write .*: "):
         Results(tmp_path / where, {}, named(tmp_path, "1"))
-
-
-@pytest.fixture
-def full_disk():
-    """No file may have more than 600 bytes."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
-
-    def larger():
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    yield larger
-    larger()
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_whole_lines(file, tmp_path, full_disk):

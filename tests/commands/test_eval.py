@@ -153,6 +153,25 @@ def test_answers_of_other_settings_are_refused(data, tmp_path, capsys):
     assert "holds answers of another run (max_new_tokens was 1, now 2)" in capsys.readouterr().err
 
 
+def test_where_answers_cannot_be_written(data, capsys):
+    for out in (data / "questions.jsonl", data / "questions.jsonl" / "out"):
+        assert main(["eval", "--data", str(data), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("trim-plugin eval: cannot write ")
+
+
+def test_a_disk_that_gets_full_costs_no_answer(data, tmp_path, capsys, full_disk):
+    out, file = tmp_path / "out", tmp_path / "out" / "answers-0.jsonl"
+    command = ["eval", "--data", str(data), "--out", str(out), "--max-new-tokens", "2", "--top-k-ratio", "0.5"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"trim-plugin eval: cannot write {file}: ")
+    full_disk()
+    lines = file.read_text().splitlines()
+    assert 0 < len(lines) < 4
+    assert main(command) == 0
+    assert file.read_text().splitlines()[: len(lines)] == lines
+    assert len(file.read_text().splitlines()) == 4
+
+
 def test_a_broken_picture_is_its_questions_error(data, tmp_path, capsys):
     out = tmp_path / "out"
     (data / "text.png").write_text("no picture")

@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     log = _log(arguments, questions, process)
     model, processor = load_model(arguments)
     share = questions[process::processes]
-    with progress(console, process) as bar:
+    with user_errors(OSError, ValueError), progress(console, process) as bar:
         task = bar.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
         mine, names = {question.name for question in share}, {variant.name for variant in chosen}
         bar.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
             processes=processes,
             on_answer=lambda answer: bar.advance(task),
         )
-    answers = log.answers()
+        answers = log.answers()
     complete = whole_variants(questions, chosen, answers)
     if len({variant.name for variant in complete} & names) < len(names):
         console.print(f"process {process} of {processes} is done; the last one writes the summary")
@@ -197,7 +197,7 @@ def _log(arguments: argparse.Namespace, questions: list[Question], process: int)
         [(q.name, [p.name for p in q.pictures], q.messages or q.text, q.max_new_tokens) for q in questions]
     ).encode()
     settings = settings_of(arguments) | {"questions": hashlib.sha256(asked).hexdigest()[:16]}
-    with user_errors(FileNotFoundError, ValueError):
+    with user_errors(OSError, ValueError):
         return AnswerLog(arguments.out, settings, process)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trim_plugin.durable import append_lines, check_settings, whole_lines, write_whole
+from trim_plugin.asking.results import ResultFile
+from trim_plugin.durable import append_lines
 from trim_plugin.evaluation.questions import Question
 from trim_plugin.variants import Variant
 
@@ -95,10 +95,14 @@ def unpack_kept(digits: str, total: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8), count=total).astype(bool)
 
 
-class AnswerLog:
+#: Fields that an answer's line has, and those that it may lack.
+_FIELDS = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(Answer)}
+
+
+class AnswerLog(ResultFile):
     """The answers so far, in `answers-*.jsonl` of a folder; each process appends to a file of its own.
 
-    A line that an interruption cut short is dropped, and its question is answered again.
+    A line that an interruption cut short is set aside, and its question is answered again.
 
     Args:
         folder: made if need be.
@@ -106,7 +110,9 @@ class AnswerLog:
         process: which of the processes this is.
 
     Raises:
-        ValueError: the folder holds answers that were made with other settings.
+        ValueError: the folder holds answers that were made with other settings, or one of its files something else. It is left
+            as it is.
+        OSError: it cannot be read or written.
 
     Example:
         >>> import tempfile
@@ -120,42 +126,40 @@ class AnswerLog:
         ValueError: ... holds answers of another run (model was 'small', now 'large'). Give another folder...
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], process: int = 0) -> None:
-        self.folder = folder
-        self._file = folder / f"answers-{process}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings(dict(settings))
-        if self._file.is_file():
-            os.truncate(self._file, whole_lines(self._file.read_bytes())[1])
+    FIRST, CALLED = "question", "answers"
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        file = self.folder / "settings.json"
-        if file.is_file():
-            check_settings(file, settings, f"{self.folder} holds answers", "folder")
-        else:
-            write_whole(file, json.dumps(settings, indent=2) + "\n")
+    def __init__(self, folder: Path, settings: Mapping[str, Any], process: int = 0) -> None:
+        super().__init__(folder / f"answers-{process}.jsonl", settings, folder)
+        self.folder, self._seen = folder, 0
+        self.answers()
 
     def add(self, answer: Answer) -> None:
         """Append an answer; it is on disk when this returns."""
-        append_lines(self._file, [json.dumps(dataclasses.asdict(answer)).encode()])
+        with self._locked():
+            self._check_settings()
+            self._lines(self.file, self._seen)  # another process may have left half a line
+            append_lines(self.file, [json.dumps(dataclasses.asdict(answer)).encode()])
+            self._seen = self.file.stat().st_size
 
     def answers(self) -> list[Answer]:
         """The answers of all processes, one for each question and variant; an answer counts more than an error."""
         found: dict[tuple[str, str], Answer] = {}
-        for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for fields in _entries(file):
-                lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-                answer = Answer(**(fields | lists))
-                known = found.get((answer.question, answer.way))
-                if known is None or known.error:
-                    found[answer.question, answer.way] = answer
+        with self._locked():
+            self._check_settings()
+            lines = [line for file in sorted(self.folder.glob("answers-*.jsonl")) for _, line in self._lines(file)]
+        for fields in filter(None, lines):
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            answer = Answer(**(fields | lists))
+            known = found.get((answer.question, answer.way))
+            if known is None or known.error:
+                found[answer.question, answer.way] = answer
         return list(found.values())
 
+    def _known_settings(self) -> dict[str, Any] | None:
+        known = super()._known_settings()
+        if known is None and self._settings_file.exists():  # answers do not say themselves how they were made
+            raise ValueError(f"{self._settings_file} is damaged. {self._another}, or remove this one.")
+        return known
 
-def _entries(file: Path) -> Iterator[dict[str, Any]]:
-    """What the file's whole lines hold; one that a failing disk has damaged is answered again."""
-    for line in whole_lines(file.read_bytes())[0]:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    def _is_result(self, found: Mapping[str, Any]) -> bool:
+        return {name for name, needed in _FIELDS.items() if needed} <= set(found) <= set(_FIELDS)
