@@ -152,7 +152,7 @@ class TrimConfig:
             ValueError: Unknown field 'top_k' in cache_config of the trimmed cache. Allowed: top_k_ratio, processors...
         """
         if settings is None:
-            return _default()
+            return DEFAULT
         if isinstance(settings, TrimConfig):
             return settings
         if not isinstance(settings, Mapping):
@@ -199,12 +199,6 @@ class TrimConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> TrimConfig:
         # Immutable, and `generate` copies its configuration deeply: processors that a user holds on to stay the same.
         return self
-
-
-@functools.cache
-def _default() -> TrimConfig:
-    """The settings of whoever gives none, made once."""
-    return TrimConfig()
 
 
 def as_json(
@@ -278,3 +272,7 @@ def _each_processor(processors: Any) -> Iterator[ProcessorLike]:
             raise ValueError(f"processors must hold callables processor(scores, visible) -> scores, got {processor!r}.")
         else:
             yield processor
+
+
+#: The settings of whoever gives none.
+DEFAULT = TrimConfig()

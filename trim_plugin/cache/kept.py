@@ -227,7 +227,9 @@ class KeptTokens:
         Returns:
             The record, and what of the columns goes into each of its classes.
         """
-        found = classify(kept_counts, [1] * len(kept_counts), bucket)
+        found = [(tuple(range(len(kept_counts))), kept_counts[0])]  # a uniform batch is one class
+        if bucket or len(set(kept_counts)) > 1:
+            found = classify(kept_counts, [1] * len(kept_counts), bucket)
         uploaded = Uploaded(columns.index.device)
         planned = [
             (uploaded.rows(sources), uploaded.add([kept_counts[source] for source in sources])) for sources, _ in found

@@ -12,7 +12,7 @@ from transformers.models.mllama.modeling_mllama import MllamaModel
 from trim_plugin.cache.held import HeldCache
 from trim_plugin.cache.reading import NamingOurs, in_this_thread, install
 from trim_plugin.compat import CACHE, cache_of, unsupported
-from trim_plugin.config import TrimConfig
+from trim_plugin.config import DEFAULT, TrimConfig
 from trim_plugin.contract import arguments_of, check_contract, check_modules
 from trim_plugin.forward.encoded import ENCODED_AND_PIXELS, EncodedBatch, EncodedSample, check_count, check_samples
 from trim_plugin.forward.finding import (
@@ -285,7 +285,7 @@ class TrimmedCache(HeldCache):
         pictures: EncodedSample | Sequence[EncodedSample] | None = None,
     ) -> None:
         # The settings first: a wrong one leaves the model without hooks.
-        settings = TrimConfig.of(config)
+        settings = DEFAULT if config is None else TrimConfig.of(config)
         check_reads_caches(model)
         parts, self.owner = parts_of(model), Owner()
         self.owner.bind(model, parts.text_model)
