@@ -101,6 +101,9 @@ CASES = {
     "top-p": Case(MIXED, {"processors": [TopPPerHead(0.6)]}),
     "k-center, a share": Case(MANY, {"processors": [KCenter(0.3)]}),
     "k-center, a radius": Case(MANY, {"processors": [KCenter(radius=0.3)]}),
+    "k-center, a small radius among 1,297 and 5,188 tokens": Case(
+        PAIR, {"processors": [KCenter(radius=0.05)]}, image_size=144
+    ),
     "8 samples, 18 groups": Case(MANY),
     "the same, exact": Case(MANY, {"top_k_ratio": 1.0}),
     "the same in 8 micro-batches": Case(MANY, {"prefill_pictures": 1}),

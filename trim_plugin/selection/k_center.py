@@ -30,8 +30,8 @@ COLUMNS = 4
 DIGITS = 6
 #: How often rounds of many micro-batches, or of many calls of the tower, ask the host before they do without.
 ASKS = 4
-#: Tokens that are taken one after the other before the host asks whether a radius is covered.
-TAKEN_UNASKED = 32
+#: At so many tokens that were taken one after the other the host asks whether a radius is covered.
+ASKED_AT = (64, 256)
 
 
 class KCenter(VisualTokenProcessor):
@@ -345,6 +345,6 @@ def one_by_one(
         slots.append(slot)
         least.append(low)
         torch.maximum(nearest, alike[rows, slot], out=nearest)
-        if radius is not None and len(slots) % TAKEN_UNASKED == 0 and bool((low >= covered).all()):
+        if radius is not None and len(slots) in ASKED_AT and bool((low >= covered).all()):
             break
     return torch.stack(slots, dim=1), torch.stack(least, dim=1) < covered

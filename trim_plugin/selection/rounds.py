@@ -175,7 +175,7 @@ class Rounds:
             _check([most_alike])
             if least >= covered:
                 return torch.cat(self.slots, dim=1), torch.cat(self.takes, dim=1) > 0
-            due = math.ceil(0.6 * len(self.takes))
+            due = math.ceil(0.8 * len(self.takes))
 
     def _go_on(self) -> None:
         """One more round, without a number from the device."""
