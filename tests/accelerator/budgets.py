@@ -133,7 +133,7 @@ CASES = {
     "text only": Case(TEXT),
     "second turn, text": Case(FIRST, then=[Sample((3,))] * 2),
     "second turn, a picture": Case(FIRST, then=NEW_PICTURE),
-    "the same, 8 samples in 8 micro-batches": Case(FIRST * 4, {"prefill_pictures": 1}, then=NEW_PICTURE * 4),
+    "the same, 16 samples in 8 micro-batches": Case(FIRST * 8, {"prefill_pictures": 2}, then=NEW_PICTURE * 8),
     "second turn, exact": Case(FIRST, {"top_k_ratio": 1.0}, then=NEW_PICTURE),
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from trim_plugin.arithmetic import classify
 from trim_plugin.selection.select import Columns
-from trim_plugin.selection.visibility import add_log_sizes, open_mask, pack
+from trim_plugin.selection.visibility import add_log_sizes, is_open, open_mask, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,13 @@ class WidthClass:
     def width(self) -> int:
         """Places of a row."""
         return self.index.shape[1]
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool (rows, width), False for padding."""
+        if self.mask is None or min(self.counts) == self.width:
+            return torch.ones_like(self.index, dtype=torch.bool)
+        return is_open(self.mask[:, 0, 0])
 
 
 @dataclasses.dataclass(frozen=True)

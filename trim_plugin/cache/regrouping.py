@@ -26,12 +26,8 @@ def padded_columns(kept: KeptTokens) -> Columns:
 
 
 def _padded_columns(kept: KeptTokens) -> Columns:
-    parts, width, device = side_by_side(kept, kept.device), kept.width, kept.device
-    index, sizes = (_assembled([kept], parts, name, width) for name in ("index", "sizes"))
-    counts = [kept.count_of[source] for source in range(kept.sources)]
-    valid = torch.ones_like(index, dtype=torch.bool)
-    if min(counts) < width:
-        valid = first_places(torch.tensor(counts, device=device), width)
+    parts, width = side_by_side(kept, kept.device), kept.width
+    index, sizes, valid = (_assembled([kept], parts, name, width) for name in ("index", "sizes", "valid"))
     return Columns(
         index=index,
         valid=valid,
