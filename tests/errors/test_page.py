@@ -19,7 +19,10 @@ FILES = (
     TESTS / "commands" / "test_batch.py",
     TESTS / "commands" / "test_eval.py",
     TESTS / "commands" / "test_serve.py",
+    TESTS / "pictures" / "test_opening.py",
+    TESTS / "pictures" / "test_stored.py",
     TESTS / "serving" / "test_app.py",
+    TESTS / "test_compat.py",
 )
 
 
