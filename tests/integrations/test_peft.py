@@ -49,19 +49,9 @@ def test_presets_name_the_text_tower_only(preset, per_self_layer, per_cross_laye
     assert not any(re.fullmatch(PRESETS[preset], name) for name, _ in base().named_modules() if "vision_model" in name)
 
 
-def test_a_bare_name_would_have_adapted_the_vision_tower():
-    """Why the presets are what they are."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert any("vision_model" in name for name, module in model.named_modules() if hasattr(module, "lora_A"))
-
-
-def test_overrides_and_unknown_presets():
+def test_overrides():
     config = lora_config("text_attention", rank=4, bias="none", use_rslora=True)
     assert (config.r, config.lora_alpha, config.use_rslora) == (4, 8, True)
-    with pytest.raises(ValueError, match=r"Unknown LoRA preset 'vision'.*'text_linear'"):
-        lora_config("vision")
 
 
 def test_selection_sees_adapted_projections(adapters):

@@ -53,7 +53,7 @@ class ScoreRecorder(VisualTokenProcessor):
 
 
 def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndarray:
-    """The kept token that stands for each visual token, after the first prefill of a cache with a batch of one.
+    """The kept token that stands for each visual token, after the first prefill of a merging cache with a batch of one.
 
     A cache does not keep this: it is worked out again as the prefill did, from the keys of the first cross-attention layer.
     The model is the one that filled the cache, and `recorder` one of the cache's processors.
@@ -70,8 +70,6 @@ def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndar
         if bool((group & kept).any()):
             ids[group] = number
     positions, _ = pack(kept)
-    if not cache.config.merge:
-        return torch.where(kept[0], torch.arange(len(kept[0]), device=kept.device), -1).cpu().numpy()
     layer = first_cross_layer(find_text_model(model))
     with whole_weights(model, layer):
         features = layer_keys(layer, states).transpose(1, 2).flatten(2)
