@@ -152,7 +152,7 @@ def _four_bit_layers(model: torch.nn.Module) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class WeightMemory:
-    """Bytes of a model's weights by part, quantization state included. Prints well; `rich` shows it as a table.
+    """Bytes of a model's weights by part, quantization state included. Prints well.
 
     Args:
         vision_tower: patch embedding, transformer and global transformer.

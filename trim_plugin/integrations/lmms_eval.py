@@ -29,7 +29,7 @@ from tqdm import tqdm
 from trim_plugin.asking.answers import Inputs, answer
 from trim_plugin.commands.loading import device_of, process_of
 from trim_plugin.config import TrimConfig
-from trim_plugin.integrations.accelerate import load
+from trim_plugin.integrations import accelerate
 from trim_plugin.pictures.prompting import written
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
@@ -38,7 +38,6 @@ from trim_plugin.selection.k_center import KCenter
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MAX_NEW_TOKENS = 1024
-
 
 Entry = TypeVar("Entry")
 
@@ -108,36 +107,22 @@ class LlamaVisionTrimmed(lmms):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
-        self.batch_size_per_gpu = _positive("batch_size", batch_size)
+        #: Questions answered together.
+        self.batch_size = _positive("batch_size", batch_size)
         most_bytes = _bytes("encoded_gib", encoded_gib)
         self._rank, self._world_size = process_of(os.environ)
-        self._device = torch.device(device_of(device, os.environ))
+        self.device = torch.device(device_of(device, os.environ))
         self._report_to = report_to
-        self._model, self.processor = load(
+        self.model, self.processor = accelerate.load(
             pretrained,
             weights or DTYPES[dtype],
-            device_map=device_map or {"": str(self._device)},
-            dtype=torch.float32 if dtype == "float32" else torch.float16 if dtype == "float16" else torch.bfloat16,
+            device_map=device_map or {"": str(self.device)},
+            dtype=accelerate.DTYPES[DTYPES[dtype]],
             attention=attn_implementation,
             revision=revision,
         )
         remembers = self.trimming is not None and most_bytes > 0
-        self._recent = RecentPictures(self._model, self.processor, most_bytes=most_bytes) if remembers else None
-
-    @property
-    def model(self) -> Any:
-        """The transformers model."""
-        return self._model
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self._device
-
-    @property
-    def batch_size(self) -> int:
-        """Questions answered together."""
-        return self.batch_size_per_gpu
+        self._recent = RecentPictures(self.model, self.processor, most_bytes=most_bytes) if remembers else None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer requests whose arguments are (text, generation settings, doc_to_visual, doc id, task, split)."""
@@ -153,21 +138,15 @@ class LlamaVisionTrimmed(lmms):
         bar.close()
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered, as in lmms-eval's own `llama_vision`: use tasks that generate.
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        """Not offered, nor are several rounds, as in lmms-eval's own `llama_vision`: use tasks that generate.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered, as in lmms-eval's own `llama_vision`.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
+    generate_until_multi_round = loglikelihood
 
     def _prepare(self, arguments: tuple[Any, ...]) -> Asked:
         text, settings, doc_to_visual, doc_id, task, split = arguments

@@ -70,7 +70,6 @@ def encode_pictures(
         >>> page.tiles, len(page.index), page.total
         ([1], 17, 260)
     """
-    find_model(model)
     tower_share = checked_share(tower_share)
     if isinstance(images, str | Path | Image.Image):
         raise ValueError(
