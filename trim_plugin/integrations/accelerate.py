@@ -171,6 +171,3 @@ def _placed(name: str, device_map: Mapping[str, Any]) -> Any:
 
 def _inside(name: str, module: str) -> bool:
     return not module or name == module or name.startswith(f"{module}.")
-
-
-__all__ = ["WEIGHTS", "check_device_map", "load"]

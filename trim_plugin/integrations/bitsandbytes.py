@@ -262,14 +262,3 @@ def _quantization_state(holder: Any) -> Iterator[torch.Tensor]:
         tensor = getattr(holder, name, None)
         if isinstance(tensor, torch.Tensor):
             yield tensor
-
-
-__all__ = [
-    "PRESETS",
-    "WeightMemory",
-    "layout_kept",
-    "quantization_config",
-    "repack_for_cpu",
-    "use_standard_layout",
-    "weight_memory",
-]

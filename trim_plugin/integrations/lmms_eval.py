@@ -107,8 +107,8 @@ class LlamaVisionTrimmed(lmms):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
-        #: Questions answered together.
         self.batch_size = _positive("batch_size", batch_size)
+        """Questions answered together."""
         most_bytes = _bytes("encoded_gib", encoded_gib)
         self._rank, self._world_size = process_of(os.environ)
         self.device = torch.device(device_of(device, os.environ))
@@ -270,6 +270,3 @@ def _bytes(name: str, gib: Any) -> int:
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a number of GiB, 0 or more, got {gib!r}.")
     return int(number * 2**30)
-
-
-__all__ = ["Asked", "LlamaVisionTrimmed", "batches", "cut", "generation_settings", "trimming"]

@@ -13,6 +13,3 @@ def manifests() -> list[Any]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [ModelManifest(model_id=MODEL, simple_class_path=CLASS_PATH)]
-
-
-__all__ = ["CLASS_PATH", "MODEL", "manifests"]

@@ -202,6 +202,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-__all__ = ["RESULT", "Answerer", "Recipe", "answer", "answer_rows"]

@@ -101,6 +101,3 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"Example {number} has no picture: give at least one in 'pictures'.")
         if not example["answer"].strip():
             raise ValueError(f"Example {number} has an empty answer: there is nothing to learn from it.")
-
-
-__all__ = ["IGNORED", "AnswerCollator"]

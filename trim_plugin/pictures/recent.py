@@ -69,8 +69,8 @@ class RecentPictures:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._held: OrderedDict[tuple[Key, bytes], Pictures] = OrderedDict()
-        #: Bytes of the pictures held now.
         self.nbytes = 0
+        """Bytes of the pictures held now."""
         #: How often a picture went through the tower.
         self.encoded = 0
         #: How often one that was held, or lay in the folder, was asked for.
