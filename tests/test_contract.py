@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import cache_utils, masking_utils, modeling_outputs
+from transformers import GenerationConfig, cache_utils, masking_utils, modeling_outputs
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.models.mllama import modeling_mllama
@@ -18,7 +18,7 @@ from transformers.models.mllama import modeling_mllama
 import trim_plugin
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE, UnsupportedTransformersError
-from trim_plugin.contract import check_contract
+from trim_plugin.contract import check_contract, check_generation
 
 from .random_models import Sample, generate, random_inputs, random_model, trimmed
 
@@ -93,6 +93,19 @@ def test_a_renamed_argument_of_the_masks(monkeypatch, fresh):
     planted = renamed(masking_utils.create_causal_mask, "allow_is_causal_skip")
     monkeypatch.setattr(masking_utils, "create_causal_mask", planted)
     refused(*fresh, "did not find: allow_is_causal_skip= of transformers.masking_utils.create_causal_mask")
+
+
+def test_a_layer_written_anew_with_another_name(monkeypatch, fresh):
+    layer = modeling_mllama.MllamaCrossAttentionDecoderLayer
+
+    def forward(
+        self, hidden_states, cross_attention_states, cross_attention_mask, attention_mask,
+        full_text_row_masked_out_mask, position_ids=None, kv=None, **kwargs,
+    ):  # fmt: skip
+        return hidden_states
+
+    monkeypatch.setattr(layer, "forward", forward)
+    refused(*fresh, f"did not find: {CACHE}= of MllamaCrossAttentionDecoderLayer.forward")
 
 
 @pytest.mark.parametrize("name", ["_prefill", "_get_candidate_generator"])
@@ -209,6 +222,11 @@ def test_a_model_that_carries_hooks_already_is_checked_again(monkeypatch, model)
         trimmed(model, inputs, CONFIG, 2)
 
 
+def test_a_changed_way_to_write_settings(monkeypatch, fresh):
+    monkeypatch.setattr(GenerationConfig, "to_json_string", renamed(GenerationConfig.to_json_string, "use_diff"))
+    refused(*fresh, r"GenerationConfig.to_json_string\(use_diff, ignore_metadata, ...\)")
+
+
 def test_a_cache_that_was_not_made_is_no_silent_stock_generation(monkeypatch, fresh):
     model, inputs = fresh
     unwrapped = inspect.unwrap(GenerationMixin._prepare_cache_for_generation)
@@ -243,3 +261,8 @@ def test_public_names_that_cannot_be_imported_say_so(monkeypatch):
     monkeypatch.delattr(cache_utils, "StaticLayer")
     with pytest.raises(UnsupportedTransformersError, match=r"did not find: StaticLayer in transformers\.cache_utils"):
         _ = trim_plugin.TrimmedCache
+
+
+def test_the_installed_version_holds_the_contract():
+    check_generation()
+    check_contract()
