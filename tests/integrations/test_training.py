@@ -19,11 +19,6 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def small():
-    return load_small_model()
-
-
-@pytest.fixture(scope="module")
 def batch(small):
     return AnswerCollator(small[1])(EXAMPLES)
 

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from trim_plugin import KCenter, encode_pictures
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import examples
 from trim_plugin.pictures import stored
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,7 @@ def _rows(module: nn.Module) -> Iterator[torch.Tensor]:
     elif _is_layer(module):
         yield _row(module, None)
     else:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield _row_of(parameter)
+        yield from map(_row_of, module.parameters(recurse=False))
         for child in module.children():
             yield from _rows(child)
 
@@ -114,9 +112,7 @@ def _row(base: Any, adapter: Any) -> torch.Tensor:
     if adapter is not None:
         row[1] = _format_of(adapter, base)
     plain = all(
-        type(p) in (torch.Tensor, nn.Parameter) and p.is_floating_point()
-        for p in base._parameters.values()
-        if p is not None
+        type(p) in (torch.Tensor, nn.Parameter) and p.is_floating_point() for p in base.parameters(recurse=False)
     )
     weight = getattr(base, "weight", None)
     if plain and isinstance(weight, torch.Tensor) and not weight.is_meta:
