@@ -57,8 +57,8 @@ def test_pictures_of_another_model(small, page):
         TrimmedCache(small[0], pictures=dataclasses.replace(page, states=page.states[:, :64]))
 
 
-def test_pictures_of_an_unknown_model(small, page, monkeypatch):
-    monkeypatch.setattr(encoded, "_warned_unknown", False)
+def test_pictures_of_an_unknown_model(small, page):
+    encoded._warn_unknown.cache_clear()
     unknown = dataclasses.replace(page, mark=torch.full_like(page.mark, torch.nan))
     with pytest.warns(UserWarning, match="Whether this model encoded these pictures cannot be told"):
         TrimmedCache(small[0], pictures=unknown)

@@ -116,11 +116,11 @@ def test_a_folder_that_is_full_is_named(small, pages, tmp_path, monkeypatch):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_what_is_not_allowed(small):
+def test_what_is_not_allowed(small, pages):
     with pytest.raises(ValueError, match="most_bytes must be 0 or more"):
         RecentPictures(*small, most_bytes=-1)
     with pytest.raises(ValueError, match="No picture was given"):
-        RecentPictures(*small)([])
+        RecentPictures(*small).several([pages[:1], []])
 
 
 def test_pictures_of_several_samples_go_through_the_tower_together(small, pages, calls):
@@ -142,8 +142,3 @@ def test_a_picture_encoded_beside_others_holds_no_memory_of_theirs(small, pages)
     found = recent.several([[page] for page in pages], at_a_time=len(pages))
     assert all(one.states.untyped_storage().nbytes() == one.states.nbytes for one in found)
     assert recent.nbytes == sum(one.nbytes for one in found)
-
-
-def test_a_sample_without_pictures_is_refused(small, pages):
-    with pytest.raises(ValueError, match="No picture was given"):
-        RecentPictures(*small).several([pages[:1], []])

@@ -109,13 +109,8 @@ def stored_tensors(layer: Any) -> list[torch.Tensor]:
         >>> held_bytes(stored_tensors(layer))
         192
     """
-    held = (
-        layer.keys,
-        layer.values,
-        getattr(layer, "_quantized_keys", None),
-        getattr(layer, "_quantized_values", None),
-    )
-    return [tensor for part in held for tensor in _plain_tensors(part)]
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    return [tensor for name in names for tensor in _plain_tensors(getattr(layer, name, None))]
 
 
 def _plain_tensors(part: Any) -> list[torch.Tensor]:

@@ -179,7 +179,6 @@ def _added(adapter: Any, base: nn.Module, *, unmerging: bool) -> torch.Tensor:
     weight: Any = base.weight
     if isinstance(base, nn.Embedding):
         given = torch.arange(base.num_embeddings, device=weight.device)
-        vectors = _waves(base.num_embeddings, 0, weight.device)
     elif isinstance(base, nn.modules.conv._ConvNd):
         given = _waves(weight[0].numel(), 0, weight.device).reshape(PROBES, *weight.shape[1:])
         if base.groups != 1:
@@ -192,8 +191,8 @@ def _added(adapter: Any, base: nn.Module, *, unmerging: bool) -> torch.Tensor:
     except _STRANGE:
         return _unknown()[:PROBES]
     if isinstance(base, nn.Embedding):
-        added = vectors @ added
-    return _numbers(added.reshape(PROBES, -1).to(vectors if isinstance(base, nn.Embedding) else given))[1]
+        added = _waves(base.num_embeddings, 0, weight.device) @ added
+    return _numbers(_exact(added.reshape(PROBES, -1), weight.device))[1]
 
 
 def _standing_in(adapter: Any, base: nn.Module, unmerging: bool) -> nn.Module:

@@ -107,9 +107,12 @@ class LlamaVisionTrimmed(lmms):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
-        self.batch_size = _positive("batch_size", batch_size)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a positive number, got {batch_size!r}.")
+        if not isinstance(encoded_gib, int | float) or not 0 <= encoded_gib < math.inf:
+            raise ValueError(f"encoded_gib must be a number of GiB, 0 or more, got {encoded_gib!r}.")
+        self.batch_size = int(batch_size)
         """Questions answered together."""
-        most_bytes = _bytes("encoded_gib", encoded_gib)
         self._rank, self._world_size = process_of(os.environ)
         self.device = torch.device(device_of(device, os.environ))
         self._report_to = report_to
@@ -121,8 +124,8 @@ class LlamaVisionTrimmed(lmms):
             attention=attn_implementation,
             revision=revision,
         )
-        remembers = self.trimming is not None and most_bytes > 0
-        self._recent = RecentPictures(self.model, self.processor, most_bytes=most_bytes) if remembers else None
+        most_bytes = 0 if self.trimming is None else int(encoded_gib * 2**30)
+        self._recent = RecentPictures(self.model, self.processor, most_bytes) if most_bytes else None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer requests whose arguments are (text, generation settings, doc_to_visual, doc id, task, split)."""
@@ -184,13 +187,8 @@ class LlamaVisionTrimmed(lmms):
         if self._report_to is None or self.trimming is None:
             return
         report = cache.report()
-        line = {
-            **figures,
-            "visible_tokens": report.visible_tokens,
-            "kept_tokens": report.kept_tokens,
-            "cross_kv_bytes": report.cross_kv_bytes,
-            "stock_cross_kv_bytes": report.stock_cross_kv_bytes,
-        }
+        told = ("visible_tokens", "kept_tokens", "cross_kv_bytes", "stock_cross_kv_bytes")
+        line = figures | {name: getattr(report, name) for name in told}
         with open(self._report_to, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -250,23 +248,3 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
     for stop in [until] if isinstance(until, str) else until or []:
         text = text.split(stop)[0] if stop else text
     return text
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    return number
-
-
-def _bytes(name: str, gib: Any) -> int:
-    try:
-        number = float(gib)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a number of GiB, 0 or more, got {gib!r}.")
-    return int(number * 2**30)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trim_plugin.pictures.prompting import tensors_of, written
 
@@ -82,11 +83,9 @@ class AnswerCollator:
         tokenizer = self.processor.tokenizer
         # Tokenized apart from the prompt, as in generation, where the answer's first token cannot merge with the prompt's last.
         rows = [[*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for answer in answers]
-        longest = max(len(row) for row in rows)
         fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=dtype)
-        present = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, present
+        ids = pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=fill)
+        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:

@@ -117,19 +117,18 @@ class RecentPictures:
         waiting = list(missing.items())
         for first in range(0, len(waiting), at_a_time):
             part = waiting[first : first + at_a_time]
-            for (key, picture), made in zip(part, self._encode([own for _, own in part], tower_share), strict=True):
-                self._keep(picture, made, tower_share)
-                self._hold((key, weights), made)
-                found[key] = made
+            encoded = encode_each(
+                self._model, self._processor, [own for _, own in part], tower_share=checked_share(tower_share)
+            )
+            self.encoded += len(part)
+            for (key, picture), made in zip(part, encoded, strict=True):
+                found[key] = made.to("cpu")
+                self._keep(picture, found[key], tower_share)
+                self._hold((key, weights), found[key])
         return [functools.reduce(operator.add, [found[key] for key in own]) for own in keys]
 
     def _key(self, picture: Image.Image, tower_share: float | None) -> Key:
         return picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
-
-    def _encode(self, pictures: Sequence[Image.Image], tower_share: float | None) -> list[Pictures]:
-        made = encode_each(self._model, self._processor, pictures, tower_share=checked_share(tower_share))
-        self.encoded += len(made)
-        return [one.to("cpu") for one in made]
 
     def _hold(self, key: tuple[Key, bytes], pictures: Pictures) -> None:
         before = self._held.pop(key, None)

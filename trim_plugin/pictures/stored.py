@@ -36,9 +36,8 @@ AGAIN = "Encode the pictures again: encode_pictures(...).save(...)."
 
 def write(path: Path, pictures: Any) -> None:
     """Write a `Pictures`; no reader ever sees half of it."""
-    tensors = {name: getattr(pictures, name).detach().cpu() for name in TENSORS}
+    tensors = {name: getattr(pictures, name).detach().cpu().contiguous() for name in TENSORS}
     tensors |= {name: tensors[name].to(torch.int32) for name in ("index", "sizes")}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     fields = json.dumps({name: getattr(pictures, name) for name in (*NUMBERS, "tower_share")})
     metadata = {"kind": KIND, "version": str(VERSION), "pictures": fields, "checksum": _checksum(fields, tensors)}
     header: dict[str, Any] = {"__metadata__": metadata}
