@@ -44,12 +44,9 @@ class ScoreRecorder(VisualTokenProcessor):
             self.states = states
         return scores
 
-    def scores(self, sample: int = 0) -> np.ndarray:
-        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
-
-        Right for a batch of one; with more, a call may hold only those samples that have such a group.
-        """
-        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
+    def scores(self) -> np.ndarray:
+        """Head-mean scores over all visibility groups of a batch of one, (visual tokens,); NaN where no text row may read."""
+        return np.fmax.reduce([part[0].numpy() for part in self.head_mean])
 
 
 def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndarray:

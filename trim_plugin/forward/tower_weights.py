@@ -54,11 +54,11 @@ def is_adapter(module: nn.Module) -> bool:
     return wraps and hasattr(module, "active_adapters")
 
 
-def _rows(module: nn.Module) -> Iterator[torch.Tensor]:
+def _rows(module: Any) -> Iterator[torch.Tensor]:
     if is_adapter(module) and "original_module" in module._modules:
         yield from _rows(_chosen(module))
     elif is_adapter(module):
-        base = _innermost(module)
+        base = module.get_base_layer()
         if _is_layer(base):
             yield _row(base, module)
         else:
@@ -77,12 +77,6 @@ def _chosen(module: Any) -> nn.Module:
     if copies is None or module.disable_adapters or not active or active[0] not in copies:
         return module._modules["original_module"]
     return copies[active[0]]
-
-
-def _innermost(module: Any) -> Any:
-    while "base_layer" in module._modules:
-        module = module._modules["base_layer"]
-    return module
 
 
 def _is_layer(module: nn.Module) -> bool:

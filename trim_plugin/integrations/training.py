@@ -59,7 +59,13 @@ class AnswerCollator:
             ValueError: no examples, one that lacks a key or has no picture, or an answer that is empty.
         """
         _check(examples)
-        batch = self._prompts(examples)
+        pictures = [example["pictures"] for example in examples]
+        prompts = [
+            written(self.processor, example["question"], len(own))
+            for example, own in zip(examples, pictures, strict=True)
+        ]
+        # Padded on the left, so that every prompt's last row is the batch's last.
+        batch = tensors_of(self.processor, prompts, pictures)
         answers, present = self._answers([example["answer"] for example in examples], batch["input_ids"].dtype)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         batch["labels"] = torch.cat([labels, answers.masked_fill(present == 0, IGNORED)], dim=1)
@@ -68,15 +74,6 @@ class AnswerCollator:
         mask = batch["cross_attention_mask"]
         batch["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, answers.shape[1], -1, -1)], dim=1)
         return batch
-
-    def _prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pictures and questions, padded on the left, so that every prompt's last row is the batch's last."""
-        pictures = [example["pictures"] for example in examples]
-        prompts = [
-            written(self.processor, example["question"], len(own))
-            for example, own in zip(examples, pictures, strict=True)
-        ]
-        return tensors_of(self.processor, prompts, pictures)
 
     def _answers(self, answers: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of the answers with their end, padded on the right, and where they are: (batch, longest) each."""
@@ -94,8 +91,10 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
     for number, example in enumerate(examples):
         missing = _KEYS - example.keys()
         if missing:
-            hint = " Trainer drops unknown columns unless remove_unused_columns=False."
-            raise ValueError(f"Example {number} has no {', '.join(map(repr, sorted(missing)))}.{hint}")
+            raise ValueError(
+                f"Example {number} has no {', '.join(map(repr, sorted(missing)))}. Trainer drops unknown columns unless "
+                "remove_unused_columns=False."
+            )
         if not example["pictures"]:
             raise ValueError(f"Example {number} has no picture: give at least one in 'pictures'.")
         if not example["answer"].strip():
