@@ -284,11 +284,6 @@ def test_a_decompression_bomb_is_not_decoded():
         open_picture(bomb())
 
 
-def test_a_file_and_its_bytes_are_the_same_picture(tmp_path):
-    gradient("RGB").save(tmp_path / "a.webp")
-    assert open_picture(tmp_path / "a.webp").tobytes() == open_picture((tmp_path / "a.webp").read_bytes()).tobytes()
-
-
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "PCX"])
 def test_what_people_have_is_read(kind):
     Image.init()

@@ -17,8 +17,6 @@ from trim_plugin.pictures.prompting import tensors_of, written
 IGNORED = -100
 """Label of what the loss leaves out; transformers' own."""
 
-_KEYS = {"pictures", "question", "answer"}
-
 
 class AnswerCollator:
     """Makes a batch of questions about pictures, with labels on the answers.
@@ -89,7 +87,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
     if not examples:
         raise ValueError("There are no examples to make a batch of.")
     for number, example in enumerate(examples):
-        missing = _KEYS - example.keys()
+        missing = {"pictures", "question", "answer"} - example.keys()
         if missing:
             raise ValueError(
                 f"Example {number} has no {', '.join(map(repr, sorted(missing)))}. Trainer drops unknown columns unless "

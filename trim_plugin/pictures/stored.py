@@ -15,17 +15,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from trim_plugin.arithmetic import checked_share
 from trim_plugin.durable import draft_of, open_regular
 
 #: Of the file's metadata: what it is, and how it is laid out.
 KIND, VERSION = "trim_plugin.pictures", 3
 #: Names of the tensors, and the dtypes that they may have in a file, by safetensors' names.
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 TENSORS: dict[str, dict[str, torch.dtype]] = {
     "index": {"I32": torch.int32},
     "sizes": {"I32": torch.int32},
     "mark": {"F32": torch.float32},
-    "states": FLOATS,
+    "states": {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
 }
 NUMBERS = ("total", "tiles", "most_tiles", "tile_tokens", "rule")
 #: A header is read before anything is known of a file. Those of this package take a few kilobytes.
@@ -144,14 +144,13 @@ def _tensors(file: BinaryIO) -> dict[str, torch.Tensor]:
 def _numbers(fields: Any) -> dict[str, Any]:
     """The fields that are no tensors, each checked for itself."""
     numbers = {name: fields[name] for name in (*NUMBERS, "tower_share")}
-    tiles, share = numbers["tiles"], numbers["tower_share"]
+    tiles = numbers["tiles"]
     counts = [numbers[name] for name in ("total", "most_tiles", "tile_tokens")]
     fits = isinstance(tiles, list) and all(_is_count(number) and number > 0 for number in (*counts, *tiles))
     fits = fits and bool(tiles) and max(tiles) <= numbers["most_tiles"] and isinstance(numbers["rule"], str)
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    fits = fits and (share is None or (is_number and 0 < share <= 1))
     if not fits:
         raise ValueError("a field has a value that is not allowed")
+    checked_share(numbers["tower_share"])
     return numbers
 
 
