@@ -7,15 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from trim_plugin import (
-    KCenter,
-    TopKPerHead,
-    TopPPerHead,
-    TrimmedCache,
-    VisualTokenProcessor,
-    encode_pictures,
-    open_picture,
-)
+from trim_plugin import KCenter, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures, open_picture
 from trim_plugin.compat import CACHE
 from trim_plugin.embedded import ask, examples
 from trim_plugin.pictures import encoded
@@ -108,14 +100,9 @@ def test_rule_needs_a_prompt(small):
             encode_pictures(*small, [PICTURE], rule=rule)
 
 
-class Nothing(VisualTokenProcessor):
-    def __call__(self, scores, visible):
-        return torch.full_like(scores, -torch.inf)
-
-
 def test_rule_empties_a_picture(small):
     with pytest.raises(ValueError, match="removed every visual token of a picture"):
-        encode_pictures(*small, [PICTURE], rule=Nothing())
+        encode_pictures(*small, [PICTURE], rule=lambda scores, visible: torch.full_like(scores, -torch.inf))
 
 
 def test_prompt_about_other_pictures(small, page):
