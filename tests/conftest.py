@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 import trim_plugin
-from trim_plugin.embedded import examples
+from trim_plugin.embedded import examples, load_small_model
 
 from .random_models import random_model
 
@@ -65,6 +65,12 @@ def _threads():
 def model():
     """A tiny random Mllama with sdpa attention."""
     return random_model()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The small trained model and its processor."""
+    return load_small_model()
 
 
 @pytest.fixture

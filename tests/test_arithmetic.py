@@ -26,12 +26,6 @@ def test_small_pictures_are_read_many_at_a_time():
     assert [read(7, vision) for read in (arithmetic.pictures_at_a_time, arithmetic.pictures_read_together)] == [7, 7]
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "0.5", True, float("nan")])
-def test_what_is_no_share_is_named(value):
-    with pytest.raises(ValueError, match=r"mass must be a number in \(0, 1\], got "):
-        arithmetic.share("mass", value)
-
-
 def test_bytes_are_read_with_units():
     assert [arithmetic.parse_bytes(text) for text in ("1GiB", "2 GB", "3mib", "4b")] == [2**30, 2 * 10**9, 3 * 2**20, 4]
 

@@ -22,7 +22,7 @@ def test_supported(version):
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.16.9", "5.16.9.post1"])
-def test_unsupported(version):
+def test_unsupported_transformers(version):
     with pytest.raises(
         ImportError, match=rf"hooks into transformers 5.17 to 5.24, but {re.escape(version)} is installed"
     ):

@@ -42,14 +42,14 @@ class UnsupportedTransformersError(ImportError):
     """The installed transformers lacks something that trim_plugin hooks into; the message says which versions have it."""
 
 
-def unsupported(missing: Iterable[str], version: str | None = None) -> UnsupportedTransformersError:
-    """The error that names what a version of transformers, by default the installed one, does not have.
+def unsupported(missing: Iterable[str]) -> UnsupportedTransformersError:
+    """The error that names what the installed transformers does not have.
 
     Example:
-        >>> print(unsupported(["GenerationMixin._prefill"], "5.30.0"))
-        trim_plugin cannot hook into transformers 5.30.0, in which it did not find: GenerationMixin._prefill. Supported is ...
+        >>> print(unsupported(["GenerationMixin._prefill"]))
+        trim_plugin cannot hook into transformers ..., in which it did not find: GenerationMixin._prefill. Supported is ...
     """
-    version = version or importlib.metadata.version("transformers")
+    version = importlib.metadata.version("transformers")
     remedy = f"Install one of these: pip install 'transformers>={OLDEST},<{FIRST_UNTESTED}'."
     if Version(OLDEST) <= Version(version) < Version(FIRST_UNTESTED):
         remedy = f"{version} is one of these as released: something in this installation or program has changed it."

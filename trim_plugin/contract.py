@@ -209,8 +209,7 @@ def _missing_in_models() -> Iterator[str]:
         if found is None:
             yield f"{name} in {MLLAMA}"
             continue
-        # Something else in its place, as a test puts there to see who calls it, has no arguments to compare.
-        taken = arguments_of(found.forward) if callable(found.forward) else None
+        taken = arguments_of(found.forward)
         if taken is not None:
             yield from (f"{argument}= of {name}.forward" for argument in arguments if argument not in taken)
     caches = importlib.import_module(CACHES)

@@ -42,10 +42,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class KVFormat(ABC):
-    """One format, whose codes have so many bits. Rows are (batch, tokens, values), values a multiple of `BLOCK`."""
+    """One format. Rows are (batch, tokens, values), values a multiple of `BLOCK`."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    #: Of a code.
+    bits: int
 
     def token_bytes(self, values: int) -> int:
         """Bytes of one token's keys, or of its values, of that many numbers: codes and scales of whole blocks.
@@ -84,8 +84,7 @@ class Quantized:
 class EvenLevels(KVFormat):
     """8 bits, 255 evenly spaced levels. Source: blockwise quantization, Dettmers et al. 2022, arXiv 2110.02861."""
 
-    def __init__(self) -> None:
-        super().__init__(bits=8)
+    bits = 8
 
     def quantize(self, rows: torch.Tensor) -> Quantized:
         """Codes and scales of rows."""
@@ -106,8 +105,9 @@ class EvenLevels(KVFormat):
 class FourBits(KVFormat):
     """4 bits; `kind` is bitsandbytes' name of the levels. "nf4", normal quantiles: Dettmers et al. 2023, arXiv 2305.14314."""
 
+    bits = 4
+
     def __init__(self, kind: str) -> None:
-        super().__init__(bits=4)
         self.kind = kind
 
     def quantize(self, rows: torch.Tensor) -> Quantized:

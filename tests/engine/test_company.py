@@ -26,11 +26,6 @@ PICTURES = [open_picture(example.picture) for example in EXAMPLES]
 CONFIG = TrimConfig(top_k_ratio=0.3)
 
 
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
-
-
 class OneByOne(LogitsProcessor):
     """Leaves the one token that the settings choose, written down from their definitions."""
 

@@ -15,7 +15,7 @@ from trim_plugin import Engine, KCenter, TopPPerHead, TrimConfig, TrimmedCache, 
 from trim_plugin.arithmetic import tile_tokens
 from trim_plugin.asking.answers import Inputs
 from trim_plugin.compat import CACHE, cache_of
-from trim_plugin.embedded import ask, examples, load_small_model
+from trim_plugin.embedded import ask, examples
 from trim_plugin.engine.memory import Room
 from trim_plugin.engine.request import Sampling
 from trim_plugin.pictures.prompting import open_picture, written
@@ -23,11 +23,6 @@ from trim_plugin.pictures.prompting import open_picture, written
 EXAMPLES = examples()
 PICTURES = [example.picture for example in EXAMPLES]
 CONFIG = TrimConfig(top_k_ratio=0.3)
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 def alone(small, question, pictures, config=CONFIG, new=12):

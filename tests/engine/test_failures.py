@@ -7,7 +7,7 @@ import torch
 
 from trim_plugin import Engine, TrimConfig
 from trim_plugin.cache.held import HeldCache
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import examples
 from trim_plugin.engine import sampling
 from trim_plugin.engine.running import RunningBatch
 from trim_plugin.pictures.prompting import open_picture
@@ -15,11 +15,6 @@ from trim_plugin.pictures.prompting import open_picture
 CONFIG = TrimConfig(top_k_ratio=0.3)
 PICTURES = [open_picture(example.picture) for example in examples()[:4]]
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("broken"), SystemExit(3), KeyboardInterrupt()]
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.fixture(scope="module")

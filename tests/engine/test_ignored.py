@@ -12,15 +12,10 @@ from transformers import GenerationConfig
 
 from trim_plugin import Engine, TrimConfig
 from trim_plugin.cli import main
-from trim_plugin.embedded import SMALL_MODEL, examples, load_small_model
+from trim_plugin.embedded import SMALL_MODEL, examples
 from trim_plugin.engine.ignored import ignored
 
 EXAMPLE = examples()[0]
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 def answer(small):

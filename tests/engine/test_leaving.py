@@ -8,17 +8,12 @@ import time
 import pytest
 
 from trim_plugin import Engine, TrimConfig, TrimmedCache
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import examples
 from trim_plugin.engine.engine import EngineClosed
 from trim_plugin.engine.request import Request
 
 PICTURES = [example.picture for example in examples()]
 CONFIG = TrimConfig(top_k_ratio=0.3)
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 def test_closing_drains_and_later_requests_are_refused(small):

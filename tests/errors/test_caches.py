@@ -150,10 +150,3 @@ def test_assisted_on_old_transformers(model, forwards, monkeypatch):
     inputs = random_inputs(model, SAMPLES[:1])
     match = "cannot do assisted decoding .* with pictures on Mllama"
     before_work(forwards, NotImplementedError, match, trimmed, model, inputs, {}, prompt_lookup_num_tokens=3)
-
-
-def test_reset_after_use_is_as_new(model, inputs):
-    cache = TrimmedCache(model, {"top_k_ratio": 0.3})
-    first = generate(model, inputs, cache=cache).sequences
-    cache.reset()
-    assert torch.equal(first, generate(model, inputs, cache=cache).sequences)

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from trim_plugin import (
-    KCenter,
-    Pictures,
-    TopKPerHead,
-    TrimmedCache,
-    VisualTokenProcessor,
-    encode_pictures,
-    open_picture,
-)
+from trim_plugin import KCenter, TopKPerHead, TopPPerHead, TrimmedCache, encode_pictures, open_picture
 from trim_plugin.compat import CACHE
-from trim_plugin.embedded import ask, examples, load_small_model
-from trim_plugin.pictures import encoded, stored
+from trim_plugin.embedded import ask, examples
+from trim_plugin.pictures import encoded
 
 PICTURE = examples()[0].picture
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_small_model()
-
-
-@pytest.fixture(scope="module")
-def page(loaded):
-    return encode_pictures(*loaded, [PICTURE])
+def page(small):
+    return encode_pictures(*small, [PICTURE])
 
 
 @pytest.fixture(autouse=True)
-def _nothing_ran(loaded, page, request):
+def _nothing_ran(small, page, request):
     """Every error comes before any work, and the model answers as before."""
     ran: list[int] = []
-    model, processor = loaded
+    model, processor = small
     towers = (model.model.vision_model, model.model.language_model)
     handles = [tower.register_forward_pre_hook(lambda *_: ran.append(1)) for tower in towers]
     yield
@@ -51,94 +36,24 @@ def _nothing_ran(loaded, page, request):
     assert ours.equal(model.generate(**ask(processor, "Read all digits.", PICTURE), max_new_tokens=3))
 
 
-def test_picture_file_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such picture"):
-        open_picture(tmp_path / "none.png")
+def test_picture_file_missing(small, tmp_path):
+    for read in (open_picture, lambda path: encode_pictures(*small, [path])):
+        with pytest.raises(FileNotFoundError, match="no such picture"):
+            read(tmp_path / "none.png")
 
 
-def test_picture_file_unreadable(loaded, tmp_path):
-    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:-200])
-    (tmp_path / "text.png").write_text("not a picture")
-    for name, said in (("cut.png", "cannot read the picture .*cut.png"), ("text.png", "not a picture that Pillow can")):
-        for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
-            with pytest.raises(ValueError, match=said):
-                read(tmp_path / name)
-
-
-def test_picture_file_postscript(loaded, tmp_path):
-    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
-        with pytest.raises(ValueError, match="PostScript is not read, since Pillow would run Ghostscript on it"):
-            read(tmp_path / "x.png")
-
-
-def test_picture_file_not_a_file(loaded, tmp_path):
-    os.mkfifo(tmp_path / "x.png")
-    for read in (open_picture, lambda path: encode_pictures(*loaded, [path])):
-        with pytest.raises(ValueError, match="it is a named pipe, not a file"):
-            read(tmp_path / "x.png")
-
-
-def test_pictures_file_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of encoded pictures"):
-        Pictures.load(tmp_path / "none")
-
-
-def test_pictures_file_damaged(page, tmp_path):
-    page.save(tmp_path / "page")
-    (tmp_path / "cut").write_bytes((tmp_path / "page").read_bytes()[:-100])
-    (tmp_path / "text").write_text("not a file of tensors")
-    flipped = bytearray((tmp_path / "page").read_bytes())
-    flipped[-1000] ^= 1
-    (tmp_path / "flipped").write_bytes(flipped)
-    for name in ("cut", "text", "flipped"):
-        with pytest.raises(ValueError, match="is cut off or damaged"):
-            Pictures.load(tmp_path / name)
-    dataclasses.replace(page, index=page.index + page.total).save(tmp_path / "odd")
-    with pytest.raises(ValueError, match="its tensors don't fit together"):
-        Pictures.load(tmp_path / "odd")
-
-
-def test_pictures_file_foreign(tmp_path):
-    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match="not one of encoded pictures"):
-        Pictures.load(tmp_path / "weights")
-
-
-def test_pictures_file_of_a_later_version(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "VERSION", stored.VERSION + 1)
-    page.save(tmp_path / "page")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="was written by a later version of trim_plugin"):
-        Pictures.load(tmp_path / "page")
-
-
-def test_pictures_file_of_an_earlier_version(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "VERSION", stored.VERSION - 1)
-    page.save(tmp_path / "page")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="was written by an earlier version of trim_plugin"):
-        Pictures.load(tmp_path / "page")
-
-
-def test_pictures_file_not_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="it is a named pipe, not a file"):
-        Pictures.load(tmp_path / "pipe")
-
-
-def test_pictures_of_another_model(loaded, page):
+def test_pictures_of_another_model(small, page):
     with pytest.raises(ValueError, match="encoded by another model, or its vision tower or projector was trained"):
-        TrimmedCache(loaded[0], pictures=dataclasses.replace(page, mark=1.1 * page.mark))
+        TrimmedCache(small[0], pictures=dataclasses.replace(page, mark=1.1 * page.mark))
     with pytest.raises(ValueError, match="encoded by another model: 4 tiles of 65 tokens of width 64"):
-        TrimmedCache(loaded[0], pictures=dataclasses.replace(page, states=page.states[:, :64]))
+        TrimmedCache(small[0], pictures=dataclasses.replace(page, states=page.states[:, :64]))
 
 
-def test_pictures_of_an_unknown_model(loaded, page, monkeypatch):
-    monkeypatch.setattr(encoded, "_warned_unknown", False)
+def test_pictures_of_an_unknown_model(small, page):
+    encoded._warn_unknown.cache_clear()
     unknown = dataclasses.replace(page, mark=torch.full_like(page.mark, torch.nan))
     with pytest.warns(UserWarning, match="Whether this model encoded these pictures cannot be told"):
-        TrimmedCache(loaded[0], pictures=unknown)
+        TrimmedCache(small[0], pictures=unknown)
 
 
 def test_pictures_of_two_models(page):
@@ -146,57 +61,53 @@ def test_pictures_of_two_models(page):
         page + dataclasses.replace(page, mark=1.1 * page.mark)
 
 
-def test_pictures_and_pixels(loaded, page):
-    model, processor = loaded
+def test_pictures_and_pixels(small, page):
+    model, processor = small
     with pytest.raises(ValueError, match="was given encoded pictures, and the call brings pixel_values as well"):
         model.generate(**ask(processor, "?", PICTURE), **{CACHE: TrimmedCache(model, pictures=page)})
 
 
-def test_pictures_of_another_batch(loaded, page):
-    model, processor = loaded
+def test_pictures_of_another_batch(small, page):
+    model, processor = small
     cache = TrimmedCache(model, pictures=[page, page])
     with pytest.raises(ValueError, match="was given encoded pictures of 2 samples, but input_ids has 1"):
         model.generate(**page.inputs(processor, "?"), **{CACHE: cache})
 
 
-def test_pictures_not_encoded(loaded):
+def test_pictures_not_encoded(small):
     for wrong in (PICTURE, [PICTURE], "page.safetensors"):
         with pytest.raises(TypeError, match="pictures must be what encode_pictures returns"):
-            TrimmedCache(loaded[0], pictures=wrong)
+            TrimmedCache(small[0], pictures=wrong)
     with pytest.raises(ValueError, match="pictures is an empty list"):
-        TrimmedCache(loaded[0], pictures=[])
+        TrimmedCache(small[0], pictures=[])
 
 
-def test_pictures_without_a_tower(loaded):
+def test_pictures_without_a_tower(small):
     with pytest.raises(ValueError, match="need an Mllama model with a vision tower"):
-        encode_pictures(loaded[0].model.language_model, loaded[1], [PICTURE])
+        encode_pictures(small[0].model.language_model, small[1], [PICTURE])
 
 
-def test_images_not_a_list(loaded):
+def test_images_not_a_list(small):
     with pytest.raises(ValueError, match="images must be a list of pictures"):
-        encode_pictures(*loaded, PICTURE)
+        encode_pictures(*small, PICTURE)
     with pytest.raises(ValueError, match="No image was given"):
-        encode_pictures(*loaded, [])
+        encode_pictures(*small, [])
 
 
-def test_rule_needs_a_prompt(loaded):
-    with pytest.raises(ValueError, match="chooses by the attention of a prompt, and there is none yet"):
-        encode_pictures(*loaded, [PICTURE], rule=TopKPerHead(0.25))
+def test_rule_needs_a_prompt(small):
+    for rule in (TopKPerHead(0.25), TopPPerHead(0.25)):
+        with pytest.raises(ValueError, match="chooses by the attention of a prompt, and there is none yet"):
+            encode_pictures(*small, [PICTURE], rule=rule)
 
 
-class Nothing(VisualTokenProcessor):
-    def __call__(self, scores, visible):
-        return torch.full_like(scores, -torch.inf)
-
-
-def test_rule_empties_a_picture(loaded):
+def test_rule_empties_a_picture(small):
     with pytest.raises(ValueError, match="removed every visual token of a picture"):
-        encode_pictures(*loaded, [PICTURE], rule=Nothing())
+        encode_pictures(*small, [PICTURE], rule=lambda scores, visible: torch.full_like(scores, -torch.inf))
 
 
-def test_prompt_about_other_pictures(loaded, page):
+def test_prompt_about_other_pictures(small, page):
     quarter = dataclasses.replace(page, rule=repr(KCenter(0.25)))
     two = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]
     for text in ("<|image|><|image|>What?", [{"role": "user", "content": two}]):
         with pytest.raises(ValueError, match=r"The prompt of sample 0 has \d pictures .* but 1 are encoded"):
-            quarter.inputs(loaded[1], text)
+            quarter.inputs(small[1], text)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.mllama.modeling_mllama import MllamaTextModel
 
 from trim_plugin import TopKPerHead, TrimmedCache
-from trim_plugin.compat import CACHE, UnsupportedTransformersError, require_supported_transformers
+from trim_plugin.compat import CACHE, UnsupportedTransformersError
 
 from ..random_models import generate, random_inputs, random_model, trimmed
 from .checks import SAMPLES, before_work
@@ -132,16 +130,6 @@ def test_both_caches(model, inputs, forwards):
     match = "Passing both `cache_implementation`"
     before_work(forwards, ValueError, match, trimmed, model, inputs, {}, cache=cache)
     generate(model, inputs, cache=cache)
-
-
-def test_unsupported_transformers():
-    for version in ("4.57.1", "5.16.3"):
-        with pytest.raises(ImportError, match=f"transformers 5.17 to 5.24, but {re.escape(version)} is installed"):
-            require_supported_transformers(version)
-    for version in ("5.17.0", "5.23.0", "5.24.0"):
-        require_supported_transformers(version)
-    with pytest.warns(UserWarning, match="tested with transformers 5.17 to 5.24"):
-        require_supported_transformers("5.41.0")
 
 
 def test_changed_transformers(monkeypatch, model, inputs, forwards):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from trim_plugin.integrations.peft import lora_config, prepare_qlora
+from trim_plugin.integrations.training import AnswerCollator
+
 from .checks import before_work
 
 pytestmark = pytest.mark.usefixtures("generates_as_before")
 
 
 def test_qlora_on_a_model_not_quantized(model, forwards):
-    pytest.importorskip("trim_plugin.integrations")
-    from trim_plugin.integrations.peft import lora_config, prepare_qlora
-
     config = lora_config("text_linear")
     before_work(forwards, ValueError, "this MllamaForC.* is not quantized", prepare_qlora, model, config)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -28,9 +28,6 @@ def test_qlora_on_a_model_not_quantized(model, forwards):
     ],
 )
 def test_example_without_answer(change, message):
-    pytest.importorskip("trim_plugin.integrations")
-    from trim_plugin.integrations.training import AnswerCollator
-
     good = {"pictures": ["a picture"], "question": "What?", "answer": "This."}
     bad = {key: value for key, value in (good | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import examples
 from trim_plugin.evaluation import AnswerLog, Question, Variant, evaluate, variants_for
 
 EXAMPLES = examples()
@@ -18,11 +18,6 @@ CHAT = (
     {"role": "assistant", "content": [{"type": "text", "text": EXAMPLES[0].answer}]},
     {"role": "user", "content": [{"type": "text", "text": "Read all digits."}]},
 )
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.fixture

@@ -37,11 +37,6 @@ CONFIGS = [
 PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
-
-
 def without_pixels(inputs):
     return {name: tensor for name, tensor in inputs.items() if name not in PICTURE_INPUTS}
 

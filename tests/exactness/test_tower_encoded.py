@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trim_plugin import KCenter, Pictures, TrimmedCache, encode_pictures, open_picture
-from trim_plugin.embedded import ask, examples, load_small_model
+from trim_plugin.embedded import ask, examples
 from trim_plugin.evaluation import AnswerLog, Question, evaluate, variants_for
 from trim_plugin.forward import tower_merging
 from trim_plugin.forward.tower_merging import merge_alike
@@ -17,11 +17,6 @@ from trim_plugin.pictures.recent import RecentPictures
 from ..random_models import generate, largest_difference, largest_logit, trimmed
 
 SHARE = 0.5
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.mark.parametrize("config", [{"top_k_ratio": 1.0}, {"top_k_ratio": 0.15}], ids=str)

@@ -9,16 +9,11 @@ from transformers import DynamicCache, TextStreamer, pipeline
 
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import CACHE
-from trim_plugin.embedded import ask, examples, load_small_model
+from trim_plugin.embedded import ask, examples
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 TRIMMED = {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": 0.25}}
 EXACT = {"cache_implementation": "trimmed", "cache_config": {"top_k_ratio": 1.0}}
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from trim_plugin.pictures.visualize import draw_regions
 from ..random_models import Sample, random_inputs, random_model
 
 
-def prefilled(sample, rule, merge=True):
+def prefilled(sample, rule):
     model = random_model(seed=2, image_size=16)
     recorder = ScoreRecorder()
-    cache = TrimmedCache(model, TrimConfig(processors=(recorder, rule), merge=merge))
+    cache = TrimmedCache(model, TrimConfig(processors=(recorder, rule)))
     with torch.no_grad():
         model(**random_inputs(model, [sample], seed=4), **{CACHE: cache}, use_cache=True)
     return cache, holders(model, cache, recorder)
@@ -28,11 +28,6 @@ def test_every_kept_token_holds_as_many_as_its_size_says(sample, rule):
     counts = np.bincount(found[found >= 0], minlength=len(found))
     assert counts[kept].tolist() == cache.kept_sizes[0].tolist()
     assert counts.sum() == cache.kept_sizes[0].sum()
-
-
-def test_without_merging_a_kept_token_holds_itself_alone():
-    cache, found = prefilled(Sample((1, (6,), 6)), KCenter(0.2), merge=False)
-    assert np.flatnonzero(found >= 0).tolist() == cache.kept_indices[0].tolist()
 
 
 def test_a_border_runs_between_patches_of_different_tokens_and_a_dot_lies_on_each_kept_one():

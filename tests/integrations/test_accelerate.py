@@ -1,5 +1,4 @@
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -97,12 +96,6 @@ def test_bad_input_is_found_before_weights_are_read(checkpoint, adapters, tmp_pa
         load(checkpoint, "fp32", adapter=make_adapter(tmp_path / "adapter", "cross_attention", 0, width=32))
     with pytest.raises(FileNotFoundError, match="no adapter in"):
         load(checkpoint, "fp32", adapter=tmp_path / "nowhere")
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    (pickled / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickle format"):
-        load(checkpoint, "fp32", adapter=pickled)
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="is a llama model; this needs an Mllama"):
         load(tmp_path / "llama")

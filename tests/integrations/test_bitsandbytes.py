@@ -46,12 +46,10 @@ def test_int8_on_the_cpu_needs_the_projector_left_alone(checkpoint):
         generate(model, random_inputs(model, [Sample((1, (6,), 3))]), 1)
 
 
-def test_overrides_and_unknown_presets():
+def test_overrides():
     config = quantization_config("nf4", skip=["mlp.up_proj"], bnb_4bit_use_double_quant=False)
     assert config.llm_int8_skip_modules[-1] == "mlp.up_proj"
     assert not config.bnb_4bit_use_double_quant
-    with pytest.raises(ValueError, match=r"Unknown quantization preset 'int4'\. Allowed: 'nf4', 'fp4', 'int8'"):
-        quantization_config("int4")
 
 
 def test_memory_of_plain_weights_is_that_of_the_parameters():

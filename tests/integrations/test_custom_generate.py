@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import torch
 
 from trim_plugin import TrimmedCache
 from trim_plugin.compat import cache_of
-from trim_plugin.embedded import SMALL_MODEL, ask, load_small_model
+from trim_plugin.embedded import SMALL_MODEL, ask
 
 FOLDER = str(Path(__file__).parents[2] / "trim_plugin" / "integrations" / "custom_generate")
 WITHOUT_IMPORT = f"""
@@ -28,11 +29,6 @@ print(type(output.cache).__name__, output.cache.report().kept_share < 1)
 """
 
 
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
-
-
 @pytest.fixture
 def hub_modules(tmp_path, monkeypatch):
     """transformers copies the code to its module cache: one that ends with the test."""
@@ -45,7 +41,7 @@ def test_without_importing_the_package(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**__import__("os").environ, "HF_MODULES_CACHE": str(tmp_path)},
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)},
     )
     assert result.stdout.split() == ["TrimmedCache", "True"], result.stderr
 

@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 from PIL import Image
 
@@ -70,15 +68,11 @@ def test_two_pictures_and_none(capsys, tmp_path):
         (("small", "--prompt", "x", "--max-memory", "cpu"), "--max-memory must look like"),
         (("small", "--prompt", "x", "--adapter", "nowhere"), "no adapter in nowhere: there is no such folder"),
         (("small", "--prompt", "x", "--device", "cuda"), "--device cuda cannot be used here"),
-        (("small", "--prompt", "x", "--model", "small"), "the model is given twice: small and small"),
-        (("small", "--prompt", "x", "--image", "https://host/a.png"), "https://host/a.png: addresses are not fetched"),
-        (("--prompt", "x", "--image", examples()[0].picture, "small"), "--image small: this is a model. It goes first"),
         (
             ("small", "--prompt", "x", "--radius", "0.3", "--kept-share", "0.1"),
             "several rules are given: k-center 0.1, radius 0.3",
         ),
         (("nothing-here", "--prompt", "x"), "cannot load nothing-here: there is no such folder"),
-        (("./not/there", "--prompt", "x"), "cannot load ./not/there: there is no such folder"),
         (("no/such folder", "--prompt", "x"), "cannot load no/such folder"),
     ],
 )
@@ -88,16 +82,6 @@ def test_wrong_options_are_one_line(capsys, options, message):
     assert message in shown[-1]
     assert shown[-1].startswith("trim-plugin generate: ")
     assert not any("Traceback" in line for line in shown)
-
-
-def test_without_bitsandbytes(capsys, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
-    )
-    for option in (("--weights", "nf4"), ("--kv-quantization", "int8")):
-        assert generate("small", "--prompt", "x", *option) == 2
-        assert "pip install bitsandbytes accelerate" in capsys.readouterr().err
 
 
 def test_a_bad_adapter_is_blamed_on_the_adapter(capsys, tmp_path):

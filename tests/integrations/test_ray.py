@@ -119,18 +119,8 @@ def test_the_command_line_s_engine(rows, tmp_path):
     lines = [*asked, {"id": "broken", "images": ["gone.png"], "question": "?"}]
     questions.write_text("".join(json.dumps(row) + "\n" for row in lines))
     words = ["batch", "--questions", str(questions), "--out", str(out), "--engine", "ray", "--actors", "2"]
-    words += [
-        "--max-running",
-        "8",
-        "--memory",
-        "2GiB",
-        "--max-new-tokens",
-        "24",
-        "--top-k-ratio",
-        "0.1",
-        "--device",
-        "cpu",
-    ]
+    words += ["--max-running", "8", "--memory", "2GiB", "--max-new-tokens", "24"]
+    words += ["--top-k-ratio", "0.1", "--device", "cpu"]
     out.write_text(json.dumps({"id": "row 0", "answer": "kept"}) + "\n")
     assert main(words) == 1  # a row is an error
     results = {result["id"]: result for result in map(json.loads, out.read_text().splitlines())}

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import get_peft_model
-from PIL import Image
 
 from trim_plugin.embedded import examples, load_small_model
 from trim_plugin.integrations.peft import lora_config
@@ -16,11 +15,6 @@ EXAMPLES = [
     {"pictures": PICTURES[1:3], "question": "How many digits are there in the first picture?", "answer": "red two, blue three"},
     {"pictures": PICTURES[2:], "question": "Read all digits.", "answer": "none"},
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_small_model()
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +74,6 @@ def test_the_loss_of_a_batch_is_that_of_its_samples_one_by_one(small, chosen):
         loss = float(model(**AnswerCollator(processor)(together)).loss)
     alone = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
     assert loss == pytest.approx(alone, abs=1e-4)
-
-
-def test_pictures_of_any_mode_are_read_as_build_inputs_reads_them(small):
-    _, processor = small
-    picture = Image.new("RGBA", (40, 40), (255, 0, 0, 100))
-    batch = AnswerCollator(processor)([{"pictures": [picture], "question": "What is it?", "answer": "red"}])
-    alone = build_inputs(processor, "What is it?", [picture])
-    assert torch.equal(batch["pixel_values"], alone["pixel_values"])
-    assert torch.equal(batch["input_ids"][:, : alone["input_ids"].shape[1]], alone["input_ids"])
 
 
 def test_a_processor_without_a_chat_format_puts_pictures_first(small):

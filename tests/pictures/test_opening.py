@@ -85,15 +85,6 @@ def test_every_mode_of_pillow_is_tried():
     assert set(Image.MODES) <= {*READ_BY_THE_PROCESSOR, *OTHERS, "I;16N"}
 
 
-def test_black_text_on_transparent_stays_readable(tmp_path):
-    picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (10, 10, 20, 20))
-    picture.save(tmp_path / "text.png")
-    opened = open_picture(tmp_path / "text.png")
-    assert opened.mode == "RGB"
-    assert (opened.getpixel((0, 0)), opened.getpixel((15, 15))) == ((255,) * 3, (0,) * 3)
-
-
 def test_a_transparent_colour_of_a_palette_or_a_grey_is_white(tmp_path):
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([0, 0, 0, 200, 10, 10])
@@ -186,21 +177,6 @@ def test_a_phones_photo_with_previews_is_one_picture(tmp_path):
         assert open_picture(tmp_path / "photo.mpo").getpixel((0, 0))[0] > 200
 
 
-def test_a_picture_too_large_to_be_opened_is_said(tmp_path, monkeypatch):
-    Image.new("RGB", (50, 50)).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"cannot read the picture .*huge\.png: Image size"):
-        open_picture(tmp_path / "huge.png")
-
-
-def test_a_picture_that_was_cut_off_is_said(tmp_path):
-    whole = tmp_path / "whole.jpg"
-    Image.effect_noise((200, 200), 50).save(whole)
-    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"cannot read the picture .*cut\.jpg"):
-        open_picture(tmp_path / "cut.jpg")
-
-
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 40 40
 %%EndComments
@@ -224,7 +200,7 @@ def ghostscript(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [EPS, DOS_EPS], ids=["eps", "dos"])
-def test_postscript_is_refused_and_no_program_runs(ghostscript, processor, tmp_path, data):
+def test_picture_file_postscript(ghostscript, processor, tmp_path, data):
     file = tmp_path / "x.png"
     file.write_bytes(data)
     for source in (file, str(file), data):
@@ -255,7 +231,7 @@ def test_pictures_from_outside_are_opened_in_one_place():
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a device", "a socket"])
-def test_what_is_no_file_is_said_at_once(tmp_path, monkeypatch, processor, kind):
+def test_picture_file_not_a_file(tmp_path, monkeypatch, processor, kind):
     path, listening = tmp_path / "x.png", socket.socket(socket.AF_UNIX)
     if kind == "a folder":
         path.mkdir()
@@ -279,6 +255,19 @@ def test_names_that_no_file_can_have(tmp_path, name):
         open_picture(tmp_path / name)
 
 
+def test_picture_file_unreadable(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((200, 200), 50).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    for name, said in (
+        ("cut.jpg", r"cannot read the picture .*cut\.jpg"),
+        ("text.jpg", "not a picture that Pillow can"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_picture(tmp_path / name)
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     """A part of a PNG file."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -293,11 +282,6 @@ def bomb() -> bytes:
 def test_a_decompression_bomb_is_not_decoded():
     with pytest.raises(ValueError, match="decompression bomb"):
         open_picture(bomb())
-
-
-def test_a_file_and_its_bytes_are_the_same_picture(tmp_path):
-    gradient("RGB").save(tmp_path / "a.webp")
-    assert open_picture(tmp_path / "a.webp").tobytes() == open_picture((tmp_path / "a.webp").read_bytes()).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "PCX"])
@@ -325,8 +309,7 @@ def test_any_bytes_are_a_picture_or_a_value_error(data, kind):
     assert mode == "RGB"
 
 
-def test_messages_with_a_text_alone_are_a_question():
-    processor = load_small_model()[1]
+def test_messages_with_a_text_alone_are_a_question(processor):
     asked = written(processor, "Which digit is red?", 1)
     for content in ("Which digit is red?", [{"type": "text", "text": "Which digit is red?"}]):
         assert written(processor, [{"role": "user", "content": content}], 1) == asked

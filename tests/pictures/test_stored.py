@@ -21,7 +21,7 @@ from trim_plugin import KCenter, Pictures, encode_pictures
 from trim_plugin.embedded import examples
 from trim_plugin.pictures import stored
 
-from .equal import assert_equal
+from .conftest import assert_equal
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +82,6 @@ def test_a_quarter_takes_a_quarter_of_the_room(small, tmp_path):
     assert sizes[1] <= 0.26 * sizes[0]
 
 
-def test_a_failed_write_leaves_the_old_file(page, tmp_path, monkeypatch):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    before = path.read_bytes()
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        (page + page).save(path)
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def checksum(header, body):
     """CRC-32 of the fields and of every tensor's name, dtype, shape and bytes, as docs/tutorials/encode-once.md has it."""
     value = zlib.crc32(header["__metadata__"]["pictures"].encode())
@@ -125,10 +110,6 @@ def set_field(**changes):
         header["__metadata__"]["pictures"] = json.dumps({**fields, **changes})
 
     return change
-
-
-def set_entry(name, **changes):
-    return lambda header: header[name].update(changes)
 
 
 def test_changed_headers_are_read_where_they_say_the_same(page, data, damaged):
@@ -163,20 +144,14 @@ ENTRIES = {
     "a dtype that is none": ("states", {"dtype": ["F32"]}),
     "a float index": ("index", {"dtype": "F32"}),
     "another shape": ("states", {"shape": [1, 2]}),
-    "a shape of text": ("states", {"shape": "12"}),
-    "a negative shape": ("states", {"shape": [-1, -128]}),
-    "an empty shape": ("sizes", {"shape": []}),
-    "a huge shape": ("states", {"shape": [10**30, 10**30]}),
     "a place beyond the file": ("states", {"data_offsets": [0, 10**12]}),
-    "a place before it": ("states", {"data_offsets": [-8, 0]}),
-    "half a place": ("states", {"data_offsets": [0]}),
     "no place": ("states", {"data_offsets": None}),
 }
 
 
 @pytest.mark.parametrize(("name", "changes"), ENTRIES.values(), ids=ENTRIES)
 def test_wrong_tensors_are_said(data, damaged, name, changes):
-    assert refused(damaged, resealed(data, set_entry(name, **changes))) is None
+    assert refused(damaged, resealed(data, lambda header: header[name].update(changes))) is None
 
 
 def rewritten(path, change_tensors=lambda tensors: tensors, **metadata):
@@ -185,45 +160,69 @@ def rewritten(path, change_tensors=lambda tensors: tensors, **metadata):
     save_file(change_tensors(tensors), path, metadata={**before, **metadata})
 
 
-WRONG = {
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is cut off or damaged"),
-    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"!"), "is cut off or damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "is cut off or damaged"),
-    "text": (lambda path: path.write_text("hello"), "is cut off or damaged"),
-    "deep": (
-        lambda path: path.write_bytes(struct.pack("<Q", 10**6) + b"[" * 10**6),
-        "is cut off or damaged .*RecursionError",
-    ),
-    "many digits": (
-        lambda path: path.write_bytes(struct.pack("<Q", 5002) + b"[" + b"1" * 5000 + b"]"),
-        "is cut off or damaged",
-    ),
+DAMAGED = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), ""),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"!"), ""),
+    "empty": (lambda path: path.write_bytes(b""), ""),
+    "text": (lambda path: path.write_text("hello"), ""),
+    "deep": (lambda path: path.write_bytes(struct.pack("<Q", 10**6) + b"[" * 10**6), "RecursionError"),
+    "many digits": (lambda path: path.write_bytes(struct.pack("<Q", 5002) + b"[" + b"1" * 5000 + b"]"), ""),
     "a list": (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"[]"), "its header is no object"),
-    "weights": (lambda path: save_file({"a": torch.ones(1)}, path), "not one of encoded pictures"),
-    "later version": (lambda path: rewritten(path, version=str(stored.VERSION + 1)), "written by a later version"),
-    "much later version": (lambda path: rewritten(path, version="9" * 9999), "written by a later version"),
-    "no version": (lambda path: rewritten(path, version="two"), "is cut off or damaged"),
-    "another digit": (lambda path: rewritten(path, version="²"), "is cut off or damaged"),
-    "no checksum": (lambda path: rewritten(path, checksum=""), "is cut off or damaged .*the checksum differs"),
-    "another rule": (lambda path: rewritten(path, pictures="{}"), "is cut off or damaged .*the checksum differs"),
+    "no version": (lambda path: rewritten(path, version="two"), ""),
+    "another digit": (lambda path: rewritten(path, version="²"), ""),
+    "no checksum": (lambda path: rewritten(path, checksum=""), "the checksum differs"),
+    "another rule": (lambda path: rewritten(path, pictures="{}"), "the checksum differs"),
     "a tensor is missing": (
         lambda path: rewritten(path, lambda tensors: {n: t for n, t in tensors.items() if n != "sizes"}),
-        "is cut off or damaged .*sizes",
+        "sizes",
     ),
     "other states": (
         lambda path: rewritten(path, lambda tensors: tensors | {"states": tensors["states"] + 1e-6}),
-        "is cut off or damaged .*the checksum differs",
+        "the checksum differs",
     ),
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_file_is_said(data, tmp_path, spoil, message):
+@pytest.mark.parametrize(("spoil", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_pictures_file_damaged(data, tmp_path, spoil, message):
     path = tmp_path / "page.safetensors"
     path.write_bytes(data)
     spoil(path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"is cut off or damaged .*{message}"):
         Pictures.load(path)
+
+
+def test_pictures_file_foreign(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="not one of encoded pictures"):
+        Pictures.load(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("version", [str(stored.VERSION + 1), "9" * 9999], ids=len)
+def test_pictures_file_of_a_later_version(page, tmp_path, version):
+    page.save(tmp_path / "page")
+    rewritten(tmp_path / "page", version=version)
+    with pytest.raises(ValueError, match="was written by a later version of trim_plugin"):
+        Pictures.load(tmp_path / "page")
+
+
+def test_pictures_file_of_an_earlier_version(page, tmp_path):
+    page.save(tmp_path / "page")
+    save_file(load_file(tmp_path / "page"), tmp_path / "page", {"kind": stored.KIND, "version": "1"})  # had no checksum
+    with pytest.raises(ValueError, match=r"an earlier version of trim_plugin \(layout 1\).*Encode the pictures again"):
+        Pictures.load(tmp_path / "page")
+
+
+def test_pictures_file_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of encoded pictures"):
+        Pictures.load(tmp_path / "page.safetensors")
+
+
+def test_pictures_file_not_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path, "folder")):
+        with pytest.raises(ValueError, match=rf"cannot read .*: it is a {kind}, not a file\. Give a file that"):
+            Pictures.load(path)
 
 
 @pytest.mark.parametrize(
@@ -243,25 +242,6 @@ def test_tensors_that_do_not_fit_together_are_said(page, tmp_path, changes):
     odd.save(tmp_path / "odd")
     with pytest.raises(ValueError, match="its tensors don't fit together"):
         Pictures.load(tmp_path / "odd")
-
-
-def test_an_earlier_layout_is_said(page, tmp_path):
-    path = tmp_path / "page.safetensors"
-    page.save(path)
-    metadata = metadata_of(path)
-    del metadata["checksum"]
-    save_file(load_file(path), path, metadata=metadata | {"version": "1"})
-    with pytest.raises(ValueError, match=r"an earlier version of trim_plugin \(layout 1\).*Encode the pictures again"):
-        Pictures.load(path)
-
-
-def test_what_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of encoded pictures"):
-        Pictures.load(tmp_path / "page.safetensors")
-    os.mkfifo(tmp_path / "pipe")
-    for path, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path, "folder")):
-        with pytest.raises(ValueError, match=rf"cannot read .*: it is a {kind}, not a file\. Give a file that"):
-            Pictures.load(path)
 
 
 @given(drawn=st.data())

@@ -12,7 +12,7 @@ import torch
 
 from trim_plugin import Pictures
 
-from .equal import assert_equal
+from .conftest import assert_equal
 
 
 def overwrite_for_ever(path, ready, contents):

@@ -8,7 +8,6 @@ import torch
 import trim_plugin
 from trim_plugin.compat import cache_of
 from trim_plugin.pictures.visualize import ScoreRecorder, TileMap, dropped_overlay, visualize
-from trim_plugin.selection.processors import TopKPerHead
 
 from ..random_models import Sample, random_inputs
 from ..reference_rule import first_cross_attention_map, kept_by_rule
@@ -43,12 +42,6 @@ def test_it_shows_the_picture_that_is_asked_for(model):
     inputs = random_inputs(model, [Sample((1, (1,), 2, (2,), 6))])
     assert visualize(model, inputs, image=0).axes[0].get_title().endswith("of 4 patches, 0 of 1 class tokens")
     assert visualize(model, inputs, image=1).axes[0].get_title().endswith("of 2 class tokens")
-
-
-def test_custom_processors_are_shown(model):
-    inputs = random_inputs(model, [Sample((1, (1,), 6))])
-    figure = visualize(model, inputs, trim_plugin.TrimConfig(processors=[TopKPerHead(0.01)]))
-    assert figure.axes[0].get_title().startswith("kept: ")
 
 
 @pytest.mark.parametrize(

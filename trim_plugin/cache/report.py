@@ -59,27 +59,25 @@ class TrimReport:
             zip(self.total_tokens, self.visible_tokens, self.kept_tokens, strict=True)
         ):
             prefix = f"sample {sample}, " if len(self.total_tokens) > 1 else ""
-            share = f" ({kept / visible:.1%})".replace("%", " %") if visible else " (no text row reads them)"
-            lines.append(f"{prefix}visual tokens: {kept} kept of {visible} visible{share}, {total} in all")
-        ratio = f"{self.cross_kv_ratio:.1%}".replace("%", " %")
-        lines.append(
-            f"cross-attention KV: {format_bytes(self.cross_kv_bytes)} instead of "
-            f"{format_bytes(self.stock_cross_kv_bytes)} ({ratio} of stock)"
-        )
+            share = f"{100 * kept / visible:.1f} %" if visible else "no text row reads them"
+            lines.append(f"{prefix}visual tokens: {kept} kept of {visible} visible ({share}), {total} in all")
+        lines.append(f"cross-attention KV: {self._against_stock()}")
         lines.append(f"self-attention KV: {format_bytes(self.self_kv_bytes)}")
         return "\n".join(lines)
 
+    def _against_stock(self) -> str:
+        held, stock = format_bytes(self.cross_kv_bytes), format_bytes(self.stock_cross_kv_bytes)
+        return f"{held} instead of {stock} ({100 * self.cross_kv_ratio:.1f} % of stock)"
+
     def _repr_html_(self) -> str:
         """The report as a table, which a notebook shows."""
-        share = f"{self.cross_kv_ratio:.1%}".replace("%", " %")
         lines = [["sample", "kept", "visible", "in all"]]
         for sample, counts in enumerate(zip(self.kept_tokens, self.visible_tokens, self.total_tokens, strict=True)):
             lines.append([str(sample), *(f"{count:,}" for count in counts)])
         header, *rows = [f"<td>{'</td><td>'.join(line)}</td>" for line in lines]
         visual = (
             f"<table><tr>{header.replace('td>', 'th>')}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
-            f"<p>Cross-attention KV: {format_bytes(self.cross_kv_bytes)} instead of "
-            f"{format_bytes(self.stock_cross_kv_bytes)} ({share} of stock)</p>"
+            f"<p>Cross-attention KV: {self._against_stock()}</p>"
         )
         seen = visual if sum(self.total_tokens) else "<p>no visual tokens</p>"
         return f"{seen}<p>Self-attention KV: {format_bytes(self.self_kv_bytes)}</p>"
@@ -111,13 +109,8 @@ def stored_tensors(layer: Any) -> list[torch.Tensor]:
         >>> held_bytes(stored_tensors(layer))
         192
     """
-    held = (
-        layer.keys,
-        layer.values,
-        getattr(layer, "_quantized_keys", None),
-        getattr(layer, "_quantized_values", None),
-    )
-    return [tensor for part in held for tensor in _plain_tensors(part)]
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    return [tensor for name in names for tensor in _plain_tensors(getattr(layer, name, None))]
 
 
 def _plain_tensors(part: Any) -> list[torch.Tensor]:

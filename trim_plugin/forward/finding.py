@@ -73,9 +73,7 @@ def take_off(module: Any, *hooks: Hook) -> None:
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
-        for key in [
-            key for key, hook in registered.items() if any(hook is own for own in hooks) or _is_left_behind(hook)
-        ]:
+        for key in [key for key, hook in registered.items() if hook in hooks or _is_left_behind(hook)]:
             del registered[key]
             with_kwargs.pop(key, None)
 
@@ -198,9 +196,8 @@ def attention_of(layer: Any) -> Any:
 
 def attentions_in(layer: Any) -> list[Any]:
     """The attention of a cross-attention decoder layer and its copies, out of their wrapper."""
-    return [one for one in layer.cross_attn.modules() if isinstance(one, MllamaTextCrossAttention)] or [
-        layer.cross_attn
-    ]
+    found = [one for one in layer.cross_attn.modules() if isinstance(one, MllamaTextCrossAttention)]
+    return found or [layer.cross_attn]
 
 
 def parts_of(model: torch.nn.Module) -> Parts:
@@ -264,9 +261,8 @@ def check_reads_caches(model: torch.nn.Module) -> None:
 
     With prefix tuning peft hands on a cache of its own, which holds the prefix.
     """
-    config = getattr(
-        getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None), "active_peft_config", None
-    )
+    generating = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    config = getattr(generating, "active_peft_config", None)
     if config is not None and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
             "The model has an active prefix-tuning adapter, which is itself a cache: peft puts it in the trimmed one's place. "

@@ -44,16 +44,13 @@ class ScoreRecorder(VisualTokenProcessor):
             self.states = states
         return scores
 
-    def scores(self, sample: int = 0) -> np.ndarray:
-        """The sample's head-mean scores over all visibility groups seen, (visual tokens,); NaN where no text row may read.
-
-        Right for a batch of one; with more, a call may hold only those samples that have such a group.
-        """
-        return np.fmax.reduce([part[sample].numpy() for part in self.head_mean])
+    def scores(self) -> np.ndarray:
+        """Head-mean scores over all visibility groups of a batch of one, (visual tokens,); NaN where no text row may read."""
+        return np.fmax.reduce([part[0].numpy() for part in self.head_mean])
 
 
 def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndarray:
-    """The kept token that stands for each visual token, after the first prefill of a cache with a batch of one.
+    """The kept token that stands for each visual token, after the first prefill of a merging cache with a batch of one.
 
     A cache does not keep this: it is worked out again as the prefill did, from the keys of the first cross-attention layer.
     The model is the one that filled the cache, and `recorder` one of the cache's processors.
@@ -70,8 +67,6 @@ def holders(model: Any, cache: TrimmedCache, recorder: ScoreRecorder) -> np.ndar
         if bool((group & kept).any()):
             ids[group] = number
     positions, _ = pack(kept)
-    if not cache.config.merge:
-        return torch.where(kept[0], torch.arange(len(kept[0]), device=kept.device), -1).cpu().numpy()
     layer = first_cross_layer(find_text_model(model))
     with whole_weights(model, layer):
         features = layer_keys(layer, states).transpose(1, 2).flatten(2)

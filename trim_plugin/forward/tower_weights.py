@@ -54,11 +54,11 @@ def is_adapter(module: nn.Module) -> bool:
     return wraps and hasattr(module, "active_adapters")
 
 
-def _rows(module: nn.Module) -> Iterator[torch.Tensor]:
+def _rows(module: Any) -> Iterator[torch.Tensor]:
     if is_adapter(module) and "original_module" in module._modules:
         yield from _rows(_chosen(module))
     elif is_adapter(module):
-        base = _innermost(module)
+        base = module.get_base_layer()
         if _is_layer(base):
             yield _row(base, module)
         else:
@@ -66,9 +66,7 @@ def _rows(module: nn.Module) -> Iterator[torch.Tensor]:
     elif _is_layer(module):
         yield _row(module, None)
     else:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield _row_of(parameter)
+        yield from map(_row_of, module.parameters(recurse=False))
         for child in module.children():
             yield from _rows(child)
 
@@ -79,12 +77,6 @@ def _chosen(module: Any) -> nn.Module:
     if copies is None or module.disable_adapters or not active or active[0] not in copies:
         return module._modules["original_module"]
     return copies[active[0]]
-
-
-def _innermost(module: Any) -> Any:
-    while "base_layer" in module._modules:
-        module = module._modules["base_layer"]
-    return module
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -114,9 +106,7 @@ def _row(base: Any, adapter: Any) -> torch.Tensor:
     if adapter is not None:
         row[1] = _format_of(adapter, base)
     plain = all(
-        type(p) in (torch.Tensor, nn.Parameter) and p.is_floating_point()
-        for p in base._parameters.values()
-        if p is not None
+        type(p) in (torch.Tensor, nn.Parameter) and p.is_floating_point() for p in base.parameters(recurse=False)
     )
     weight = getattr(base, "weight", None)
     if plain and isinstance(weight, torch.Tensor) and not weight.is_meta:
@@ -183,7 +173,6 @@ def _added(adapter: Any, base: nn.Module, *, unmerging: bool) -> torch.Tensor:
     weight: Any = base.weight
     if isinstance(base, nn.Embedding):
         given = torch.arange(base.num_embeddings, device=weight.device)
-        vectors = _waves(base.num_embeddings, 0, weight.device)
     elif isinstance(base, nn.modules.conv._ConvNd):
         given = _waves(weight[0].numel(), 0, weight.device).reshape(PROBES, *weight.shape[1:])
         if base.groups != 1:
@@ -196,8 +185,8 @@ def _added(adapter: Any, base: nn.Module, *, unmerging: bool) -> torch.Tensor:
     except _STRANGE:
         return _unknown()[:PROBES]
     if isinstance(base, nn.Embedding):
-        added = vectors @ added
-    return _numbers(added.reshape(PROBES, -1).to(vectors if isinstance(base, nn.Embedding) else given))[1]
+        added = _waves(base.num_embeddings, 0, weight.device) @ added
+    return _numbers(_exact(added.reshape(PROBES, -1), weight.device))[1]
 
 
 def _standing_in(adapter: Any, base: nn.Module, unmerging: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,22 +63,32 @@ def load(
         >>> type(model.model.language_model.layers[1].cross_attn.k_proj).__name__
         'Linear4bit'
     """
-    from transformers import AutoProcessor, MllamaForConditionalGeneration
+    from transformers import AutoConfig, AutoProcessor, MllamaForConditionalGeneration
 
-    _check_weights(weights)
-    config = _mllama_config(path_or_id)
+    if weights not in WEIGHTS:
+        raise ValueError(f"Unknown weights {weights!r}. Allowed: {', '.join(map(repr, WEIGHTS))}.")
+    quantized = weights in quantization.PRESETS
+    if quantized:
+        require_bitsandbytes(f"weights={weights!r}")
+    config = AutoConfig.from_pretrained(path_or_id)
+    if config.model_type != "mllama":
+        raise ValueError(f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model.")
     with torch.device("meta"):
         skeleton = MllamaForConditionalGeneration(config)
     if isinstance(device_map, Mapping):
         check_device_map(skeleton, device_map)
-        _check_quantized_placement(weights, device_map)
+        if quantized and "disk" in map(str, device_map.values()):
+            raise ValueError(
+                f"device_map puts modules on disk, but bitsandbytes' weights={weights!r} cannot be offloaded there. "
+                "Use 'cpu', or weights='bf16'."
+            )
         device_map = dict(_without_overlap("", skeleton, device_map))
     if adapter is not None:
         from trim_plugin.integrations.peft import load_adapters, read_adapters
 
         for found in read_adapters(adapter):
             found.check_fits(skeleton)
-    if weights in quantization.PRESETS:
+    if quantized:
         settings.setdefault(
             "quantization_config",
             quantization.quantization_config(weights, quantize_vision=quantize_vision, compute_dtype=dtype),
@@ -91,7 +102,7 @@ def load(
         attn_implementation=attention,
         **settings,
     ).eval()
-    if weights in quantization.PRESETS:
+    if quantized:
         quantization.use_standard_layout(model, only_misfits=True)
         quantization.repack_for_cpu(model)
     if adapter is not None:
@@ -127,15 +138,18 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, int | str 
             raise ValueError(
                 f"device_map leaves out {name!r}. Give it a device, or add a default: '' covers everything."
             )
-    for block, kind in _blocks(model):
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    for block, module in model.named_modules():
+        kind = type(module).__name__
+        if kind not in kinds:
+            continue
         own = {name: str(place) for name, place in places.items() if _inside(name, block)}
-        first = next(iter(own), None)
-        other = next((name for name in own if first is not None and own[name] != own[first]), None)
-        if first is not None and other is not None:
-            raise ValueError(
-                f"device_map splits the block {block!r} ({kind}): {first!r} is on {own[first]}, {other!r} on {own[other]}. "
-                "Give the whole block one device."
-            )
+        for (first, here), (other, there) in itertools.pairwise(own.items()):
+            if here != there:
+                raise ValueError(
+                    f"device_map splits the block {block!r} ({kind}): {first!r} is on {here}, {other!r} on {there}. "
+                    "Give the whole block one device."
+                )
 
 
 def _without_overlap(name: str, module: torch.nn.Module, device_map: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -150,37 +164,6 @@ def _without_overlap(name: str, module: torch.nn.Module, device_map: Mapping[str
         yield prefix + own, _placed(prefix + own, device_map)
 
 
-def _check_weights(weights: str) -> None:
-    if weights not in WEIGHTS:
-        raise ValueError(f"Unknown weights {weights!r}. Allowed: {', '.join(map(repr, WEIGHTS))}.")
-    if weights in quantization.PRESETS:
-        require_bitsandbytes(f"weights={weights!r}")
-
-
-def _mllama_config(path_or_id: str | Path) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path_or_id)
-    if config.model_type != "mllama":
-        raise ValueError(f"{path_or_id} is a {config.model_type} model; this needs an Mllama (Llama-3.2-Vision) model.")
-    return config
-
-
-def _check_quantized_placement(weights: str, device_map: Mapping[str, Any]) -> None:
-    if weights in quantization.PRESETS and "disk" in {str(device) for device in device_map.values()}:
-        raise ValueError(
-            f"device_map puts modules on disk, but bitsandbytes' weights={weights!r} cannot be offloaded there. "
-            "Use 'cpu', or weights='bf16'."
-        )
-
-
-def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    for name, module in model.named_modules():
-        if type(module).__name__ in kinds:
-            yield name, type(module).__name__
-
-
 def _placed(name: str, device_map: Mapping[str, Any]) -> Any:
     entries = [entry for entry in device_map if _inside(name, entry)]
     return device_map[max(entries, key=len)] if entries else None
@@ -188,6 +171,3 @@ def _placed(name: str, device_map: Mapping[str, Any]) -> Any:
 
 def _inside(name: str, module: str) -> bool:
     return not module or name == module or name.startswith(f"{module}.")
-
-
-__all__ = ["WEIGHTS", "check_device_map", "load"]

@@ -114,17 +114,13 @@ def _read_adapter(name: str, folder: Path) -> Adapter:
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     renamed = False
     for key, shape in shapes.items():
-        module, tensor = _split(key.removeprefix("base_model.model."))
+        key = key.removeprefix("base_model.model.")
+        lora = re.fullmatch(r"(.+?)\.(lora_.+)", key)  # "lora_A.weight" and alike
+        module, tensor = lora.groups() if lora else (key.rpartition(".")[0], key.rpartition(".")[2])
         new = _new_name(module)
         renamed = renamed or new != module
         modules.setdefault(new, {})[tensor] = shape
     return Adapter(name, str(folder), modules, renamed)
-
-
-def _split(key: str) -> tuple[str, str]:
-    """Module and tensor of a key; LoRA's tensors are named "lora_A.weight" and alike."""
-    found = re.fullmatch(r"(.+?)\.(lora_.+)", key)
-    return (found[1], found[2]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])
 
 
 def _new_name(module: str) -> str:

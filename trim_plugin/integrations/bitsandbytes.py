@@ -152,7 +152,7 @@ def _four_bit_layers(model: torch.nn.Module) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class WeightMemory:
-    """Bytes of a model's weights by part, quantization state included. Prints well; `rich` shows it as a table.
+    """Bytes of a model's weights by part, quantization state included. Prints well.
 
     Args:
         vision_tower: patch embedding, transformer and global transformer.
@@ -262,14 +262,3 @@ def _quantization_state(holder: Any) -> Iterator[torch.Tensor]:
         tensor = getattr(holder, name, None)
         if isinstance(tensor, torch.Tensor):
             yield tensor
-
-
-__all__ = [
-    "PRESETS",
-    "WeightMemory",
-    "layout_kept",
-    "quantization_config",
-    "repack_for_cpu",
-    "use_standard_layout",
-    "weight_memory",
-]

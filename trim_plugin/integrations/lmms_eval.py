@@ -29,7 +29,7 @@ from tqdm import tqdm
 from trim_plugin.asking.answers import Inputs, answer
 from trim_plugin.commands.loading import device_of, process_of
 from trim_plugin.config import TrimConfig
-from trim_plugin.integrations.accelerate import load
+from trim_plugin.integrations import accelerate
 from trim_plugin.pictures.prompting import written
 from trim_plugin.pictures.recent import RecentPictures
 from trim_plugin.pictures.rgb import to_rgb
@@ -38,7 +38,6 @@ from trim_plugin.selection.k_center import KCenter
 STOCK = "stock"
 DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MAX_NEW_TOKENS = 1024
-
 
 Entry = TypeVar("Entry")
 
@@ -108,36 +107,25 @@ class LlamaVisionTrimmed(lmms):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
         self.trimming = trimming(top_k_ratio, kv_quantization, kept_share, radius)
-        self.batch_size_per_gpu = _positive("batch_size", batch_size)
-        most_bytes = _bytes("encoded_gib", encoded_gib)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a positive number, got {batch_size!r}.")
+        if not isinstance(encoded_gib, int | float) or not 0 <= encoded_gib < math.inf:
+            raise ValueError(f"encoded_gib must be a number of GiB, 0 or more, got {encoded_gib!r}.")
+        self.batch_size = int(batch_size)
+        """Questions answered together."""
         self._rank, self._world_size = process_of(os.environ)
-        self._device = torch.device(device_of(device, os.environ))
+        self.device = torch.device(device_of(device, os.environ))
         self._report_to = report_to
-        self._model, self.processor = load(
+        self.model, self.processor = accelerate.load(
             pretrained,
             weights or DTYPES[dtype],
-            device_map=device_map or {"": str(self._device)},
-            dtype=torch.float32 if dtype == "float32" else torch.float16 if dtype == "float16" else torch.bfloat16,
+            device_map=device_map or {"": str(self.device)},
+            dtype=accelerate.DTYPES[DTYPES[dtype]],
             attention=attn_implementation,
             revision=revision,
         )
-        remembers = self.trimming is not None and most_bytes > 0
-        self._recent = RecentPictures(self._model, self.processor, most_bytes=most_bytes) if remembers else None
-
-    @property
-    def model(self) -> Any:
-        """The transformers model."""
-        return self._model
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self._device
-
-    @property
-    def batch_size(self) -> int:
-        """Questions answered together."""
-        return self.batch_size_per_gpu
+        most_bytes = 0 if self.trimming is None else int(encoded_gib * 2**30)
+        self._recent = RecentPictures(self.model, self.processor, most_bytes) if most_bytes else None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer requests whose arguments are (text, generation settings, doc_to_visual, doc id, task, split)."""
@@ -153,21 +141,15 @@ class LlamaVisionTrimmed(lmms):
         bar.close()
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered, as in lmms-eval's own `llama_vision`: use tasks that generate.
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        """Not offered, nor are several rounds, as in lmms-eval's own `llama_vision`: use tasks that generate.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered, as in lmms-eval's own `llama_vision`.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("llama_vision_trimmed answers tasks of the type generate_until only.")
+    generate_until_multi_round = loglikelihood
 
     def _prepare(self, arguments: tuple[Any, ...]) -> Asked:
         text, settings, doc_to_visual, doc_id, task, split = arguments
@@ -205,13 +187,8 @@ class LlamaVisionTrimmed(lmms):
         if self._report_to is None or self.trimming is None:
             return
         report = cache.report()
-        line = {
-            **figures,
-            "visible_tokens": report.visible_tokens,
-            "kept_tokens": report.kept_tokens,
-            "cross_kv_bytes": report.cross_kv_bytes,
-            "stock_cross_kv_bytes": report.stock_cross_kv_bytes,
-        }
+        told = ("visible_tokens", "kept_tokens", "cross_kv_bytes", "stock_cross_kv_bytes")
+        line = figures | {name: getattr(report, name) for name in told}
         with open(self._report_to, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -271,26 +248,3 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
     for stop in [until] if isinstance(until, str) else until or []:
         text = text.split(stop)[0] if stop else text
     return text
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    return number
-
-
-def _bytes(name: str, gib: Any) -> int:
-    try:
-        number = float(gib)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a number of GiB, 0 or more, got {gib!r}.")
-    return int(number * 2**30)
-
-
-__all__ = ["Asked", "LlamaVisionTrimmed", "batches", "cut", "generation_settings", "trimming"]

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 MODEL = "llama_vision_trimmed"
-CLASS_PATH = "trim_plugin.integrations.lmms_eval.LlamaVisionTrimmed"
 
 
 def manifests() -> list[Any]:
     """The model's manifest, for lmms-eval's registry (0.6 and later)."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id=MODEL, simple_class_path=CLASS_PATH)]
-
-
-__all__ = ["CLASS_PATH", "MODEL", "manifests"]
+    return [ModelManifest(model_id=MODEL, simple_class_path="trim_plugin.integrations.lmms_eval.LlamaVisionTrimmed")]

@@ -180,6 +180,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["Run", "main", "markdown", "newest", "plot", "read_runs", "rows_and_columns", "variant_of"]

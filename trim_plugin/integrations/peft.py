@@ -175,11 +175,8 @@ def _follow_layers(model: torch.nn.Module) -> None:
         device = base.weight.device if device is None else device
         for name, child in module.named_children():
             if name.startswith("lora_") and device != torch.device("meta"):
-                child.to_empty(device=device) if _on_meta(child) else child.to(device)
-
-
-def _on_meta(module: torch.nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
+                on_meta = any(parameter.is_meta for parameter in child.parameters())
+                child.to_empty(device=device) if on_meta else child.to(device)
 
 
 def switch_adapter(model: Any, name: str) -> None:

@@ -146,11 +146,10 @@ def answer_rows(
     rows: Sequence[Row], model: str, *, actors: int | None = None, num_cpus: float | None = None, **settings: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """What `trim-plugin batch --engine ray` answers rows by: results some at a time, as they come; arguments as for `answer`."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
     recipe = Recipe(model, **settings)
     # Small pieces: every result is on disk as soon as its piece is done.
-    size = max(1, min(ROWS, -(-len(rows) // (4 * (actors or _gpus() or 1)))))
+    gpus = _gpus()
+    size = max(1, min(ROWS, -(-len(rows) // (4 * (actors or gpus or 1)))))
     dataset = ray.data.from_items(
         [{"row": json.dumps(dataclasses.asdict(row))} for row in rows], override_num_blocks=-(-len(rows) // size)
     )
@@ -184,6 +183,7 @@ def _mapped(
 
 
 def _gpus() -> int:
+    """Of the cluster that this process belongs to, or begins."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     return int(ray.cluster_resources().get("GPU", 0))
@@ -202,6 +202,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-__all__ = ["RESULT", "Answerer", "Recipe", "answer", "answer_rows"]

@@ -90,6 +90,3 @@ def chat_app(arguments: Mapping[str, str]) -> serve.Application:
         ray_actor_options=resources,
     )
     return deployment.bind(recipe, name, Limits(**bounds), running, memory)
-
-
-__all__ = ["Chat", "chat_app"]

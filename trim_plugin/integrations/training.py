@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trim_plugin.pictures.prompting import tensors_of, written
 
 IGNORED = -100
 """Label of what the loss leaves out; transformers' own."""
-
-_KEYS = {"pictures", "question", "answer"}
 
 
 class AnswerCollator:
@@ -58,7 +57,13 @@ class AnswerCollator:
             ValueError: no examples, one that lacks a key or has no picture, or an answer that is empty.
         """
         _check(examples)
-        batch = self._prompts(examples)
+        pictures = [example["pictures"] for example in examples]
+        prompts = [
+            written(self.processor, example["question"], len(own))
+            for example, own in zip(examples, pictures, strict=True)
+        ]
+        # Padded on the left, so that every prompt's last row is the batch's last.
+        batch = tensors_of(self.processor, prompts, pictures)
         answers, present = self._answers([example["answer"] for example in examples], batch["input_ids"].dtype)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         batch["labels"] = torch.cat([labels, answers.masked_fill(present == 0, IGNORED)], dim=1)
@@ -68,39 +73,27 @@ class AnswerCollator:
         batch["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, answers.shape[1], -1, -1)], dim=1)
         return batch
 
-    def _prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pictures and questions, padded on the left, so that every prompt's last row is the batch's last."""
-        pictures = [example["pictures"] for example in examples]
-        prompts = [
-            written(self.processor, example["question"], len(own))
-            for example, own in zip(examples, pictures, strict=True)
-        ]
-        return tensors_of(self.processor, prompts, pictures)
-
     def _answers(self, answers: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of the answers with their end, padded on the right, and where they are: (batch, longest) each."""
         tokenizer = self.processor.tokenizer
         # Tokenized apart from the prompt, as in generation, where the answer's first token cannot merge with the prompt's last.
         rows = [[*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for answer in answers]
-        longest = max(len(row) for row in rows)
         fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=dtype)
-        present = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, present
+        ids = pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=fill)
+        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:
     if not examples:
         raise ValueError("There are no examples to make a batch of.")
     for number, example in enumerate(examples):
-        missing = _KEYS - example.keys()
+        missing = {"pictures", "question", "answer"} - example.keys()
         if missing:
-            hint = " Trainer drops unknown columns unless remove_unused_columns=False."
-            raise ValueError(f"Example {number} has no {', '.join(map(repr, sorted(missing)))}.{hint}")
+            raise ValueError(
+                f"Example {number} has no {', '.join(map(repr, sorted(missing)))}. Trainer drops unknown columns unless "
+                "remove_unused_columns=False."
+            )
         if not example["pictures"]:
             raise ValueError(f"Example {number} has no picture: give at least one in 'pictures'.")
         if not example["answer"].strip():
             raise ValueError(f"Example {number} has an empty answer: there is nothing to learn from it.")
-
-
-__all__ = ["IGNORED", "AnswerCollator"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,6 @@ from trim_plugin.forward.finding import find_model
 from trim_plugin.pictures import stored
 from trim_plugin.pictures.fingerprint import fingerprint, is_other
 from trim_plugin.pictures.layout import prompt_inputs
-
-_warned_unknown = False
 
 
 @dataclasses.dataclass
@@ -161,13 +160,11 @@ class Pictures(EncodedSample):
             )
 
 
+@functools.cache
 def _warn_unknown() -> None:
-    global _warned_unknown
-    if not _warned_unknown:
-        _warned_unknown = True
-        warnings.warn(
-            "Whether this model encoded these pictures cannot be told: its projector and tower are offloaded, or spread over "
-            "processes.",
-            UserWarning,
-            stacklevel=4,
-        )
+    warnings.warn(
+        "Whether this model encoded these pictures cannot be told: its projector and tower are offloaded, or spread over "
+        "processes.",
+        UserWarning,
+        stacklevel=4,
+    )

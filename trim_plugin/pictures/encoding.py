@@ -70,7 +70,6 @@ def encode_pictures(
         >>> page.tiles, len(page.index), page.total
         ([1], 17, 260)
     """
-    find_model(model)
     tower_share = checked_share(tower_share)
     if isinstance(images, str | Path | Image.Image):
         raise ValueError(
@@ -116,39 +115,29 @@ def encode_each(
     with torch.no_grad(), whole_weights(model, own.vision_model, own.multi_modal_projector, crossing):
         states = visual_states(own, **inputs, at_a_time=len(pictures), share=tower_share)
         pages = states.reshape(len(pictures), -1, states.shape[-1])
-        # Each has memory of its own: a view would hold that of all others for as long as one of them is held.
-        return [
-            _encoded(own, page if len(pictures) == 1 else page.clone(), int(tiles[0]), rule, mark, tower_share)
-            for page, tiles in zip(pages, seen["num_tiles"], strict=True)
-        ]
-
-
-def _encoded(
-    model: Any,
-    states: torch.Tensor,
-    tiles: int,
-    rule: ProcessorLike | None,
-    mark: torch.Tensor,
-    tower_share: float | None,
-) -> Pictures:
-    """One picture of so many real tiles, from its visual states (tokens, width)."""
-    vision = model.config.vision_config
-    index = torch.arange(len(states), device=states.device)
-    sizes = torch.ones_like(index)
-    if rule is not None:
-        states, index, sizes = _merged(model, states[: tiles * tile_tokens(vision)], rule)
-    return Pictures(
-        states=states,
-        index=index,
-        sizes=sizes,
-        total=picture_tokens(vision),
-        tiles=[tiles],
-        most_tiles=vision.max_num_tiles,
-        tile_tokens=tile_tokens(vision),
-        mark=mark,
-        rule="whole" if rule is None else processor_name(rule),
-        tower_share=tower_share,
-    )
+        vision, made = own.config.vision_config, []
+        for page, (tiles,) in zip(pages, seen["num_tiles"], strict=True):
+            # Each has memory of its own: a view would hold that of all others for as long as one of them is held.
+            kept = page if len(pictures) == 1 else page.clone()
+            index = torch.arange(len(page), device=page.device)
+            sizes = torch.ones_like(index)
+            if rule is not None:
+                kept, index, sizes = _merged(own, page[: tiles * tile_tokens(vision)], rule)
+            made.append(
+                Pictures(
+                    states=kept,
+                    index=index,
+                    sizes=sizes,
+                    total=picture_tokens(vision),
+                    tiles=[tiles],
+                    most_tiles=vision.max_num_tiles,
+                    tile_tokens=tile_tokens(vision),
+                    mark=mark,
+                    rule="whole" if rule is None else processor_name(rule),
+                    tower_share=tower_share,
+                )
+            )
+        return made
 
 
 def _merged(model: Any, states: torch.Tensor, rule: ProcessorLike) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -155,9 +155,7 @@ def _state(parts: list[torch.nn.Module]) -> Hashable:
         for name, module in part.named_modules():
             if is_adapter(module):
                 kept.append((name, *_settings(module)))
-            for parameter in module._parameters.values():
-                if parameter is None:
-                    continue
+            for parameter in module.parameters(recurse=False):
                 version = None if parameter.is_inference() else parameter._version
                 kept.append((parameter.dtype, tuple(parameter.shape), version))
                 if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel():

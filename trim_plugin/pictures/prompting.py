@@ -21,7 +21,6 @@ FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"),
     *("ICO", "ICNS", "PSD", "QOI", "DDS", "SGI", "SUN", "XBM", "XPM", "PCX", "TGA"),
 )
-_POSTSCRIPT_BEGINS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 #: What Pillow's decoders raise on broken files.
 BROKEN = (
     OSError,
@@ -102,7 +101,7 @@ def opened(source: Path | str | bytes) -> Iterator[Image.Image]:
         try:
             picture = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
         except UnidentifiedImageError:
-            said = POSTSCRIPT if begin in _POSTSCRIPT_BEGINS else "not a picture that Pillow can read"
+            said = POSTSCRIPT if begin in (b"%!PS", b"\xc5\xd0\xd3\xc6") else "not a picture that Pillow can read"
             raise UnidentifiedImageError(said) from None
         with picture:
             yield picture

@@ -69,7 +69,8 @@ class RecentPictures:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._held: OrderedDict[tuple[Key, bytes], Pictures] = OrderedDict()
-        self._nbytes = 0
+        self.nbytes = 0
+        """Bytes of the pictures held now."""
         #: How often a picture went through the tower.
         self.encoded = 0
         #: How often one that was held, or lay in the folder, was asked for.
@@ -116,31 +117,25 @@ class RecentPictures:
         waiting = list(missing.items())
         for first in range(0, len(waiting), at_a_time):
             part = waiting[first : first + at_a_time]
-            for (key, picture), made in zip(part, self._encode([own for _, own in part], tower_share), strict=True):
-                self._keep(picture, made, tower_share)
-                self._hold((key, weights), made)
-                found[key] = made
+            encoded = encode_each(
+                self._model, self._processor, [own for _, own in part], tower_share=checked_share(tower_share)
+            )
+            self.encoded += len(part)
+            for (key, picture), made in zip(part, encoded, strict=True):
+                found[key] = made.to("cpu")
+                self._keep(picture, found[key], tower_share)
+                self._hold((key, weights), found[key])
         return [functools.reduce(operator.add, [found[key] for key in own]) for own in keys]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pictures held now."""
-        return self._nbytes
 
     def _key(self, picture: Image.Image, tower_share: float | None) -> Key:
         return picture.size, tower_share, hashlib.blake2b(picture.tobytes(), digest_size=20).digest()
 
-    def _encode(self, pictures: Sequence[Image.Image], tower_share: float | None) -> list[Pictures]:
-        made = encode_each(self._model, self._processor, pictures, tower_share=checked_share(tower_share))
-        self.encoded += len(made)
-        return [one.to("cpu") for one in made]
-
     def _hold(self, key: tuple[Key, bytes], pictures: Pictures) -> None:
         before = self._held.pop(key, None)
-        self._nbytes += pictures.nbytes - (0 if before is None else before.nbytes)
+        self.nbytes += pictures.nbytes - (0 if before is None else before.nbytes)
         self._held[key] = pictures
-        while self._nbytes > self._most_bytes:
-            self._nbytes -= self._held.popitem(last=False)[1].nbytes
+        while self.nbytes > self._most_bytes:
+            self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
     def _keep(self, picture: Image.Image, made: Pictures, tower_share: float | None) -> None:
         """Write it into the folder, if there is one."""

@@ -6,9 +6,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 POSTSCRIPT = "PostScript is not read, since Pillow would run Ghostscript on it; convert it to PNG"
-#: Modes of one number a pixel that Pillow clips to 0 … 255 instead of scaling.
-_WIDE = ("I", "F")
-#: What white may be in them. A picture whose numbers fit none of these is stretched from its least to its largest.
+#: What white may be in modes of one wide number a pixel. A picture whose numbers fit none of these is stretched from its least to
+#: its largest.
 _WHITES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 
 
@@ -33,7 +32,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.format == "EPS" and getattr(picture, "tile", None):
         raise ValueError(POSTSCRIPT)
     upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith(_WIDE):
+    if upright.mode.startswith(("I", "F")):  # which Pillow clips to 0 … 255 instead of scaling
         upright = _eight_bits(upright, picture.format)
     if upright.mode == "La":  # premultiplied alpha, which Pillow takes to LA alone
         upright = upright.convert("LA")

@@ -6,25 +6,26 @@ A file is read into memory as a whole and never mapped: what happens to it after
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 
+from trim_plugin.arithmetic import checked_share
 from trim_plugin.durable import draft_of, open_regular
 
 #: Of the file's metadata: what it is, and how it is laid out.
 KIND, VERSION = "trim_plugin.pictures", 3
 #: Names of the tensors, and the dtypes that they may have in a file, by safetensors' names.
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 TENSORS: dict[str, dict[str, torch.dtype]] = {
     "index": {"I32": torch.int32},
     "sizes": {"I32": torch.int32},
     "mark": {"F32": torch.float32},
-    "states": FLOATS,
+    "states": {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
 }
 NUMBERS = ("total", "tiles", "most_tiles", "tile_tokens", "rule")
 #: A header is read before anything is known of a file. Those of this package take a few kilobytes.
@@ -35,9 +36,8 @@ AGAIN = "Encode the pictures again: encode_pictures(...).save(...)."
 
 def write(path: Path, pictures: Any) -> None:
     """Write a `Pictures`; no reader ever sees half of it."""
-    tensors = {name: getattr(pictures, name).detach().cpu() for name in TENSORS}
+    tensors = {name: getattr(pictures, name).detach().cpu().contiguous() for name in TENSORS}
     tensors |= {name: tensors[name].to(torch.int32) for name in ("index", "sizes")}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     fields = json.dumps({name: getattr(pictures, name) for name in (*NUMBERS, "tower_share")})
     metadata = {"kind": KIND, "version": str(VERSION), "pictures": fields, "checksum": _checksum(fields, tensors)}
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -80,12 +80,12 @@ def read(path: Path, device: str | torch.device) -> dict[str, Any]:
         metadata: Any = header.get("__metadata__")
         _check_kind(path, metadata if isinstance(metadata, dict) else {})
         try:
-            tensors = _tensors(header, file)
+            tensors = _tensors(file)
             fields = metadata["pictures"]
             if metadata["checksum"] != _checksum(fields, tensors):
                 raise ValueError("its bytes are not those that were written: the checksum differs")
             numbers = _numbers(json.loads(fields))
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(path, _short(error)) from None
     _check_fit(path, tensors, numbers)
     return {
@@ -93,7 +93,7 @@ def read(path: Path, device: str | torch.device) -> dict[str, Any]:
         "states": tensors["states"].to(device),
         "index": tensors["index"].to(device).long(),
         "sizes": tensors["sizes"].to(device).long(),
-        "mark": tensors["mark"].clone(),
+        "mark": tensors["mark"],
     }
 
 
@@ -131,51 +131,26 @@ def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _tensors(header: Mapping[str, Any], file: BinaryIO) -> dict[str, torch.Tensor]:
-    """The tensors, which share one piece of memory that nobody else has."""
-    entries = {name: _entry(name, header[name]) for name in TENSORS}
-    wanted = max(end for _, _, _, end in entries.values())
-    data = bytearray(_left(file, wanted))
-    if len(data) > file.readinto(data):  # type: ignore[attr-defined]
-        raise ValueError("it was cut off while it was read")
-    return {
-        name: torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
-        for name, (dtype, shape, begin, _) in entries.items()
-    }
-
-
-def _left(file: BinaryIO, wanted: int) -> int:
-    """`wanted`, if so many bytes are left: a damaged number must not take memory that a file could not fill."""
-    at = file.tell()
-    left = file.seek(0, 2) - at
-    file.seek(at)
-    if left != wanted:
-        raise ValueError(f"{wanted} bytes of tensors should follow its header, and {left} do")
-    return wanted
-
-
-def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """A tensor's dtype and shape, and where its bytes begin and end."""
-    dtype = TENSORS[name].get(entry["dtype"])
-    shape, (begin, end) = entry["shape"], entry["data_offsets"]
-    if dtype is None or not isinstance(shape, list) or not all(_is_count(size) for size in (*shape, begin, end)):
-        raise ValueError(f"{name} has a dtype, shape or place that it cannot have")
-    if end - begin != math.prod(shape) * dtype.itemsize or end == begin or begin % dtype.itemsize:
-        raise ValueError(f"{name} has another length than its shape")
-    return dtype, shape, begin, end
+def _tensors(file: BinaryIO) -> dict[str, torch.Tensor]:
+    """The tensors, in memory that nobody else has."""
+    file.seek(0)
+    tensors = load(file.read())
+    for name, dtypes in TENSORS.items():
+        if tensors[name].dtype not in dtypes.values():
+            raise ValueError(f"{name} has a dtype that it cannot have")
+    return tensors
 
 
 def _numbers(fields: Any) -> dict[str, Any]:
     """The fields that are no tensors, each checked for itself."""
     numbers = {name: fields[name] for name in (*NUMBERS, "tower_share")}
-    tiles, share = numbers["tiles"], numbers["tower_share"]
+    tiles = numbers["tiles"]
     counts = [numbers[name] for name in ("total", "most_tiles", "tile_tokens")]
     fits = isinstance(tiles, list) and all(_is_count(number) and number > 0 for number in (*counts, *tiles))
     fits = fits and bool(tiles) and max(tiles) <= numbers["most_tiles"] and isinstance(numbers["rule"], str)
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    fits = fits and (share is None or (is_number and 0 < share <= 1))
     if not fits:
         raise ValueError("a field has a value that is not allowed")
+    checked_share(numbers["tower_share"])
     return numbers
 
 
@@ -183,7 +158,7 @@ def _check_fit(path: Path, tensors: Mapping[str, torch.Tensor], numbers: Mapping
     states, index, sizes = (tensors[name] for name in ("states", "index", "sizes"))
     fits = states.ndim == tensors["mark"].ndim == 2 and index.shape == sizes.shape == states.shape[:1]
     fits = fits and len(numbers["tiles"]) * numbers["most_tiles"] * numbers["tile_tokens"] == numbers["total"]
-    fits = fits and bool((index[1:] > index[:-1]).all())
+    fits = fits and len(index) > 0 and bool((index[1:] > index[:-1]).all())
     if not fits or int(index[0]) < 0 or int(index[-1]) >= numbers["total"] or int(sizes.min()) < 1:
         raise ValueError(f"{path} is damaged: its tensors don't fit together. {AGAIN}")
 

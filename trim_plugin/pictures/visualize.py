@@ -6,21 +6,20 @@ import base64
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from trim_plugin.arithmetic import picture_tokens, tile_side
 from trim_plugin.compat import CACHE
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.holders import ScoreRecorder, holders
 from trim_plugin.forward.hooks import TrimmedCache
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 #: Pixels of a stripe over a dropped patch, of the overlay's longer side, and how much of the picture shows through: 255 none.
 STRIPE, OVERLAY_SIDE, STRIPE_ALPHA = 4, 400, np.uint8(150)
@@ -239,8 +238,6 @@ def draw_regions(axes: Axes, picture: np.ndarray, holding: np.ndarray, own: np.n
 
 def _colours(count: int) -> np.ndarray:
     """Colours that differ however many there are, (count, 3): hues a golden ratio apart, in three lightnesses."""
-    from matplotlib.colors import hsv_to_rgb
-
     number = np.arange(count)
     lightness = np.array([(0.85, 0.95), (0.5, 0.9), (0.7, 0.65)])[number % 3]
     return np.asarray(hsv_to_rgb(np.column_stack([number * 0.618034 % 1.0, lightness])))
@@ -268,8 +265,6 @@ def dropped_overlay(kept: np.ndarray) -> np.ndarray:
 
 
 def _draw_legend(figure: Figure) -> None:
-    from matplotlib.patches import Patch
-
     figure.legend(
         handles=[
             Patch(
@@ -296,8 +291,6 @@ def _draw_tiles(axes: Axes, tile_map: TileMap, height: int, width: int) -> None:
 
 
 def _draw_class_tokens(axes: Axes, kept: np.ndarray, tile_height: float, tile_width: float) -> None:
-    from matplotlib.patches import Rectangle
-
     size = 0.06 * min(tile_height, tile_width)
     for (row, column), flag in np.ndenumerate(kept):
         corner = (column * tile_width - 0.5 + size / 2, row * tile_height - 0.5 + size / 2)
