@@ -225,3 +225,8 @@ def test_public_names_that_cannot_be_imported_say_so(monkeypatch):
 def test_the_installed_version_holds_the_contract():
     check_generation()
     check_contract()
+
+
+def test_something_else_in_the_place_of_a_forward_is_not_compared(monkeypatch):
+    monkeypatch.setattr(modeling_mllama.MllamaVisionModel, "forward", None)
+    check_contract()

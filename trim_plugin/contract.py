@@ -209,7 +209,8 @@ def _missing_in_models() -> Iterator[str]:
         if found is None:
             yield f"{name} in {MLLAMA}"
             continue
-        taken = arguments_of(found.forward)
+        # Something else in its place has no arguments to compare.
+        taken = arguments_of(found.forward) if callable(found.forward) else None
         if taken is not None:
             yield from (f"{argument}= of {name}.forward" for argument in arguments if argument not in taken)
     caches = importlib.import_module(CACHES)
