@@ -1,3 +1,4 @@
+import argparse
 import importlib.metadata
 
 import pytest
@@ -70,13 +71,22 @@ def test_what_to_install_is_named_by_its_packages():
 
 
 @pytest.mark.parametrize("text", ["0", "-0.1", "1.01", "nan", "inf", "half", ""])
-def test_shares_that_are_none(text):
-    with pytest.raises(UserError, match=r"--kept-share must be a number in \(0, 1\], got "):
-        common.check_ratio(text, "--kept-share")
+def test_shares_are_read_and_what_is_none_is_named(text):
+    parser = argparse.ArgumentParser()
+    common.add_share(parser, "--kept-share", "x", action="append")
+    words = ["--kept-share=1", "--kept-share=0.25", "--kept-share=1e-3"]
+    assert parser.parse_args(words).kept_share == [1.0, 0.25, 0.001]
+    with pytest.raises(UserError, match=rf"--kept-share must be a number in \(0, 1\], got {text}$"):
+        parser.parse_args([f"--kept-share={text}"])
 
 
-def test_shares_are_read():
-    assert [common.check_ratio(text) for text in ("1", "0.25", "1e-3")] == [1.0, 0.25, 0.001]
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "9" * 5000])
+def test_counts_are_read_and_what_is_none_is_named(text):
+    parser = argparse.ArgumentParser()
+    common.add_count(parser, "--limit", "x", default=3)
+    assert [parser.parse_args(words).limit for words in ([], ["--limit", "1"])] == [3, 1]
+    with pytest.raises(UserError, match=f"--limit must be at least 1, got {text}$"):
+        parser.parse_args([f"--limit={text}"])
 
 
 def test_devices_that_are_not_here():
@@ -100,7 +110,7 @@ def test_only_mllama_passes(tmp_path):
 def test_without_an_installed_loader_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     with pytest.raises(ImportError, match="pip install -e"):
-        loading.pretrained_loader()
+        loading.plugged_in("trim_plugin.loaders", "pretrained")
 
 
 def test_the_loader_is_found_by_its_group(monkeypatch):
@@ -111,7 +121,7 @@ def test_the_loader_is_found_by_its_group(monkeypatch):
             return "the loader"
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **query: asked.append(query) or [Entry()])
-    assert loading.pretrained_loader() == "the loader"
+    assert loading.plugged_in("trim_plugin.loaders", "pretrained") == "the loader"
     assert asked == [{"group": "trim_plugin.loaders", "name": "pretrained"}]
 
 

@@ -60,10 +60,10 @@ def test_runs_in_unlike_company_have_no_time_together(data, tmp_path, capsys):
 
 
 def test_as_many_run_as_an_engine_runs():
-    from trim_plugin.commands.eval import MAX_RUNNING
+    from trim_plugin.commands import common
     from trim_plugin.engine import engine
 
-    assert MAX_RUNNING == engine.MAX_RUNNING
+    assert common.MAX_RUNNING == engine.MAX_RUNNING
 
 
 def test_processes_share_the_questions(data, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The subcommands of `trim-plugin`, a module each: `add_parser(subparsers)` and `run(arguments) -> None`.
 
-A subcommand is one line here and its module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
+`run` raises `UserError` for whatever the user can mend: an option, a file, the model. A subcommand is one line here and its
+module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
 """
 
 from __future__ import annotations
@@ -43,11 +44,7 @@ class UserError(Exception):
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:".
-
-    Args:
-        stderr: whether that is stderr instead of stdout.
-    """
+    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:"."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

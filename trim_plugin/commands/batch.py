@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,12 @@ from trim_plugin.asking.rows import Row, read_rows
 from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
 from trim_plugin.commands.common import (
     add_command,
-    bytes_of,
-    check_counts,
+    add_count,
+    add_engine_options,
     check_folder_of,
     check_is_not,
     generation_options,
+    memory_of,
     needs,
     one_rule,
     progress,
@@ -33,6 +33,7 @@ from trim_plugin.commands.loading import (
     device_of,
     load_model,
     model_of,
+    plugged_in,
     process_of,
     settings_of,
     weights_of,
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Answers = list[dict[str, Any]]
-#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
-MAX_RUNNING = 32
-ENGINES = ("local", "ray")
 #: Errors that are shown at the end; all of them stand in the file.
 SHOWN_ERRORS = 3
 
@@ -67,18 +65,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="results in JSON Lines, appended as they come; the same command goes on there",
     )
-    parser.add_argument(
-        "--max-running",
-        type=int,
-        default=MAX_RUNNING,
-        metavar="N",
-        help="rows that are answered at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="for keys and values of rows that are being answered, for instance 8GiB (default: most of what the device has free)",
-    )
+    add_engine_options(parser, "rows that are answered at once", "rows that are being answered")
     parser.add_argument(
         "--retry-errors",
         action="store_true",
@@ -92,25 +79,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=ENGINES,
+        choices=("local", "ray"),
         default="local",
         help="this process, with its share under a launcher, or a Ray cluster (default: %(default)s)",
     )
-    parser.add_argument(
-        "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
-    )
+    add_count(parser, "--actors", "workers of --engine ray (default: one for every GPU, or 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer the rows of this process that have no result in `--out` yet.
-
-    Raises:
-        UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
-    """
+    """Answer the rows of this process that have no result in `--out` yet."""
     console = plain_console(stderr=True)
-    rule = one_rule(arguments)
-    check_counts(arguments, "max_new_tokens", "max_running", "actors")
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
+    rule, memory = one_rule(arguments), memory_of(arguments)
     process, processes = process_of(os.environ)
     with user_errors(OSError, ValueError):
         check_folder_of(arguments.out)
@@ -132,7 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
             results.forget_errors({row.id for row in share})
         missing = [row for row in share if not results.has(row.id)]
         results.add({"id": row.id, "error": row.error} for row in missing if row.error)
-    _say_what_was_set_aside(console, results)
+    if results.set_aside:
+        what = "results are of rows that are not in the file any more, or have changed"
+        console.print(f"{results.set_aside} {what}: {results.aside}", soft_wrap=True)
     before = len(share) - len(missing)
     missing = [row for row in missing if not row.error]
     if missing:
@@ -185,11 +166,8 @@ def _answered_by_ray(
     arguments: argparse.Namespace, rule: Variant, rows: list[Row], memory: int | None
 ) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
-    found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
     with user_errors(ImportError):
-        if not found:
-            raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
-        return next(iter(found)).load()(
+        return plugged_in("trim_plugin.engines", arguments.engine)(
             rows,
             model_of(arguments.model),
             weights=weights_of(arguments),
@@ -201,14 +179,6 @@ def _answered_by_ray(
             max_new_tokens=arguments.max_new_tokens,
             folder=arguments.questions.parent.resolve(),
             actors=arguments.actors,
-        )
-
-
-def _say_what_was_set_aside(console: Console, results: Results) -> None:
-    if results.set_aside:
-        console.print(
-            f"{results.set_aside} results are of rows that are not in the file any more, or have changed: {results.aside}",
-            soft_wrap=True,
         )
 
 

@@ -18,7 +18,6 @@ from trim_plugin.commands import UserError, plain_console
 from trim_plugin.commands.common import (
     add_command,
     add_image_option,
-    check_counts,
     check_folder_of,
     checked_rules,
     generation_options,
@@ -79,15 +78,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer, print the table and three sentences, write the picture.
-
-    Raises:
-        UserError: an option is wrong.
-    """
+    """Answer, print the table and three sentences, write the picture."""
     console = plain_console()
     chosen = _with_exact(checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
-    check_counts(arguments, "max_new_tokens")
-    _check_out(arguments.out)
+    check_folder_of(arguments.out)
+    if arguments.out.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
+        raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {arguments.out.name}")
     questions = _questions(arguments)
     begin_loading(arguments)
     model, processor = load_model(arguments)
@@ -211,17 +207,11 @@ def _of_time(answers: Answers, again: tuple[float, float]) -> str:
     )
 
 
-def _check_out(path: Path) -> None:
-    check_folder_of(path)
-    if path.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
-        raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {path.name}")
-
-
 def _save_picture(
     path: Path, model: Any, processor: Any, question: Question, answers: Answers, chosen: list[Variant]
 ) -> str:
     """Draw what the first rule that chooses keeps of the first question's last picture; says what was drawn."""
-    shown = next((variant for variant in chosen if _chooses(variant)), None)
+    shown = next((variant for variant in chosen if variant.config and not variant.config.keeps_reachable), None)
     if shown is None:
         return "No picture of kept tokens was drawn: these variants choose nothing."
     from trim_plugin.pictures.visualize import visualize
@@ -233,7 +223,3 @@ def _save_picture(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     return f"What {_heading(shown)} keeps of the picture of the first question is drawn in {path}."
-
-
-def _chooses(variant: Variant) -> bool:
-    return variant.config is not None and not variant.config.keeps_reachable

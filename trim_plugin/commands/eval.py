@@ -16,13 +16,14 @@ from rich import box
 from rich.table import Table
 
 from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
-from trim_plugin.commands.batch import MAX_RUNNING, SHOWN_ERRORS
+from trim_plugin.commands.batch import SHOWN_ERRORS
 from trim_plugin.commands.common import (
     add_command,
-    bytes_of,
-    check_counts,
+    add_count,
+    add_engine_options,
     checked_rules,
     generation_options,
+    memory_of,
     progress,
 )
 from trim_plugin.commands.loading import (
@@ -74,21 +75,13 @@ def add_parser(subparsers: Any) -> None:
         default="exact",
         help="whether an answer must equal a given one or contain it (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-running",
-        type=int,
-        default=MAX_RUNNING,
-        metavar="N",
-        help="questions that a trimmed cache answers at once; stock answers one at a time. With 1 all do, for times and memory "
-        "that compare (default: %(default)s)",
+    add_engine_options(
+        parser,
+        "questions that a trimmed cache answers at once; stock answers one at a time. With 1 all do, for times and memory "
+        "that compare",
+        "questions that are answered at once",
     )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="for keys and values of questions that are answered at once, for instance 8GiB (default: most of what the device "
-        "has free)",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first questions (default: all)")
+    add_count(parser, "--limit", "only the first questions (default: all)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -99,16 +92,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer what is missing in `--out`, then sum up if every process is done.
-
-    Raises:
-        UserError: an option is wrong, a file cannot be read, or a variant has answered nothing.
-    """
+    """Answer what is missing in `--out`, then sum up if every process is done; a variant without an answer is a `UserError`."""
     console = plain_console()
     process, processes = process_of(os.environ)
     chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
-    check_counts(arguments, "limit", "max_new_tokens", "max_running")
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
+    memory = memory_of(arguments)
     if memory is not None and arguments.max_running == 1:
         raise UserError("--memory is for questions that are answered at once, but --max-running is 1. Leave one out")
     questions = _questions(arguments)
@@ -138,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         answers = log.answers()
     complete = whole_variants(questions, chosen, answers)
-    if len({variant.name for variant in complete} & names) < len(names):
+    if not names <= {variant.name for variant in complete}:
         console.print(f"process {process} of {processes} is done; the last one writes the summary")
         return
     pictures = functools.partial(_shown, model, processor)

@@ -63,7 +63,9 @@ class Answer:
         """What was made of a question, an error for instance, with what was asked beside it."""
         fields: dict[str, Any] = {"text": "", "seconds": 0.0, "new_tokens": 0, **made}
         pictures = tuple(picture.name for picture in question.pictures)
-        return cls(question.name, variant.name, asked=question.text, pictures=pictures, right=question.answers, **fields)
+        return cls(
+            question.name, variant.name, asked=question.text, pictures=pictures, right=question.answers, **fields
+        )
 
 
 def pack_kept(indices: Sequence[int], total: int) -> str:
