@@ -206,7 +206,7 @@ def test_the_second_time_nothing_is_left_to_do(tmp_path, capsys, monkeypatch):
     words, out = command(tmp_path)
     assert main(words) == 0
     before = out.read_bytes()
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", lambda arguments: pytest.fail("loads a model"))
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", lambda arguments: pytest.fail("loads a model"))
     assert main(words) == 0
     assert out.read_bytes() == before
     assert "3 of them before" in capsys.readouterr().err
@@ -241,7 +241,7 @@ def test_what_fails_every_row_stops_the_run_and_costs_no_result(tmp_path, monkey
     def fail(*args):
         raise AttributeError("odd")
 
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", lambda arguments: loaded)
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", lambda arguments: loaded)
     handle = loaded[0].get_input_embeddings().register_forward_pre_hook(fail)
     try:
         with pytest.raises(RowsFail, match="AttributeError: odd"):
@@ -321,7 +321,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", interrupted)
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", interrupted)
     words, _ = command(tmp_path)
     assert main(words) == 130
     assert "the same command goes on where it stopped" in capsys.readouterr().err

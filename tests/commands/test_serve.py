@@ -143,7 +143,7 @@ def test_server_without_a_chat_format(capsys, monkeypatch):
         return model, processor
 
     pytest.importorskip("uvicorn")
-    monkeypatch.setattr("trim_plugin.commands.serve.load_model", without_chats)
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", without_chats)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("listens"))
     assert main(["serve", "small"]) == 2
     assert "This model has no chat format, so it cannot answer chats." in capsys.readouterr().err

@@ -131,7 +131,8 @@ def answer(
     if isinstance(cache, TrimmedCache) and "cross_attention_mask" in inputs.tensors:
         report = cache.report()
         counts = [(int(a), int(b)) for a, b in zip(report.visible_tokens, report.kept_tokens, strict=True)]
-    ends, answers = _end_tokens(model), []
+    end, answers = model.generation_config.eos_token_id, []
+    ends = set(end) if isinstance(end, list | tuple) else {end}
     for sample, written in enumerate(output.sequences[:, length:].tolist()):
         tokens = _until_end(written, ends)
         text = processor.decode(tokens, skip_special_tokens=True)
@@ -173,11 +174,6 @@ def _wait(model: Any) -> None:
     """For times that count: until the device has done what it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else {ends}
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -14,30 +14,7 @@ from rich.progress import TextColumn
 
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
-from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    add_count,
-    add_engine_options,
-    check_folder_of,
-    check_is_not,
-    generation_options,
-    memory_of,
-    needs,
-    one_rule,
-    progress,
-)
-from trim_plugin.commands.loading import (
-    begin_loading,
-    check_device,
-    device_of,
-    load_model,
-    model_of,
-    plugged_in,
-    process_of,
-    settings_of,
-    weights_of,
-)
+from trim_plugin.commands import FAILED_ROWS, UserError, common, loading, plain_console, user_errors
 from trim_plugin.variants import Variant
 
 if TYPE_CHECKING:
@@ -50,7 +27,7 @@ SHOWN_ERRORS = 3
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "batch", run, [generation_options()])
+    parser = common.add_command(subparsers, "batch", run, [common.generation_options()])
     parser.add_argument(
         "--questions",
         type=Path,
@@ -65,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="results in JSON Lines, appended as they come; the same command goes on there",
     )
-    add_engine_options(parser, "rows that are answered at once", "rows that are being answered")
+    common.add_engine_options(parser, "rows that are answered at once", "rows that are being answered")
     parser.add_argument(
         "--retry-errors",
         action="store_true",
@@ -83,30 +60,31 @@ def add_parser(subparsers: Any) -> None:
         default="local",
         help="this process, with its share under a launcher, or a Ray cluster (default: %(default)s)",
     )
-    add_count(parser, "--actors", "workers of --engine ray (default: one for every GPU, or 1)")
+    common.add_count(parser, "--actors", "workers of --engine ray (default: one for every GPU, or 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the rows of this process that have no result in `--out` yet."""
     console = plain_console(stderr=True)
-    rule, memory = one_rule(arguments), memory_of(arguments)
-    process, processes = process_of(os.environ)
+    rule, memory = common.one_rule(arguments), common.memory_of(arguments)
+    process, processes = loading.process_of(os.environ)
     with user_errors(OSError, ValueError):
-        check_folder_of(arguments.out)
-        check_is_not(arguments.out, arguments.questions, "--out")
+        common.check_folder_of(arguments.out)
         rows = read_rows(arguments.questions)
+        if arguments.out.exists() and arguments.out.samefile(arguments.questions):  # perhaps by another name
+            raise UserError(f"--out {arguments.out} is the file of questions; results need a file of their own")
     if arguments.engine == "ray" and arguments.pictures_cache is not None:
         raise UserError("--pictures-cache goes with --engine local")
     if arguments.engine == "ray":
-        needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
+        common.needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
     else:  # a cluster's folders and devices are not this machine's
         if arguments.pictures_cache is not None:
             _make_folder(arguments.pictures_cache)
-        begin_loading(arguments)
-        check_device(device_of(arguments.device, os.environ))
+        loading.begin_loading(arguments)
+        loading.check_device(loading.device_of(arguments.device, os.environ))
     share = rows[process::processes]
     with user_errors(OSError, ValueError):
-        results = Results(arguments.out, settings_of(arguments) | {"rule": rule.name}, rows)
+        results = Results(arguments.out, loading.settings_of(arguments) | {"rule": rule.name}, rows)
         if arguments.retry_errors:
             results.forget_errors({row.id for row in share})
         missing = [row for row in share if not results.has(row.id)]
@@ -118,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [row for row in missing if not row.error]
     if missing:
         answered = _answered_by_ray if arguments.engine == "ray" else _answered_here
-        with progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
+        with common.progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
             task = bar.add_task("rows", total=len(share), completed=len(share) - len(missing), speed="")
             pictures = {row.id: len(row.images) for row in missing}
             seen = 0
@@ -144,7 +122,7 @@ def _answered_here(
 ) -> Iterator[Answers]:
     from trim_plugin.batching.worker import Worker
 
-    model, processor = load_model(arguments)
+    model, processor = loading.load_model(arguments)
     with user_errors(OSError, ValueError):
         worker = Worker(
             model,
@@ -167,10 +145,10 @@ def _answered_by_ray(
 ) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
     with user_errors(ImportError):
-        return plugged_in("trim_plugin.engines", arguments.engine)(
+        return loading.plugged_in("trim_plugin.engines", arguments.engine)(
             rows,
-            model_of(arguments.model),
-            weights=weights_of(arguments),
+            loading.model_of(arguments.model),
+            weights=loading.weights_of(arguments),
             adapter=arguments.adapter,
             device=arguments.device,
             config=rule.config,

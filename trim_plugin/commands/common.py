@@ -322,12 +322,6 @@ def check_folder_of(out: Path) -> None:
         raise UserError(f"--out {out} is a folder, a pipe or a device; give a file")
 
 
-def check_is_not(out: Path, read: Path, option: str) -> None:
-    """Raise `UserError` if what is to be written is a file that is read, perhaps by another name."""
-    if out.exists() and read.exists() and out.samefile(read):
-        raise UserError(f"{option} {out} is the file of questions; results need a file of their own")
-
-
 def progress(console: Console, process: int, *columns: ProgressColumn) -> Progress:
     """A bar over many answers, with columns of one's own before the time that is left; the first process alone shows it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -14,16 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, plain_console
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    check_folder_of,
-    checked_rules,
-    generation_options,
-    pictures_of,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, loading, plain_console
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 from trim_plugin.variants import Variant, variants_for
@@ -65,8 +56,8 @@ Answers = dict[str, list[Timed]]
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     shares = " and ".join(map(str, DEFAULT_SHARES))
-    parser = add_command(subparsers, "demo", run, [generation_options(shares=shares, several=True)])
-    add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
+    parser = common.add_command(subparsers, "demo", run, [common.generation_options(shares=shares, several=True)])
+    common.add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
     parser.add_argument("--prompt", help="a question about the pictures (default: those of the held-out pictures)")
     parser.add_argument(
         "--out",
@@ -80,13 +71,13 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Answer, print the table and three sentences, write the picture."""
     console = plain_console()
-    chosen = _with_exact(checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
-    check_folder_of(arguments.out)
+    chosen = _with_exact(common.checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
+    common.check_folder_of(arguments.out)
     if arguments.out.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
         raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {arguments.out.name}")
     questions = _questions(arguments)
-    begin_loading(arguments)
-    model, processor = load_model(arguments)
+    loading.begin_loading(arguments)
+    model, processor = loading.load_model(arguments)
     answers: Answers = {_heading(variant): [] for variant in chosen}
     for question in questions:
         inputs = _inputs(processor, question)
@@ -113,12 +104,14 @@ def _with_exact(chosen: list[Variant]) -> list[Variant]:
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
-    known = [Question(pictures_of([str(example.picture)]), example.question, example.answer) for example in examples()]
+    known = [
+        Question(common.pictures_of([str(example.picture)]), example.question, example.answer) for example in examples()
+    ]
     if not arguments.image and arguments.prompt is None:
         return known
     if not arguments.image:
         return [Question(known[0].pictures, arguments.prompt)]
-    return [Question(pictures_of(arguments.image), arguments.prompt or known[0].text)]
+    return [Question(common.pictures_of(arguments.image), arguments.prompt or known[0].text)]
 
 
 def _inputs(processor: Any, question: Question) -> Inputs:

@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, first_line, plain_console
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    add_picture_options,
-    check_folder_of,
-    model_options,
-    pictures_of,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, first_line, loading, plain_console
 
 if TYPE_CHECKING:
     from trim_plugin.pictures.encoded import Pictures
@@ -29,13 +20,13 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "encode", run, [model_options()])
-    add_image_option(
+    parser = common.add_command(subparsers, "encode", run, [common.model_options()])
+    common.add_image_option(
         parser,
         "pictures, for instance a document's pages, in the order in which prompts are to read them",
         required=True,
     )
-    add_picture_options(
+    common.add_picture_options(
         parser,
         share_help="keep this share of every picture's tokens and merge the rest into it (default: keep everything, "
         "with the same answers as without encoding)",
@@ -51,14 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     covering = {name: value for name, value in given.items() if value is not None}
     if len(covering) > 1:
         raise UserError("--kept-share and --radius are both given. Choose one")
-    check_folder_of(arguments.out)
-    images = pictures_of(arguments.image)
-    begin_loading(arguments)
+    common.check_folder_of(arguments.out)
+    images = common.pictures_of(arguments.image)
+    loading.begin_loading(arguments)
     from trim_plugin.pictures.encoding import encode_pictures
     from trim_plugin.selection.k_center import KCenter
 
     rule = KCenter(**covering) if covering else None
-    model, processor = load_model(arguments)
+    model, processor = loading.load_model(arguments)
     console, shown, pages, start = plain_console(), plain_console(stderr=True), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Elsewhere than on a terminal a bar that goes away again would leave an empty line.

@@ -7,24 +7,15 @@ import functools
 import operator
 from typing import Any
 
-from trim_plugin.commands import UserError, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    encoded_files,
-    generation_options,
-    one_rule,
-    pictures_of,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, loading, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    options = generation_options(ratios="1 with --pictures", shares=f"{DEFAULT_KEPT_SHARE} without --pictures")
-    parser = add_command(subparsers, "generate", run, [options])
-    add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
+    options = common.generation_options(ratios="1 with --pictures", shares=f"{DEFAULT_KEPT_SHARE} without --pictures")
+    parser = common.add_command(subparsers, "generate", run, [options])
+    common.add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
     parser.add_argument(
         "--pictures",
         action="extend",
@@ -38,15 +29,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the options, load, stream the answer to stdout, then print the report."""
-    rule = one_rule(arguments, exact=bool(arguments.pictures))
+    rule = common.one_rule(arguments, exact=bool(arguments.pictures))
     if arguments.image and arguments.pictures:
         raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")
     if arguments.pictures and arguments.tower_share is not None:
         raise UserError(
             "--tower-share and --pictures are both given, but encoded pictures need no tower. Give it to encode"
         )
-    pictures, files = pictures_of(arguments.image), encoded_files(arguments.pictures)
-    begin_loading(arguments)
+    pictures, files = common.pictures_of(arguments.image), common.encoded_files(arguments.pictures)
+    loading.begin_loading(arguments)
     from transformers import TextStreamer
 
     from trim_plugin.asking.answers import Inputs, answer
@@ -55,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     with user_errors(OSError, ValueError):
         encoded = [Pictures.load(file) for file in files]
-    model, processor = load_model(arguments)
+    model, processor = loading.load_model(arguments)
     with user_errors(ValueError):
         if encoded:
             inputs = Inputs.about(processor, [arguments.prompt], [functools.reduce(operator.add, encoded)])

@@ -7,19 +7,7 @@ import json
 import sys
 from typing import Any
 
-from trim_plugin.commands import plain_console, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    add_count,
-    add_length_option,
-    add_model,
-    add_share,
-    add_tower_option,
-    bytes_of,
-    memory_of,
-    remarks,
-)
-from trim_plugin.commands.loading import model_numbers, model_of
+from trim_plugin.commands import common, loading, plain_console, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import configuration, fitting, planner, table
@@ -31,13 +19,13 @@ DEFAULT_MODEL = "11b"
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "plan", run)
+    parser = common.add_command(subparsers, "plan", run)
     _add_job(parser)
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     parser.add_argument(
         "--weights", choices=WEIGHT_FORMATS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
-    add_share(
+    common.add_share(
         parser,
         "--top-k-ratio",
         "the paper's rule: share of the visual tokens that each head keeps; several are several rows (default: not used)",
@@ -45,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
         **several,
     )
     what = f"KCenter: keep this share; several are several rows (default: {DEFAULT_KEPT_SHARE})"
-    add_share(parser, "--kept-share", what, **several)
-    add_share(
+    common.add_share(parser, "--kept-share", what, **several)
+    common.add_share(
         parser,
         "--expect-kept",
         "a forecast: the share of the visible tokens that another rule will keep, if you know it; several are several rows "
@@ -59,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         help="hold the kept tokens of exact and trimmed in 8 or 4 bits (default: in the model's dtype)",
     )
     what = "most pictures that are read at a time, as in TrimConfig (default: near one 11B picture's room)"
-    add_count(parser, "--prefill-pictures", what)
+    common.add_count(parser, "--prefill-pictures", what)
     parser.add_argument(
         "--memory", metavar="SIZE", help="what the device has, for instance 24GiB: what fits (default: not asked)"
     )
@@ -73,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    add_model(
+    common.add_model(
         parser, f"11b, 90b, small, a folder or a hub id; only its configuration is read (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--batch", type=int, metavar="N", help="samples (default: as many as --tiles names)")
@@ -104,16 +92,16 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the whole batch's pixel_values lie on the device, in float32 (default: they stay on the CPU)",
     )
-    add_tower_option(parser)
+    common.add_tower_option(parser)
     parser.add_argument(
         "--prompt-tokens", type=int, default=128, metavar="N", help="text tokens of the prompt (default: %(default)s)"
     )
-    add_length_option(parser)
+    common.add_length_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan."""
-    memory, reserve = memory_of(arguments), bytes_of(arguments.reserve, "--reserve", zero=True)
+    memory, reserve = common.memory_of(arguments), common.bytes_of(arguments.reserve, "--reserve", zero=True)
     model = arguments.model or DEFAULT_MODEL
     config = _config(model)
     with user_errors(ValueError):
@@ -130,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     fits = {}
     if memory is not None:
         fits = {one.name: fitting.largest_fit(config, job, one, memory, **settings) for one in variants}
-    for remark in remarks([("--memory", arguments.memory), ("--reserve", arguments.reserve)]):
+    for remark in common.remarks([("--memory", arguments.memory), ("--reserve", arguments.reserve)]):
         print(remark, file=sys.stderr)
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
@@ -169,4 +157,4 @@ def _result(
 def _config(model: str) -> configuration.ModelNumbers:
     if model.lower() in configuration.SHAPES:
         return configuration.built_in_config(model.lower())
-    return model_numbers(model_of(model))
+    return loading.model_numbers(loading.model_of(model))

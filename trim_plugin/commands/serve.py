@@ -7,17 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.commands import UserError, plain_console, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    add_count,
-    add_engine_options,
-    generation_options,
-    memory_of,
-    needs,
-    one_rule,
-)
-from trim_plugin.commands.loading import begin_loading, load_model, name_of
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 from trim_plugin.serving.limits import Limits
 
 LIMITS = Limits()
@@ -31,14 +21,14 @@ DRAIN_SECONDS = 30
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "serve", run, [generation_options(length=False)])
+    parser = common.add_command(subparsers, "serve", run, [common.generation_options(length=False)])
     parser.add_argument(
         "--host",
         default="localhost",
         help="address to listen on; without --api-key others than localhost are for networks that you trust "
         "(default: %(default)s)",
     )
-    add_count(parser, "--port", "port to listen on (default: %(default)s)", default=8000)
+    common.add_count(parser, "--port", "port to listen on (default: %(default)s)", default=8000)
     _add_limits(parser)
     parser.add_argument("--enable-cors", action="store_true", help="let web pages of any site ask (default: none may)")
     parser.add_argument(
@@ -46,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="KEY",
         help=f"what requests have to bring as a bearer token (default: ${API_KEY} if it is set, else none)",
     )
-    add_engine_options(parser, "requests that run at once", "running requests")
+    common.add_engine_options(parser, "requests that run at once", "running requests")
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error", "critical"),
@@ -65,7 +55,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         ("--max-waiting", LIMITS.waiting, "most requests that are answered or wait at a time"),
     )
     for option, default, what in bounds:
-        add_count(parser, option, f"{what} (default: %(default)s)", default=default)
+        common.add_count(parser, option, f"{what} (default: %(default)s)", default=default)
     parser.add_argument(
         "--allow-folder",
         type=Path,
@@ -82,7 +72,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and answer requests until interrupted."""
-    rule, memory = one_rule(arguments), memory_of(arguments)
+    rule, memory = common.one_rule(arguments), common.memory_of(arguments)
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
         raise UserError(f"--allow-folder: no such folder: {arguments.allow_folder}")
     if arguments.api_key == "":
@@ -90,16 +80,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.port > 65535:
         raise UserError(f"--port: {arguments.port} is no port; they end at 65535")
     for module in PACKAGES:
-        needs("serve", module, *PACKAGES)
-    begin_loading(arguments)
+        common.needs("serve", module, *PACKAGES)
+    loading.begin_loading(arguments)
     import uvicorn
 
     from trim_plugin.engine.engine import Engine
     from trim_plugin.serving.app import LOCAL_NAMES, build_app
     from trim_plugin.serving.listening import Listener
 
-    model, processor = load_model(arguments)
-    name = name_of(arguments)
+    model, processor = loading.load_model(arguments)
+    name = loading.name_of(arguments)
     with user_errors(ImportError, ValueError):
         engine = Engine(model, processor, rule.config, memory=memory, max_running=arguments.max_running)
         try:
