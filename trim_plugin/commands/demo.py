@@ -190,11 +190,10 @@ def _of_answers(questions: list[Question], answers: Answers) -> str:
 
 def _of_time(answers: Answers, again: tuple[float, float]) -> str:
     """What is gained in time, and where: a small model on a CPU gains none by trimming."""
-    seconds = {name: 1000 * statistics.mean(one.seconds for one in own) for name, own in answers.items()}
-    _, ours = list(seconds.items())[-1]
+    stock, *_, ours = (1000 * statistics.mean(one.seconds for one in own) for own in answers.values())
     tower, known = (1000 * own for own in again)
     return (
-        f"An answer takes {seconds['stock']:.0f} ms with stock and {ours:.0f} ms with {list(seconds)[-1]}, vision tower "
+        f"An answer takes {stock:.0f} ms with stock and {ours:.0f} ms with {list(answers)[-1]}, vision tower "
         "included, which on a small model says little; a second question about a picture takes "
         f"{known:.0f} ms instead of {tower:.0f} ms to its first token if the picture was encoded once (trim-plugin encode)."
     )
