@@ -51,9 +51,9 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show errors of these kinds as the user's, by their first line."""
+def user_errors(*kinds: type[Exception], before: str = "") -> Iterator[None]:
+    """Show errors of these kinds as the user's, by their first line, with some words before it."""
     try:
         yield
     except kinds as error:
-        raise UserError(first_line(error)) from None
+        raise UserError(before + first_line(error)) from None

@@ -296,10 +296,8 @@ def needs(what: str, module: str, *packages: str) -> None:
 
 def bytes_of(text: str, option: str, *, zero: bool = False) -> int:
     """`parse_bytes` of an option, or `UserError`."""
-    try:
+    with user_errors(ValueError, before=f"{option} "):
         return parse_bytes(text, zero=zero)
-    except ValueError as error:
-        raise UserError(f"{option} {error}") from None
 
 
 def memory_of(arguments: argparse.Namespace) -> int | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, common, loading, plain_console
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 from trim_plugin.variants import Variant, variants_for
@@ -210,8 +210,6 @@ def _save_picture(
 
     inputs = _inputs(processor, question).arguments(model, None)
     title = f"{question.text} {answers[_heading(shown)][0].text}\nkept by {_heading(shown)}"
-    try:
+    with user_errors(OSError, before=f"cannot write {path}: "):
         visualize(model, inputs, shown.config, title=title).savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
     return f"What {_heading(shown)} keeps of the picture of the first question is drawn in {path}."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, common, first_line, loading, plain_console
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 
 if TYPE_CHECKING:
     from trim_plugin.pictures.encoded import Pictures
@@ -63,10 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
             progress.advance(task)
     pictures = functools.reduce(operator.add, pages)
     seconds = time.perf_counter() - start
-    try:
+    with user_errors(OSError, before=f"cannot write {arguments.out}: "):
         pictures.save(arguments.out)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.out}: {first_line(error)}") from None
     size = format_bytes(arguments.out.stat().st_size)
     count = "1 picture" if len(pages) == 1 else f"{len(pages)} pictures"
     console.print(f"{arguments.out}: {size}, {_line(count, pictures, seconds)}")

@@ -152,11 +152,9 @@ def check_device(text: str) -> str:
 
     if text in SPREAD:
         return text
-    try:
+    with user_errors(RuntimeError, AssertionError, before=f"--device {text} cannot be used here: "):
         if torch.empty(0, device=text).is_meta:
             raise UserError("--device meta holds no numbers, so it cannot be used here")
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {text} cannot be used here: {first_line(error)}") from None
     return text
 
 
@@ -174,10 +172,8 @@ def model_numbers(path_or_id: str) -> ModelNumbers:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot load {path_or_id}: its config.json is not JSON ({first_line(error)})") from None
-    try:
+    with user_errors(ValueError, before=f"{path_or_id} is "):
         return read_config(settings)
-    except ValueError as error:
-        raise UserError(f"{path_or_id} is {error}") from None
 
 
 def plugged_in(group: str, name: str) -> Callable[..., Any]:
