@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trim_plugin.arithmetic import parse_bytes, share, taken_for
 from trim_plugin.commands import COMMANDS, UserError, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
+from trim_plugin.durable import open_regular
 from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
 from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 from trim_plugin.variants import Variant, variants_for
@@ -281,9 +282,7 @@ def _files(names: Sequence[str], option: str) -> list[Path]:
 
 def _begins_as_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the length of a header, and the header's JSON."""
-    if not path.is_file():
-        return False
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
         return file.read(9)[8:] == b"{"
     return False
 

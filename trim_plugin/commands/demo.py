@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 #: The package's default first: its kept tokens are drawn.
 DEFAULT_SHARES = (DEFAULT_KEPT_SHARE, 0.1)
+(EXACT,) = variants_for([1.0], stock=False)
 #: Generations of which the time is the median.
 REPEATS = 3
 
@@ -99,8 +100,7 @@ def _heading(variant: Variant) -> str:
 
 def _with_exact(chosen: list[Variant]) -> list[Variant]:
     """Stock, exact mode, then the rules: the second shows what costs nothing."""
-    exact = variants_for([1.0], stock=False)
-    return chosen if exact[0].name in [variant.name for variant in chosen] else [chosen[0], *exact, *chosen[1:]]
+    return chosen if EXACT.name in [variant.name for variant in chosen] else [chosen[0], EXACT, *chosen[1:]]
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
@@ -137,9 +137,8 @@ def _asked_again(model: Any, processor: Any, question: Question) -> tuple[float,
     from trim_plugin.pictures.encoding import encode_pictures
 
     encoded = encode_pictures(model, processor, question.pictures)
-    (exact,) = variants_for([1.0], stock=False)
-    tower = _answer(model, processor, _inputs(processor, question), exact, 1)
-    known = _answer(model, processor, Inputs.about(processor, [question.text], [encoded]), exact, 1)
+    tower = _answer(model, processor, _inputs(processor, question), EXACT, 1)
+    known = _answer(model, processor, Inputs.about(processor, [question.text], [encoded]), EXACT, 1)
     return tower.seconds, known.seconds
 
 
