@@ -162,7 +162,9 @@ def add_engine_options(parser: argparse.ArgumentParser, running: str, held: str)
     parser.add_argument("--memory", metavar="SIZE", help=what)
 
 
-def add_count(parser: argparse.ArgumentParser, option: str, what: str, default: int | None = None) -> None:
+def add_count(
+    parser: argparse.ArgumentParser, option: str, what: str, *, metavar: str = "N", default: int | None = None
+) -> None:
     """Add an option that takes a whole number from 1 on; another is a `UserError`."""
 
     def read(text: str) -> int:
@@ -171,7 +173,7 @@ def add_count(parser: argparse.ArgumentParser, option: str, what: str, default: 
                 return int(text)
         raise UserError(f"{option} must be at least 1, got {text}")
 
-    parser.add_argument(option, type=read, metavar="N", default=default, help=what)
+    parser.add_argument(option, type=read, metavar=metavar, default=default, help=what)
 
 
 def add_share(

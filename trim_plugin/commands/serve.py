@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         help="address to listen on; without --api-key others than localhost are for networks that you trust "
         "(default: %(default)s)",
     )
-    common.add_count(parser, "--port", "port to listen on (default: %(default)s)", default=8000)
+    common.add_count(parser, "--port", "port to listen on (default: %(default)s)", metavar="PORT", default=8000)
     _add_limits(parser)
     parser.add_argument("--enable-cors", action="store_true", help="let web pages of any site ask (default: none may)")
     parser.add_argument(
