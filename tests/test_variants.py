@@ -34,6 +34,6 @@ def test_a_configuration_of_ones_own_is_taken_as_it_is():
 
 def test_a_tower_share_of_1_is_none():
     (found,) = variants_for([1.0], tower_share=1.0, stock=False)
-    assert (found.name, found.tower_share) == ("exact", None)
+    assert (found.name, found.config.tower_share) == ("exact", None)
     with pytest.raises(ValueError, match="tower_share must be a number"):
         variants_for([1.0], tower_share=2.0)

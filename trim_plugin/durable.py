@@ -117,23 +117,17 @@ def _new_draft(file: Path) -> tuple[int | None, Path]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove drafts that nobody holds any more; those of other machines, whose locks may not be seen here, a day later."""
-    with os.scandir(folder) as entries:
-        drafts = [entry for entry in entries if (found := _DRAFT.fullmatch(entry.name)) and _may_go(entry, found[1])]
-    for draft in drafts:
+    drafts = [(path, found[1]) for path in folder.iterdir() if (found := _DRAFT.fullmatch(path.name))]
+    for draft, host in drafts:
         with contextlib.suppress(OSError):  # gone already, or somebody else's
-            held = os.open(draft.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            if host != _HOST and time.time() - draft.lstat().st_mtime < _DAY:
+                continue
+            held = os.open(draft, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if _lock(held, wait=False):
-                    os.unlink(draft.path)
+                    draft.unlink()
             finally:
                 os.close(held)
-
-
-def _may_go(entry: os.DirEntry[str], host: str) -> bool:
-    try:
-        return host == _HOST or time.time() - entry.stat().st_mtime > _DAY
-    except OSError:
-        return False  # gone already
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:

@@ -40,11 +40,6 @@ class Variant:
         """Whether this is transformers' own cache."""
         return self.settings is None
 
-    @property
-    def tower_share(self) -> float | None:
-        """As in `TrimConfig`; None for stock."""
-        return None if self.config is None else self.config.tower_share
-
 
 def variants_for(
     ratios: Sequence[float],

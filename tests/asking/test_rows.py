@@ -89,12 +89,8 @@ def test_row_id(tmp_path):
     for wrong in (["x"], {}, True):
         (row,) = read(tmp_path, {**ROW, "id": wrong})
         assert (row.id, row.error.partition(", got ")[0]) == ("1", "'id' must be a text or a number")
-    assert [row.id for row in read(tmp_path, *({**ROW, "id": name} for name in (7, 0.5, "", None)))] == [
-        "7",
-        "0.5",
-        "",
-        "4",
-    ]
+    rows = read(tmp_path, *({**ROW, "id": name} for name in (7, 0.5, "", None)))
+    assert [row.id for row in rows] == ["7", "0.5", "", "4"]
 
 
 def test_a_broken_line_takes_no_other_row_s_id(tmp_path):

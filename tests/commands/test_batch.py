@@ -142,15 +142,6 @@ def test_answers_stay_with_what_was_asked_when_the_file_is_edited(tmp_path, caps
     assert {row["id"]: after[row["id"]]["answer"] for row in asked} == one_by_one(asked, tmp_path)
 
 
-def test_a_file_of_eval_is_answered(data, tmp_path):
-    """Its rows have "picture" and "answer"."""
-    words, out = command(tmp_path)
-    assert main([*words, "--questions", str(data / "questions.jsonl")]) == 0
-    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
-    asked = [{"id": str(number), "images": [row["picture"]], **row} for number, row in enumerate(rows, start=1)]
-    assert {name: result["answer"] for name, result in read(out).items()} == one_by_one(asked, data)
-
-
 @pytest.mark.parametrize("link", ["the same", "symlink_to", "hardlink_to"])
 def test_out_is_the_questions(tmp_path, capsys, link):
     file = write(tmp_path, scene_rows(tmp_path, 1))
@@ -206,7 +197,7 @@ def test_the_second_time_nothing_is_left_to_do(tmp_path, capsys, monkeypatch):
     words, out = command(tmp_path)
     assert main(words) == 0
     before = out.read_bytes()
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", lambda arguments: pytest.fail("loads a model"))
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", lambda arguments: pytest.fail("loads a model"))
     assert main(words) == 0
     assert out.read_bytes() == before
     assert "3 of them before" in capsys.readouterr().err
@@ -241,7 +232,7 @@ def test_what_fails_every_row_stops_the_run_and_costs_no_result(tmp_path, monkey
     def fail(*args):
         raise AttributeError("odd")
 
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", lambda arguments: loaded)
+    monkeypatch.setattr("trim_plugin.commands.loading.load_model", lambda arguments: loaded)
     handle = loaded[0].get_input_embeddings().register_forward_pre_hook(fail)
     try:
         with pytest.raises(RowsFail, match="AttributeError: odd"):
@@ -257,16 +248,6 @@ def test_what_fails_every_row_stops_the_run_and_costs_no_result(tmp_path, monkey
     assert {name: result["answer"] for name, result in read(out).items()} == one_by_one(rows, tmp_path)
 
 
-def test_pictures_are_looked_for_beside_the_questions(tmp_path, monkeypatch):
-    write(tmp_path, scene_rows(tmp_path, 1))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    words, out = command(tmp_path)
-    assert main(words) == 0
-    assert "answer" in read(out)["row 0"]
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -274,7 +255,6 @@ def test_pictures_are_looked_for_beside_the_questions(tmp_path, monkeypatch):
         (["--max-running", "0"], "--max-running must be at least 1"),
         (["--memory", "8"], "--memory needs a unit: 8GiB"),
         (["--questions", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
-        (["small", "--model", "small"], "the model is given twice"),
     ],
 )
 def test_what_the_user_can_mend(tmp_path, capsys, options, said):
@@ -313,18 +293,6 @@ def test_results_of_another_rule_are_refused(tmp_path, capsys):
     assert main([*words, "--kept-share", "0.1"]) == 2
     assert "holds the results of another run (rule was '0.25', now" in capsys.readouterr().err
     assert out.read_bytes() == before
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    write(tmp_path, scene_rows(tmp_path, 1))
-
-    def interrupted(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trim_plugin.commands.batch.load_model", interrupted)
-    words, _ = command(tmp_path)
-    assert main(words) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
 
 
 def test_pictures_are_kept_where_it_is_said(tmp_path):

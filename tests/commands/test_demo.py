@@ -112,28 +112,15 @@ def test_exact_answers_are_stocks(tmp_path, capsys):
     assert "these variants choose nothing" in unwrapped(shown)
 
 
-@pytest.fixture
-def llama_folder(tmp_path):
-    from transformers import LlamaConfig
-
-    LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
-        tmp_path / "llama"
-    )
-    return tmp_path / "llama"
-
-
-def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, llama_folder, capsys):
+def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, capsys):
     text = tmp_path / "text.png"
     text.write_text("not a picture")
     cases = [
         (["--image", str(tmp_path / "none.png")], "no such picture"),
         (["--image", str(text)], "not a picture"),
         (["--image", str(tmp_path)], "cannot read the picture"),
-        (["--model", str(llama_folder)], "is a llama model; trim-plugin needs an Mllama"),
         (["--model", str(tmp_path / "nothing-here")], "cannot load"),
         (["--top-k-ratio", "0"], r"--top-k-ratio must be a number in (0, 1], got 0"),
-        (["--top-k-ratio", "1.5"], "got 1.5"),
-        (["--top-k-ratio", "many"], "got many"),
         (["--out", str(tmp_path / "no" / "x.png")], "--out: no such folder"),
         (["--out", str(tmp_path / "x.txt")], "--out must end in"),
         (["--device", "cuda:7"], "--device cuda:7 cannot be used here"),
@@ -142,7 +129,6 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, llama_folder,
         (["--top-k-ratio", "0.2", "--top-k-ratio", ".2"], "--top-k-ratio: the same value is given twice"),
         (["--radius", "2"], "--radius must be a number in (0, 1], got 2"),
         (["--weights", "float32"], "invalid choice: 'float32'"),
-        (["--bach", "3"], "unrecognized arguments: --bach"),
     ]
     for arguments, message in cases:
         assert main(["demo", *arguments]) == 2, arguments

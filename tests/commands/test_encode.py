@@ -77,7 +77,6 @@ def test_generate_answers_about_the_file_without_the_tower(tmp_path, capsys, mon
         (("--image", PAGES[0], "--radius", "0.2", "--kept-share", "0.5"), "--kept-share and --radius are both given"),
         (("--image", PAGES[0], "--model", "small", "--weights", "nf4", "--device", "abacus"), "--device abacus"),
         (("nothing-here", "--image", PAGES[0]), "cannot load nothing-here"),
-        (("small", "--model", "small", "--image", PAGES[0]), "the model is given twice"),
     ],
 )
 def test_wrong_options_of_encode_are_one_line(tmp_path, capsys, options, message):

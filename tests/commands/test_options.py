@@ -64,10 +64,12 @@ def test_every_rule_is_an_option_of_every_command_that_generates(options):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_model_is_the_first_word_everywhere(name, capsys):
-    with pytest.raises(SystemExit):
+def test_help_is_shown_and_the_model_is_the_first_word_everywhere(name, capsys):
+    with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
+    assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert COMMANDS[name] in shown
     assert "[MODEL]" in shown.partition("positional arguments")[0]
     required = {
         "eval": ["--data", "."],
@@ -119,14 +121,6 @@ def test_what_is_compared_by_default_has_the_packages_default_in_it(name, option
     assert shown.split(" and ") == [str(share) for share in shares]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_shown(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
-    assert end.value.code == 0
-    assert COMMANDS[name] in " ".join(capsys.readouterr().out.split())
-
-
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])
@@ -147,24 +141,25 @@ def test_a_wrong_call_is_one_line_and_2(words, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("words", "more"),
     [
-        ("plan", "trim-plugin plan: interrupted"),
-        ("eval", "trim-plugin eval: interrupted; the same command goes on where it stopped"),
+        ("plan", ""),
+        ("eval --data x", "; the same command goes on where it stopped"),
+        ("batch --questions x --out y", "; the same command goes on where it stopped"),
     ],
 )
-def test_an_interruption_is_one_line_and_130(name, line, capsys, monkeypatch):
+def test_an_interruption_is_one_line_and_130(words, more, capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    module = importlib.import_module(f"trim_plugin.commands.{name}")
-    monkeypatch.setattr(module, "run", interrupted)
+    name, *options = words.split()
+    monkeypatch.setattr(importlib.import_module(f"trim_plugin.commands.{name}"), "run", interrupted)
     try:
-        assert cli.main([name, *(["--data", "x"] if name == "eval" else [])]) == 130
+        assert cli.main([name, *options]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err.splitlines() == [line]
+    assert capsys.readouterr().err.splitlines() == [f"trim-plugin {name}: interrupted{more}"]
 
 
 def test_ctrl_c_while_answering(tmp_path):
@@ -176,15 +171,7 @@ def test_ctrl_c_while_answering(tmp_path):
     (tmp_path / "data" / "questions.jsonl").write_text(line * 2000)
     command = [
         sys.executable,
-        "-m",
-        "trim_plugin.cli",
-        "eval",
-        "--data",
-        "data",
-        "--out",
-        "out",
-        "--top-k-ratio",
-        "0.5",
+        *["-m", "trim_plugin.cli", "eval", "--data", "data", "--out", "out", "--top-k-ratio", "0.5"],
     ]
     # A shell's background jobs ignore Ctrl-C, and so would what the tests start there.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

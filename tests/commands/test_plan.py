@@ -35,24 +35,12 @@ def test_options_reach_the_plan(capsys):
         return printed_json(capsys, *options)["ways"][2][phase + "peak"]
 
     plain = peak("--batch", "64")
-    for options in (
-        ["--copies", "2"],
-        ["--expand-size", "2"],
-        ["--images", "2"],
-        ["--max-new-tokens", "999"],
-        ["--prompt-tokens", "999"],
-    ):
-        assert peak("--batch", "64", *options) > plain
-    for options in (
-        ["--kv-quantization", "nf4"],
-        ["--weights", "nf4"],
-        ["--expect-kept", "0.1"],
-        ["--top-k-ratio", "0.1"],
-        ["--tiles", "1"],
-        ["--images", "1", "--interleaved", "--tiles", "3"],
-    ):
-        assert peak("--batch", "64", *options) < plain
-    assert peak("--batch", "64", "--pixels-on-device") > plain
+    more = ("--copies 2", "--expand-size 2", "--images 2", "--max-new-tokens 999", "--prompt-tokens 999")
+    for options in (*more, "--pixels-on-device"):
+        assert peak("--batch", "64", *options.split()) > plain, options
+    less = ("--kv-quantization nf4", "--weights nf4", "--expect-kept 0.1", "--top-k-ratio 0.1", "--tiles 1")
+    for options in (*less, "--images 1 --interleaved --tiles 3"):
+        assert peak("--batch", "64", *options.split()) < plain, options
     whole, pieces = (peak("--prefill-pictures", n, "--batch", "8", phase="prefill_") for n in ("8", "1"))
     assert pieces < whole
     untouched, merged = (
@@ -88,11 +76,6 @@ def test_weights_that_do_not_fit_are_said_and_what_would(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "Not even one sample fits (stock, exact, trimmed): the weights alone take 19.87 GiB in bf16" in printed
     assert "They fit in nf4 (6.73 GiB), or spread over devices of this size: at least 2 in bf16." in printed
-    found = printed_json(capsys, "--model", "90b", "--memory", "24GiB")["ways"]
-    assert {one["largest_batch"] for one in found} == {0}
-    assert {one["limit"] for one in found} == {"weights"}
-    assert all("the weights alone take 165.02 GiB in bf16" in one["reason"] for one in found)
-    assert all("at least 8 in bf16 or 2 in nf4" in one["reason"] for one in found)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +88,6 @@ def test_weights_that_do_not_fit_are_said_and_what_would(capsys):
         (["--memory", "9" * 400 + "GiB"], "--memory must look like 24GiB"),
         (["--reserve", "1"], "--reserve needs a unit"),
         (["--model", "/nowhere/at/all"], "cannot load"),
-        (["/nowhere/at/all"], "cannot load"),
-        (["11b", "--model", "90b"], "the model is given twice: 11b and 90b"),
         (["--tiles", "9"], "tiles must be at most 4"),
         (["--tiles", "1", "9"], "tiles must be at most 4"),
         (["--top-k-ratio", "7"], "--top-k-ratio must be a number"),
@@ -115,7 +96,6 @@ def test_weights_that_do_not_fit_are_said_and_what_would(capsys):
         (["--batch", "0"], "batch must be a positive integer"),
         (["--tower-share", "0"], "--tower-share must be a number"),
         (["--prefill-pictures", "0"], "--prefill-pictures must be at least 1"),
-        (["--exp", "3"], "unrecognized arguments: --exp"),
     ],
 )
 def test_wrong_options_end_with_2_and_one_line(options, message, capsys):

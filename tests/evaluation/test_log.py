@@ -47,14 +47,6 @@ def test_a_damaged_line_is_answered_again(tmp_path):
     assert [one.question for one in AnswerLog(tmp_path, {}).answers()] == ["1", "2"]
 
 
-def test_a_last_line_without_its_end_is_an_answer(tmp_path):
-    AnswerLog(tmp_path, {}).add(answer())
-    file = tmp_path / "answers-0.jsonl"
-    file.write_text(file.read_text().rstrip())
-    AnswerLog(tmp_path, {}).add(answer(question="2"))
-    assert [one.question for one in AnswerLog(tmp_path, {}).answers()] == ["1", "2"]
-
-
 def test_half_a_line_of_another_process_costs_no_answer(tmp_path):
     """Of the same command, given twice and killed once."""
     log = AnswerLog(tmp_path, {})

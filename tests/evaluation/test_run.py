@@ -1,8 +1,6 @@
-import json
-
 import pytest
 
-from trim_plugin.embedded import examples, load_small_model
+from trim_plugin.embedded import load_small_model
 from trim_plugin.evaluation import AnswerLog, evaluate, read_questions, summarize, variants_for
 
 
@@ -34,28 +32,3 @@ def test_goes_on_after_an_interruption(data, tmp_path):
     assert len(log.answers()) == file.read_text().count("\n") == 4
     assert file.read_text().startswith(first)
     evaluate(model, processor, questions, ways, log, max_new_tokens=2, on_answer=pytest.fail)
-
-
-def test_a_byte_order_mark_and_odd_line_breaks_are_read(data):
-    line = {
-        "picture": examples()[0].picture.name,
-        "question": "One\u2028question\x85with odd spaces",
-        "answer": ["a", "b"],
-    }
-    (data / "questions.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
-    (question,) = read_questions(data)
-    assert (question.text, question.answers) == (line["question"], ("a", "b"))
-    (data / "questions.jsonl").write_bytes(b'{"question": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"questions\.jsonl, line 1 is not UTF-8: .* at byte 17"):
-        read_questions(data)
-
-
-def test_accuracy_is_over_the_questions_with_answers(data):
-    from trim_plugin.evaluation import Answer, Question, summarize, variants_for
-
-    questions = [Question("1", (), "?", ("seven",)), Question("2", (), "?"), Question("3", (), "?", ("two",))]
-    given = [Answer(q.name, "stock", text, 0.1, 1) for q, text in zip(questions, ("seven", "x", "three"), strict=True)]
-    (row,) = summarize(questions, variants_for([]), given)
-    assert (row.questions, row.known, row.accuracy) == (3, 2, 0.5)
-    (row,) = summarize(questions[1:2], variants_for([]), given)
-    assert (row.known, row.accuracy) == (0, None)

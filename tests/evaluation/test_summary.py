@@ -18,7 +18,7 @@ def answers(*texts):
 
 def test_accuracy_counts_questions_with_an_answer_and_agreement_all():
     stock, ours = summarize(QUESTIONS, WAYS, answers(("Seven.", "nine"), ("2", "Red  two"), ("a b", "a c")))
-    assert (stock.accuracy, ours.accuracy) == (1.0, 0.5)
+    assert (stock.questions, stock.known, stock.accuracy, ours.accuracy) == (3, 2, 1.0, 0.5)
     assert stock.agreement == stock.overlap == 1.0
     assert ours.agreement == 0.0
     assert ours.overlap == pytest.approx((0 + 0 + 0.5) / 3)
@@ -37,9 +37,8 @@ def test_only_questions_that_every_way_has_answered_count():
 
 
 def test_without_any_known_answer_there_is_no_accuracy():
-    assert (
-        summarize(QUESTIONS[2:], variants_for([], stock=True), [Answer("3", "stock", "x", 1.0, 1)])[0].accuracy is None
-    )
+    (row,) = summarize(QUESTIONS[2:], variants_for([]), [Answer("3", "stock", "x", 1.0, 1)])
+    assert (row.known, row.accuracy) == (0, None)
 
 
 @pytest.mark.parametrize(

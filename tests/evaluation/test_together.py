@@ -136,21 +136,6 @@ def test_a_question_that_fails_is_its_own_error(small, tmp_path):
     assert not errors
 
 
-@pytest.mark.parametrize("running", [1, 4])
-def test_a_failing_forward_is_its_questions_error(small, tmp_path, running):
-    def fail(module, args, kwargs):
-        if kwargs["position_ids"].shape[-1] > 30:
-            raise RuntimeError("too long for this device")
-
-    handle = small[0].model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
-    questions = [Question(name, PICTURES[:1], text) for name, text in (("a", "How many?"), ("b", "How many? " * 20))]
-    try:
-        found = answers(small, tmp_path, questions, variants_for([0.3], stock=False), max_running=running)
-    finally:
-        handle.remove()
-    assert {name: answer.error for (name, _), answer in found.items()} == {"a": "", "b": "too long for this device"}
-
-
 def test_an_interruption_loses_and_doubles_nothing(small, tmp_path):
     questions, variants = mixed(6), variants_for([0.3, 0.1], stock=False)
     expected = without_time(answers(small, tmp_path / "whole", questions, variants))
@@ -197,13 +182,20 @@ def test_a_variant_of_which_all_questions_fail_alike_is_given_up_and_the_others_
     assert not any(found[question.name, "plain"].error for question in questions)
     errors = [found[question.name, "odd"].error for question in questions]
     assert all("KeyError: 'odd'" in error for error in errors)
-    assert "16 rows in a row have failed alike" in errors[-1]
+    assert "rows in a row have failed alike" in errors[-1]  # 16, or more that had failed by then
     assert len(calls) < 60
 
 
 @pytest.mark.parametrize("running", [1, 4])
-@pytest.mark.parametrize("error", [KeyError("odd"), AttributeError("odd"), ZeroDivisionError("odd")])
-def test_an_odd_failure_is_its_questions_error(small, tmp_path, running, error):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("too long for this device"), "too long for this device"),
+        (KeyError("odd"), "KeyError: 'odd'"),
+        (ZeroDivisionError("odd"), "ZeroDivisionError: odd"),
+    ],
+)
+def test_a_failing_forward_is_its_questions_error(small, tmp_path, running, error, said):
     def fail(module, args, kwargs):
         if kwargs["position_ids"].shape[-1] > 30:
             raise error
@@ -214,7 +206,4 @@ def test_an_odd_failure_is_its_questions_error(small, tmp_path, running, error):
         found = answers(small, tmp_path, questions, variants_for([0.3], stock=False), max_running=running)
     finally:
         handle.remove()
-    assert {name: answer.error for (name, _), answer in found.items()} == {
-        "a": f"{type(error).__name__}: {error}",
-        "b": "",
-    }
+    assert {name: answer.error for (name, _), answer in found.items()} == {"a": said, "b": ""}

@@ -36,36 +36,24 @@ def test_what_is_left_out_or_null_is_as_in_transformers():
     assert dataclasses.asdict(configuration.ModelNumbers()) == numbers_of(MllamaConfig())
 
 
+def mllama(**parts):
+    return {"model_type": "mllama", **parts}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model_type": "qwen2_vl"}, "a qwen2_vl model; trim-plugin needs an Mllama"),
         ({}, "no model's configuration: it names no 'model_type'"),
         ([1], "no model's configuration"),
-        ("mllama", "no model's configuration"),
         ({"model_type": 7}, "no model's configuration"),
-        ({"model_type": "mllama", "text_config": "x"}, "'text_config' must be an object, got 'x'"),
-        (
-            {"model_type": "mllama", "text_config": {"hidden_size": "wide"}},
-            "text_config.hidden_size must be a positive integer, got 'wide'",
-        ),
-        ({"model_type": "mllama", "vision_config": {"patch_size": 0}}, "vision_config.patch_size must be a positive"),
-        (
-            {"model_type": "mllama", "vision_config": {"image_size": True}},
-            "vision_config.image_size must be a positive",
-        ),
-        (
-            {"model_type": "mllama", "text_config": {"cross_attention_layers": []}},
-            "cross_attention_layers must be a list of layers",
-        ),
-        (
-            {"model_type": "mllama", "text_config": {"cross_attention_layers": [1.5]}},
-            "cross_attention_layers must be a list of layers",
-        ),
-        (
-            {"model_type": "mllama", "vision_config": {"supported_aspect_ratios": 8}},
-            "supported_aspect_ratios must be a list of shapes",
-        ),
+        (mllama(text_config="x"), "'text_config' must be an object, got 'x'"),
+        (mllama(text_config={"hidden_size": "wide"}), "text_config.hidden_size must be a positive integer, got 'wide'"),
+        (mllama(vision_config={"patch_size": 0}), "vision_config.patch_size must be a positive"),
+        (mllama(vision_config={"image_size": True}), "vision_config.image_size must be a positive"),
+        (mllama(text_config={"cross_attention_layers": []}), "cross_attention_layers must be a list of layers"),
+        (mllama(text_config={"cross_attention_layers": [1.5]}), "cross_attention_layers must be a list of layers"),
+        (mllama(vision_config={"supported_aspect_ratios": 8}), "supported_aspect_ratios must be a list of shapes"),
     ],
 )
 def test_what_is_no_mllama_configuration_is_said(settings, message):

@@ -9,10 +9,11 @@ from trim_plugin.planning.planner import PlannedVariant
 
 CONFIG = configuration.built_in_config("11b")
 GIB = 2**30
+STOCK, EXACT = PlannedVariant("stock"), PlannedVariant("exact", 1.0)
 TRIMMED = PlannedVariant("trimmed", 0.1, kv_quantization="nf4")
 
 
-@pytest.mark.parametrize("variant", [PlannedVariant("stock"), PlannedVariant("exact", 1.0), TRIMMED])
+@pytest.mark.parametrize("variant", [STOCK, EXACT, TRIMMED])
 @pytest.mark.parametrize("expand_size", [1, 3])
 def test_what_fits_does_fit_and_one_more_does_not(variant, expand_size):
     job, memory = Job(expand_size=expand_size), 40 * GIB
@@ -23,8 +24,7 @@ def test_what_fits_does_fit_and_one_more_does_not(variant, expand_size):
 
 def test_one_call_takes_twenty_times_as_many_samples_in_pieces():
     stock, trimmed = (
-        fitting.largest_fit(CONFIG, Job(), variant, 24 * GIB, weights="nf4")
-        for variant in (PlannedVariant("stock"), TRIMMED)
+        fitting.largest_fit(CONFIG, Job(), variant, 24 * GIB, weights="nf4") for variant in (STOCK, TRIMMED)
     )
     assert stock.limit == "prefill"
     assert trimmed.limit == "self KV"
@@ -32,40 +32,21 @@ def test_one_call_takes_twenty_times_as_many_samples_in_pieces():
 
 
 @pytest.mark.parametrize(
-    ("memory", "variant", "job", "limit", "reason"),
+    ("variant", "job", "limit", "reason"),
     [
-        (
-            12 * GIB,
-            TRIMMED,
-            Job(),
-            "weights",
-            r"the weights alone take 19.87 GiB in bf16, and with a reserve of 1.00 GiB",
-        ),
-        (
-            40 * GIB,
-            PlannedVariant("stock"),
-            Job(),
-            "prefill",
-            r"reading the prompts needs prefill .* GiB, and .* GiB are left",
-        ),
-        (
-            40 * GIB,
-            PlannedVariant("exact", 1.0),
-            Job(),
-            "cross KV",
-            r"reading the prompts needs cross KV .* GiB are left",
-        ),
-        (40 * GIB, TRIMMED, Job(new_tokens=4096), "self KV", r"decoding needs cross KV .*, self KV .* GiB are left"),
+        (STOCK, Job(), "prefill", r"reading the prompts needs prefill .* GiB, and .* GiB are left"),
+        (EXACT, Job(), "cross KV", r"reading the prompts needs cross KV .* GiB are left"),
+        (TRIMMED, Job(new_tokens=4096), "self KV", r"decoding needs cross KV .*, self KV .* GiB are left"),
     ],
 )
-def test_what_limits_is_said(memory, variant, job, limit, reason):
-    fit = fitting.largest_fit(CONFIG, job, variant, memory)
+def test_what_limits_is_said(variant, job, limit, reason):
+    fit = fitting.largest_fit(CONFIG, job, variant, 40 * GIB)
     assert fit.limit == limit
     assert re.search(reason, fit.reason)
 
 
 def test_zero_samples_come_with_the_reason():
-    fit = fitting.largest_fit(CONFIG, Job(images=32, tiles=1), PlannedVariant("stock"), 24 * GIB, weights="nf4")
+    fit = fitting.largest_fit(CONFIG, Job(images=32, tiles=1), STOCK, 24 * GIB, weights="nf4")
     assert (fit.largest_batch, fit.limit) == (0, "prefill")
     assert "reading the prompts needs" in fit.reason
 
@@ -76,12 +57,7 @@ def test_zero_samples_come_with_the_reason():
         ("11b", 12, "bf16", r"They fit in nf4 \(6.73 GiB\), or spread over devices of this size: at least 2 in bf16$"),
         ("11b", 16, "bf16", r"They fit in int8 \(.* GiB\) or nf4 \(6.73 GiB\), or spread .*: at least 2 in bf16$"),
         ("11b", 4, "nf4", r"They fit in no format, only spread over devices of this size: at least 3 in nf4$"),
-        (
-            "90b",
-            24,
-            "bf16",
-            r"They fit in no format, only spread over devices of this size: at least 8 in bf16 or 2 in nf4$",
-        ),
+        ("90b", 24, "bf16", r"They fit in no format, only spread over .*: at least 8 in bf16 or 2 in nf4$"),
     ],
 )
 def test_weights_that_do_not_fit_come_with_what_would(shape, memory, weights, instead):
@@ -100,9 +76,7 @@ def test_a_reserve_that_leaves_nothing_is_said():
 
 def test_a_mixed_batch_takes_more_samples_than_one_of_the_fullest():
     mixed, fullest = (
-        fitting.largest_fit(
-            CONFIG, Job(tiles=tiles), PlannedVariant("exact", 1.0), 24 * GIB, weights="nf4"
-        ).largest_batch
+        fitting.largest_fit(CONFIG, Job(tiles=tiles), EXACT, 24 * GIB, weights="nf4").largest_batch
         for tiles in ((4, 1, 1, 1), 4)
     )
     assert mixed >= fullest > 0

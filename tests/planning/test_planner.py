@@ -12,6 +12,7 @@ from trim_plugin.planning.planner import PlannedVariant
 from ..random_models import Sample, generate, random_config, random_inputs, trimmed
 
 CONFIG = configuration.built_in_config("11b")
+STOCK, EXACT = PlannedVariant("stock"), PlannedVariant("exact", 1.0)
 TRIMMED = PlannedVariant("trimmed", 0.1)
 
 
@@ -31,10 +32,7 @@ def test_caches_are_exact_to_the_byte(parts, images, tiles, readable, batch, exp
     how = {"num_return_sequences": expand_size, "do_sample": expand_size > 1}
     exact = cache_of(trimmed(model, inputs, {"top_k_ratio": 1.0}, new, **how)).report()
     cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 0.1}, new, **how))
-    found = [
-        planner.plan(model.config, job, variant, weights="fp32")
-        for variant in (PlannedVariant("stock"), PlannedVariant("exact", 1.0))
-    ]
+    found = [planner.plan(model.config, job, variant, weights="fp32") for variant in (STOCK, EXACT)]
     assert [plan.cross_kv for plan in found] == [exact.stock_cross_kv_bytes, exact.cross_kv_bytes]
     # What a rule keeps differs from sample to sample: as many classes as the cache has, and never more than is planned for.
     of_sources = Counter(len(own) for own in cache.kept_indices[::expand_size])
@@ -61,14 +59,14 @@ def test_samples_of_different_tiles_are_counted_one_by_one(model):
     inputs = random_inputs(model, samples)
     job = Job(4, 1, tiles, 1, inputs["input_ids"].shape[1], 5)
     cache = cache_of(trimmed(model, inputs, {"top_k_ratio": 1.0}, 5))
-    found = planner.plan(model.config, job, PlannedVariant("exact", 1.0), weights="fp32")
+    found = planner.plan(model.config, job, EXACT, weights="fp32")
     assert [len(own) for own in cache.kept_indices] == [5, 5, 5, 20]
     assert (found.kept_tokens, found.held_tokens) == (20, 35)
     assert found.cross_kv == cache.report().cross_kv_bytes
     one_by_one = planned(TRIMMED, batch=8, tiles=tiles)
     fullest, smallest = (planned(TRIMMED, batch=8, tiles=count).cross_kv for count in (4, 1))
     assert one_by_one.cross_kv == (2 * fullest + 6 * smallest) // 8
-    assert planned(PlannedVariant("stock"), batch=8, tiles=tiles) == planned(PlannedVariant("stock"), batch=8)
+    assert planned(STOCK, batch=8, tiles=tiles) == planned(STOCK, batch=8)
 
 
 def test_where_a_number_is_an_upper_bound_is_said():
@@ -88,7 +86,7 @@ def test_where_a_number_is_an_upper_bound_is_said():
 
 
 def test_stock_reads_every_picture_at_once_and_pieces_do_not():
-    rising = [planned(PlannedVariant("stock"), batch=batch).prefill_set for batch in (8, 16)]
+    rising = [planned(STOCK, batch=batch).prefill_set for batch in (8, 16)]
     flat = [planned(TRIMMED, batch=batch) for batch in (8, 16)]
     assert rising[1] > 1.99 * rising[0]
     assert flat[0].at_a_time == flat[1].at_a_time == (1, 4)
@@ -99,7 +97,7 @@ def test_stock_reads_every_picture_at_once_and_pieces_do_not():
 def test_smaller_pieces_need_less_and_one_piece_needs_what_stock_needs():
     sizes = [planned(dataclasses.replace(TRIMMED, prefill_pictures=n), batch=8).prefill_peak for n in (1, 2, 8)]
     assert sizes == sorted(sizes)
-    assert sizes[2] == planned(PlannedVariant("stock"), batch=8).prefill_peak
+    assert sizes[2] == planned(STOCK, batch=8).prefill_peak
 
 
 def test_the_towers_states_of_every_layer_are_counted():
@@ -118,13 +116,13 @@ def test_expand_size_multiply_text_and_not_pictures():
     one, four = (planned(TRIMMED, batch=8, expand_size=expand_size) for expand_size in (1, 4))
     assert four.cross_kv == one.cross_kv
     assert four.self_kv == 4 * one.self_kv
-    stock = planned(PlannedVariant("stock"), batch=8, expand_size=4)
-    assert stock.cross_kv == planned(PlannedVariant("stock"), batch=32).cross_kv
-    assert stock.prefill_set == planned(PlannedVariant("stock"), batch=32).prefill_set
+    stock = planned(STOCK, batch=8, expand_size=4)
+    assert stock.cross_kv == planned(STOCK, batch=32).cross_kv
+    assert stock.prefill_set == planned(STOCK, batch=32).prefill_set
 
 
 def test_longer_answers_never_need_less():
-    for variant in (PlannedVariant("stock"), TRIMMED):
+    for variant in (STOCK, TRIMMED):
         short, long = (planned(variant, batch=64, new_tokens=new) for new in (8, 4096))
         assert long.prefill_set == short.prefill_set
         assert long.decode_set >= short.decode_set
@@ -156,7 +154,6 @@ def test_variants_of_several_ratios_are_told_apart():
         (lambda: planned(TRIMMED, random_config(), batch=2, tiles=(1, 5)), "tiles must be at most 4"),
         (lambda: Job(expand_size=1.5), "expand_size must be a positive integer, got 1.5"),
         (lambda: Job(images=1, readable_images=2), r"readable_images must be at most images \(1\), got 2"),
-        (lambda: planned(TRIMMED, random_config(), tiles=5), "tiles must be at most 4"),
         (lambda: PlannedVariant("trimmed", 1.5), r"kept_share must be .* got 1.5"),
         (lambda: model_sizes.weight_bytes(random_config(), "int3"), "weights must be one of .* got 'int3'"),
         (lambda: model_sizes.cross_kv_bytes(random_config(), 1, 1, "int3"), "kv must be one of .* got 'int3'"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
+from trim_plugin.asking import first_line
 from trim_plugin.compat import CACHE, cache_of
 from trim_plugin.config import TrimConfig
 from trim_plugin.forward.hooks import TrimmedCache
@@ -18,7 +19,6 @@ from trim_plugin.pictures.encoded import Pictures
 from trim_plugin.pictures.layout import prompt_inputs
 from trim_plugin.pictures.prompting import tensors_of
 
-Made = TypeVar("Made")
 #: Failures that are no question's own, since they would be those of all that follow: a device that is lost; a disk that is full,
 #: or gone. Pictures are read before, and what is wrong with their files is a `RowError`.
 OF_ALL = (torch.AcceleratorError, OSError)
@@ -90,7 +90,7 @@ def answer(
     processor: Any,
     inputs: Inputs,
     config: TrimConfig | None,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int,
     **settings: Any,
 ) -> tuple[list[Answer], Any]:
     """Generate once, greedily unless the settings say otherwise.
@@ -100,7 +100,7 @@ def answer(
         processor: its `MllamaProcessor`.
         inputs: of the prompts.
         config: of the trimmed cache; None is transformers' own.
-        max_new_tokens: longest answer, of all prompts or of each.
+        max_new_tokens: longest answer.
         settings: other arguments of `generate`.
 
     Returns:
@@ -117,12 +117,11 @@ def answer(
         (True, True)
     """
     prompts, length = inputs.tensors["input_ids"].shape
-    most = [max_new_tokens] * prompts if isinstance(max_new_tokens, int) else list(max_new_tokens)
     _wait(model)
     start = time.perf_counter()
     output = model.generate(
         **inputs.arguments(model, config),
-        **{"max_new_tokens": max(most), "do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings},
+        **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings},
         return_dict_in_generate=True,
     )
     _wait(model)
@@ -132,31 +131,14 @@ def answer(
     if isinstance(cache, TrimmedCache) and "cross_attention_mask" in inputs.tensors:
         report = cache.report()
         counts = [(int(a), int(b)) for a, b in zip(report.visible_tokens, report.kept_tokens, strict=True)]
-    ends, answers = _end_tokens(model), []
+    end, answers = model.generation_config.eos_token_id, []
+    ends = set(end) if isinstance(end, list | tuple) else {end}
     for sample, written in enumerate(output.sequences[:, length:].tolist()):
-        tokens = _until_end(written[: most[sample]], ends)
+        tokens = _until_end(written, ends)
         text = processor.decode(tokens, skip_special_tokens=True)
         read = int(inputs.tensors["attention_mask"][sample].sum())
         answers.append(Answer(text, len(tokens), read, *counts[sample], seconds))
     return answers, cache
-
-
-def tried(call: Callable[[], Made]) -> tuple[Made | None, str]:
-    """What a call makes; or None, and what went wrong in a line. No frame of the failure outlives this.
-
-    Raises:
-        torch.AcceleratorError, OSError: `OF_ALL`.
-
-    Example:
-        >>> tried(lambda: 7), tried(lambda: int("x")), tried(lambda: {}["x"])
-        ((7, ''), (None, "invalid literal for int() with base 10: 'x'"), (None, "KeyError: 'x'"))
-    """
-    try:
-        return call(), ""
-    except OF_ALL:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a model's code raises for one question, others can be answered
-        return None, told(error)
 
 
 def told(error: BaseException) -> str:
@@ -166,15 +148,14 @@ def told(error: BaseException) -> str:
         >>> told(MemoryError("no room")), told(RuntimeError("shapes differ")), told(KeyError("x"))
         ('out of memory, even alone: no room', 'shapes differ', "KeyError: 'x'")
     """
-    kind = type(error).__name__
-    said = next(iter(str(error).strip().splitlines()), "")
+    kind, said = type(error).__name__, first_line(error)
     if is_full(error):
-        return f"out of memory, even alone: {said or kind}"
+        return f"out of memory, even alone: {said}"
     if isinstance(error, SystemExit):
         return f"the model's code asked to exit: {said}"
     # Of these the sentence says enough: most are written for users.
     plain = isinstance(error, RuntimeError | ValueError | TypeError | IndexError)
-    return said if plain and said else f"{kind}: {said}".removesuffix(": ")
+    return said if plain or said == kind else f"{kind}: {said}"
 
 
 def is_full(error: BaseException) -> bool:
@@ -193,11 +174,6 @@ def _wait(model: Any) -> None:
     """For times that count: until the device has done what it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else {ends}
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -31,14 +31,12 @@ class Prompt:
         pictures: its pictures, not decoded yet.
         tokens: text tokens of the prompt.
         tiles: real tiles of all its pictures.
-        max_new_tokens: longest answer; None is the worker's.
     """
 
     text: str
     pictures: tuple[Source, ...]
     tokens: int
     tiles: int
-    max_new_tokens: int | None = None
 
 
 def read_prompt(
@@ -76,7 +74,7 @@ def read_prompt(
         raise RowError(f"the prompt names {found} pictures ({processor.image_token}), but {len(pictures)} are given")
     tokens = _length(processor.tokenizer, text, most_tokens, row.max_new_tokens or new_tokens)
     tiles = sum(_tiles(picture, processor.image_processor) for picture in pictures)
-    return Prompt(text, pictures, tokens, tiles, row.max_new_tokens)
+    return Prompt(text, pictures, tokens, tiles)
 
 
 def decoded(source: Source) -> Image.Image:

@@ -174,10 +174,6 @@ class Results(ResultFile):
         """Whether a row has a result, as far as this process has seen."""
         return name in self._failed
 
-    def failed(self, name: str) -> bool:
-        """Whether a row's result is an error."""
-        return self._failed.get(name, False)
-
     def read(self) -> list[dict[str, Any]]:
         """All results that are in the file now."""
         with self._locked():

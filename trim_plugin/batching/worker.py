@@ -127,9 +127,7 @@ class Worker:
                     yield found
                 run.check()
             while run.asked:
-                found = run.finished(wait=True)
-                if found:
-                    yield found
+                yield run.finished(wait=True)
                 run.check()
         finally:
             run.cancel()
@@ -213,11 +211,7 @@ class _Run:
         return None
 
     def finished(self, *, wait: bool) -> list[Placed]:
-        """Results of rows that are done.
-
-        Args:
-            wait: until there is one.
-        """
+        """Results of rows that are done; `wait` until there is one."""
         found: list[Placed] = []
         while self.asked and (wait or not self._done.empty()):
             (place, until), wait = self._done.get(), False

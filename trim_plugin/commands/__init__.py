@@ -1,6 +1,7 @@
 """The subcommands of `trim-plugin`, a module each: `add_parser(subparsers)` and `run(arguments) -> None`.
 
-A subcommand is one line here and its module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
+`run` raises `UserError` for whatever the user can mend: an option, a file, the model. A subcommand is one line here and its
+module, which is imported when it is asked for: `trim-plugin --help` loads no model code.
 """
 
 from __future__ import annotations
@@ -43,20 +44,16 @@ class UserError(Exception):
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:".
-
-    Args:
-        stderr: whether that is stderr instead of stdout.
-    """
+    """Where a subcommand prints. Words are shown as they are: a file may be called "[red]", a question may hold ":warning:"."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show errors of these kinds as the user's, by their first line."""
+def user_errors(*kinds: type[Exception], before: str = "") -> Iterator[None]:
+    """Show errors of these kinds as the user's, by their first line, with some words before it."""
     try:
         yield
     except kinds as error:
-        raise UserError(first_line(error)) from None
+        raise UserError(before + first_line(error)) from None

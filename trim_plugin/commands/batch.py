@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,44 +14,20 @@ from rich.progress import TextColumn
 
 from trim_plugin.asking.results import Results
 from trim_plugin.asking.rows import Row, read_rows
-from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    bytes_of,
-    check_counts,
-    check_folder_of,
-    check_is_not,
-    generation_options,
-    needs,
-    one_rule,
-    progress,
-)
-from trim_plugin.commands.loading import (
-    begin_loading,
-    check_device,
-    device_of,
-    load_model,
-    model_of,
-    process_of,
-    settings_of,
-    weights_of,
-)
+from trim_plugin.commands import FAILED_ROWS, UserError, common, loading, plain_console, user_errors
 from trim_plugin.variants import Variant
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Answers = list[dict[str, Any]]
-#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
-MAX_RUNNING = 32
-ENGINES = ("local", "ray")
 #: Errors that are shown at the end; all of them stand in the file.
 SHOWN_ERRORS = 3
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "batch", run, [generation_options()])
+    parser = common.add_command(subparsers, "batch", run, [common.generation_options()])
     parser.add_argument(
         "--questions",
         type=Path,
@@ -67,18 +42,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="results in JSON Lines, appended as they come; the same command goes on there",
     )
-    parser.add_argument(
-        "--max-running",
-        type=int,
-        default=MAX_RUNNING,
-        metavar="N",
-        help="rows that are answered at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="for keys and values of rows that are being answered, for instance 8GiB (default: most of what the device has free)",
-    )
+    common.add_engine_options(parser, "rows that are answered at once", "rows that are being answered")
     parser.add_argument(
         "--retry-errors",
         action="store_true",
@@ -92,52 +56,47 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=ENGINES,
+        choices=("local", "ray"),
         default="local",
         help="this process, with its share under a launcher, or a Ray cluster (default: %(default)s)",
     )
-    parser.add_argument(
-        "--actors", type=int, metavar="N", help="workers of --engine ray (default: one for every GPU, or 1)"
-    )
+    common.add_count(parser, "--actors", "workers of --engine ray (default: one for every GPU, or 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer the rows of this process that have no result in `--out` yet.
-
-    Raises:
-        UserError: an option is wrong, a file cannot be read, or the model cannot be loaded.
-    """
+    """Answer the rows of this process that have no result in `--out` yet."""
     console = plain_console(stderr=True)
-    rule = one_rule(arguments)
-    check_counts(arguments, "max_new_tokens", "max_running", "actors")
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
-    process, processes = process_of(os.environ)
+    rule, memory = common.one_rule(arguments), common.memory_of(arguments)
+    process, processes = loading.process_of(os.environ)
     with user_errors(OSError, ValueError):
-        check_folder_of(arguments.out)
-        check_is_not(arguments.out, arguments.questions, "--out")
+        common.check_folder_of(arguments.out)
         rows = read_rows(arguments.questions)
+        if arguments.out.exists() and arguments.out.samefile(arguments.questions):  # perhaps by another name
+            raise UserError(f"--out {arguments.out} is the file of questions; results need a file of their own")
     if arguments.engine == "ray" and arguments.pictures_cache is not None:
         raise UserError("--pictures-cache goes with --engine local")
     if arguments.engine == "ray":
-        needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
+        common.needs("--engine ray", "ray", "'ray[data,serve]'", "accelerate")
     else:  # a cluster's folders and devices are not this machine's
         if arguments.pictures_cache is not None:
             _make_folder(arguments.pictures_cache)
-        begin_loading(arguments)
-        check_device(device_of(arguments.device, os.environ))
+        loading.begin_loading(arguments)
+        loading.check_device(loading.device_of(arguments.device, os.environ))
     share = rows[process::processes]
     with user_errors(OSError, ValueError):
-        results = Results(arguments.out, settings_of(arguments) | {"rule": rule.name}, rows)
+        results = Results(arguments.out, loading.settings_of(arguments) | {"rule": rule.name}, rows)
         if arguments.retry_errors:
             results.forget_errors({row.id for row in share})
         missing = [row for row in share if not results.has(row.id)]
         results.add({"id": row.id, "error": row.error} for row in missing if row.error)
-    _say_what_was_set_aside(console, results)
+    if results.set_aside:
+        what = "results are of rows that are not in the file any more, or have changed"
+        console.print(f"{results.set_aside} {what}: {results.aside}", soft_wrap=True)
     before = len(share) - len(missing)
     missing = [row for row in missing if not row.error]
     if missing:
         answered = _answered_by_ray if arguments.engine == "ray" else _answered_here
-        with progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
+        with common.progress(console, process, TextColumn("{task.fields[speed]}")) as bar:
             task = bar.add_task("rows", total=len(share), completed=len(share) - len(missing), speed="")
             pictures = {row.id: len(row.images) for row in missing}
             seen = 0
@@ -163,7 +122,7 @@ def _answered_here(
 ) -> Iterator[Answers]:
     from trim_plugin.batching.worker import Worker
 
-    model, processor = load_model(arguments)
+    model, processor = loading.load_model(arguments)
     with user_errors(OSError, ValueError):
         worker = Worker(
             model,
@@ -185,14 +144,11 @@ def _answered_by_ray(
     arguments: argparse.Namespace, rule: Variant, rows: list[Row], memory: int | None
 ) -> Iterator[Answers]:
     """The installed engine's results; integrations know the package, not the other way round, so it is found by its name."""
-    found = importlib.metadata.entry_points(group="trim_plugin.engines", name=arguments.engine)
     with user_errors(ImportError):
-        if not found:
-            raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
-        return next(iter(found)).load()(
+        return loading.plugged_in("trim_plugin.engines", arguments.engine)(
             rows,
-            model_of(arguments.model),
-            weights=weights_of(arguments),
+            loading.model_of(arguments.model),
+            weights=loading.weights_of(arguments),
             adapter=arguments.adapter,
             device=arguments.device,
             config=rule.config,
@@ -201,14 +157,6 @@ def _answered_by_ray(
             max_new_tokens=arguments.max_new_tokens,
             folder=arguments.questions.parent.resolve(),
             actors=arguments.actors,
-        )
-
-
-def _say_what_was_set_aside(console: Console, results: Results) -> None:
-    if results.set_aside:
-        console.print(
-            f"{results.set_aside} results are of rows that are not in the file any more, or have changed: {results.aside}",
-            soft_wrap=True,
         )
 
 

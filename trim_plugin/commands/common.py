@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trim_plugin.arithmetic import parse_bytes, share, taken_for
 from trim_plugin.commands import COMMANDS, UserError, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
+from trim_plugin.durable import open_regular
 from trim_plugin.kv_formats import KV_FORMATS, require_bitsandbytes
 from trim_plugin.planning.model_sizes import WEIGHT_FORMATS
 from trim_plugin.variants import Variant, variants_for
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 SMALL = "small"
 #: `--device` values that spread a model over all devices there are.
 SPREAD = ("auto", "balanced", "sequential")
-MAX_NEW_TOKENS = 128
+#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
+MAX_RUNNING = 32
 
 
 class _Model(argparse.Action):
@@ -103,36 +105,28 @@ def generation_options(
         length: whether it says how long answers may be; a server's requests do.
     """
     parent = argparse.ArgumentParser(add_help=False, parents=[model_options()])
-    _add_rule_options(parent, ratios, shares, "may be given again; " if several else "")
-    if length:
-        add_length_option(parent)
-    return parent
-
-
-def _add_rule_options(parser: argparse.ArgumentParser, ratios: str, shares: str, again: str) -> None:
-    """Add the rules and what goes with every rule, to be read by `checked_rules` and `one_rule`."""
-    parser.add_argument(
-        "--top-k-ratio",
-        action="append",
-        metavar="RATIO",
-        help=f"the paper's rule: share that each head keeps; 1 is exact mode ({again}default: {ratios})",
-    )
+    again = "may be given again; " if several else ""
+    what = f"the paper's rule: share that each head keeps; 1 is exact mode ({again}default: {ratios})"
+    add_share(parent, "--top-k-ratio", what, metavar="RATIO", action="append")
     add_picture_options(
-        parser,
+        parent,
         action="append",
         share_help=f"keep this share, chosen to cover the picture ({again}default: {shares}, if no rule is given)",
         again=again,
     )
-    parser.add_argument(
+    parent.add_argument(
         "--no-merge",
         action="store_true",
         help="forget what the rule drops, as in the paper (default: merge it into what is kept)",
     )
-    parser.add_argument(
+    parent.add_argument(
         "--kv-quantization",
         choices=tuple(KV_FORMATS),
         help="hold the kept tokens in 8 or 4 bits (default: in the model's dtype)",
     )
+    if length:
+        add_length_option(parent)
+    return parent
 
 
 def add_image_option(parser: Any, what: str, *, required: bool = False) -> None:
@@ -144,43 +138,61 @@ def add_picture_options(
     parser: argparse.ArgumentParser, *, share_help: str, action: str = "store", again: str = ""
 ) -> None:
     """Add what can be done with a picture before any prompt is known: `encode` has it too."""
-    parser.add_argument("--kept-share", action=action, metavar="SHARE", help=f"KCenter: {share_help}")
-    parser.add_argument(
-        "--radius",
-        action=action,
-        metavar="DISTANCE",
-        help="KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one "
-        f"({again}default: not used)",
-    )
+    add_share(parser, "--kept-share", f"KCenter: {share_help}", action=action)
+    what = "KCenter: keep as many as it takes for no token to be farther than this cosine distance from a kept one"
+    add_share(parser, "--radius", f"{what} ({again}default: not used)", metavar="DISTANCE", action=action)
     add_tower_option(parser)
 
 
 def add_tower_option(parser: argparse.ArgumentParser) -> None:
     """Add `--tower-share`."""
     what = "share of the patches that go on through the vision tower, the others merged into them: faster, not exact"
-    parser.add_argument("--tower-share", metavar="SHARE", help=f"{what} (default: the tower is untouched)")
-
-
-def tower_share(arguments: argparse.Namespace) -> float | None:
-    """`--tower-share`, or `UserError`."""
-    return None if arguments.tower_share is None else check_ratio(arguments.tower_share, "--tower-share")
+    add_share(parser, "--tower-share", f"{what} (default: the tower is untouched)")
 
 
 def add_length_option(parser: argparse.ArgumentParser) -> None:
     """Add `--max-new-tokens`."""
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="longest answer, in text tokens (default: %(default)s)",
-    )
+    add_count(parser, "--max-new-tokens", "longest answer, in text tokens (default: %(default)s)", default=128)
+
+
+def add_engine_options(parser: argparse.ArgumentParser, running: str, held: str) -> None:
+    """Add `--max-running` and `--memory`: what runs at once, and what is held meanwhile, in the help's words."""
+    add_count(parser, "--max-running", f"{running} (default: %(default)s)", default=MAX_RUNNING)
+    what = f"for keys and values of {held}, for instance 8GiB (default: most of what the device has free)"
+    parser.add_argument("--memory", metavar="SIZE", help=what)
+
+
+def add_count(
+    parser: argparse.ArgumentParser, option: str, what: str, *, metavar: str = "N", default: int | None = None
+) -> None:
+    """Add an option that takes a whole number from 1 on; another is a `UserError`."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if int(text) >= 1:
+                return int(text)
+        raise UserError(f"{option} must be at least 1, got {text}")
+
+    parser.add_argument(option, type=read, metavar=metavar, default=default, help=what)
+
+
+def add_share(
+    parser: argparse.ArgumentParser, option: str, what: str, *, metavar: str = "SHARE", **settings: Any
+) -> None:
+    """Add an option that takes a number in (0, 1]; another is a `UserError`."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            return share(option, float(text))
+        raise UserError(f"{option} must be a number in (0, 1], got {text}")
+
+    parser.add_argument(option, type=read, metavar=metavar, help=what, **settings)
 
 
 def checked_rules(
     arguments: argparse.Namespace, *, ratios: Sequence[float] = (), shares: Sequence[float] = (), stock: bool
 ) -> list[Variant]:
-    """The variants that the rule options ask for. They are checked here; what they need is loaded once their `config` is read.
+    """The variants that the rule options ask for; what they need is loaded once their `config` is read.
 
     Args:
         arguments: parsed, of a parser with `generation_options`.
@@ -188,25 +200,24 @@ def checked_rules(
         stock: whether transformers' own cache comes first.
 
     Raises:
-        UserError: a value is not allowed or given twice, or a package is missing.
+        UserError: a value is given twice, or a package is missing.
     """
     if arguments.kv_quantization is not None:
         with user_errors(ImportError):
             require_bitsandbytes(f"--kv-quantization {arguments.kv_quantization}")
     given = {name: getattr(arguments, name) or [] for name in ("top_k_ratio", "kept_share", "radius")}
     if not any(given.values()):
-        given |= {"top_k_ratio": list(map(str, ratios)), "kept_share": list(map(str, shares))}
-    values = {name: [check_ratio(text, option_of(name)) for text in texts] for name, texts in given.items()}
-    for name, numbers in values.items():
+        given |= {"top_k_ratio": ratios, "kept_share": shares}
+    for name, numbers in given.items():
         if len(set(numbers)) < len(numbers):
-            raise UserError(f"{option_of(name)}: the same value is given twice")
+            raise UserError(f"--{name.replace('_', '-')}: the same value is given twice")
     return variants_for(
-        values["top_k_ratio"],
+        given["top_k_ratio"],
         arguments.kv_quantization,
-        shares=values["kept_share"],
-        radii=values["radius"],
+        shares=given["kept_share"],
+        radii=given["radius"],
         merge=not arguments.no_merge,
-        tower_share=tower_share(arguments),
+        tower_share=arguments.tower_share,
         stock=stock,
     )
 
@@ -215,10 +226,10 @@ def one_rule(arguments: argparse.Namespace, *, exact: bool = False) -> Variant:
     """The one trimmed cache that the rule options ask for; if they don't say, the default rule, or exact mode.
 
     Raises:
-        UserError: several rules are given, a value is not allowed, or a package is missing.
+        UserError: several rules are given, or a package is missing.
     """
-    shares = () if exact else (DEFAULT_KEPT_SHARE,)
-    chosen = checked_rules(arguments, ratios=(1.0,) if exact else (), shares=shares, stock=False)
+    ratios, shares = ((1.0,), ()) if exact else ((), (DEFAULT_KEPT_SHARE,))
+    chosen = checked_rules(arguments, ratios=ratios, shares=shares, stock=False)
     if len(chosen) > 1:
         raise UserError(
             f"several rules are given: {', '.join(variant.name for variant in chosen)}. Choose one; eval and demo compare them"
@@ -273,9 +284,7 @@ def _files(names: Sequence[str], option: str) -> list[Path]:
 
 def _begins_as_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the length of a header, and the header's JSON."""
-    if not path.is_file():
-        return False
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
         return file.read(9)[8:] == b"{"
     return False
 
@@ -288,31 +297,18 @@ def needs(what: str, module: str, *packages: str) -> None:
 
 def bytes_of(text: str, option: str, *, zero: bool = False) -> int:
     """`parse_bytes` of an option, or `UserError`."""
-    try:
+    with user_errors(ValueError, before=f"{option} "):
         return parse_bytes(text, zero=zero)
-    except ValueError as error:
-        raise UserError(f"{option} {error}") from None
 
 
-def remarks(sizes: Iterable[tuple[str, str]]) -> list[str]:
-    """What sizes, each behind its option, were taken for, where a person may have meant something else."""
-    return [remark for option, text in sizes if (remark := taken_for(text, option)) is not None]
+def memory_of(arguments: argparse.Namespace) -> int | None:
+    """`--memory` in bytes, None where it isn't given, or `UserError`."""
+    return None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
 
 
-def check_ratio(text: str, option: str = "--top-k-ratio") -> float:
-    """A share given as an option, or `UserError`."""
-    try:
-        return share(option, float(text))
-    except ValueError:
-        raise UserError(f"{option} must be a number in (0, 1], got {text}") from None
-
-
-def check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise `UserError` unless these arguments, where given, are at least 1."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option_of(name)} must be at least 1, got {value}")
+def remarks(sizes: Iterable[tuple[str, str | None]]) -> list[str]:
+    """What sizes that are given, each behind its option, were taken for, where a person may have meant something else."""
+    return [remark for option, text in sizes if text is not None and (remark := taken_for(text, option)) is not None]
 
 
 def check_folder_of(out: Path) -> None:
@@ -323,17 +319,6 @@ def check_folder_of(out: Path) -> None:
         raise UserError(f"--out: no such folder: {folder}")
     if taken:
         raise UserError(f"--out {out} is a folder, a pipe or a device; give a file")
-
-
-def check_is_not(out: Path, read: Path, option: str) -> None:
-    """Raise `UserError` if what is to be written is a file that is read, perhaps by another name."""
-    if out.exists() and read.exists() and out.samefile(read):
-        raise UserError(f"{option} {out} is the file of questions; results need a file of their own")
-
-
-def option_of(name: str) -> str:
-    """An argument's name as the user writes it: `--max-new-tokens`."""
-    return "--" + name.replace("_", "-")
 
 
 def progress(console: Console, process: int, *columns: ProgressColumn) -> Progress:

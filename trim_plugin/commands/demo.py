@@ -14,17 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, plain_console
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    check_counts,
-    check_folder_of,
-    checked_rules,
-    generation_options,
-    pictures_of,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.embedded import examples
 from trim_plugin.variants import Variant, variants_for
@@ -37,6 +27,7 @@ if TYPE_CHECKING:
 
 #: The package's default first: its kept tokens are drawn.
 DEFAULT_SHARES = (DEFAULT_KEPT_SHARE, 0.1)
+(EXACT,) = variants_for([1.0], stock=False)
 #: Generations of which the time is the median.
 REPEATS = 3
 
@@ -66,8 +57,8 @@ Answers = dict[str, list[Timed]]
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     shares = " and ".join(map(str, DEFAULT_SHARES))
-    parser = add_command(subparsers, "demo", run, [generation_options(shares=shares, several=True)])
-    add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
+    parser = common.add_command(subparsers, "demo", run, [common.generation_options(shares=shares, several=True)])
+    common.add_image_option(parser, "pictures, all read by one question (default: the held-out ones of the package)")
     parser.add_argument("--prompt", help="a question about the pictures (default: those of the held-out pictures)")
     parser.add_argument(
         "--out",
@@ -79,18 +70,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer, print the table and three sentences, write the picture.
-
-    Raises:
-        UserError: an option is wrong.
-    """
+    """Answer, print the table and three sentences, write the picture."""
     console = plain_console()
-    chosen = _with_exact(checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
-    check_counts(arguments, "max_new_tokens")
-    _check_out(arguments.out)
+    chosen = _with_exact(common.checked_rules(arguments, shares=DEFAULT_SHARES, stock=True))
+    common.check_folder_of(arguments.out)
+    if arguments.out.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
+        raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {arguments.out.name}")
     questions = _questions(arguments)
-    begin_loading(arguments)
-    model, processor = load_model(arguments)
+    loading.begin_loading(arguments)
+    model, processor = loading.load_model(arguments)
     answers: Answers = {_heading(variant): [] for variant in chosen}
     for question in questions:
         inputs = _inputs(processor, question)
@@ -112,17 +100,18 @@ def _heading(variant: Variant) -> str:
 
 def _with_exact(chosen: list[Variant]) -> list[Variant]:
     """Stock, exact mode, then the rules: the second shows what costs nothing."""
-    exact = variants_for([1.0], stock=False)
-    return chosen if exact[0].name in [variant.name for variant in chosen] else [chosen[0], *exact, *chosen[1:]]
+    return chosen if EXACT.name in [variant.name for variant in chosen] else [chosen[0], EXACT, *chosen[1:]]
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
-    known = [Question(pictures_of([str(example.picture)]), example.question, example.answer) for example in examples()]
+    known = [
+        Question(common.pictures_of([str(example.picture)]), example.question, example.answer) for example in examples()
+    ]
     if not arguments.image and arguments.prompt is None:
         return known
     if not arguments.image:
         return [Question(known[0].pictures, arguments.prompt)]
-    return [Question(pictures_of(arguments.image), arguments.prompt or known[0].text)]
+    return [Question(common.pictures_of(arguments.image), arguments.prompt or known[0].text)]
 
 
 def _inputs(processor: Any, question: Question) -> Inputs:
@@ -148,9 +137,8 @@ def _asked_again(model: Any, processor: Any, question: Question) -> tuple[float,
     from trim_plugin.pictures.encoding import encode_pictures
 
     encoded = encode_pictures(model, processor, question.pictures)
-    (exact,) = variants_for([1.0], stock=False)
-    tower = _answer(model, processor, _inputs(processor, question), exact, 1)
-    known = _answer(model, processor, Inputs.about(processor, [question.text], [encoded]), exact, 1)
+    tower = _answer(model, processor, _inputs(processor, question), EXACT, 1)
+    known = _answer(model, processor, Inputs.about(processor, [question.text], [encoded]), EXACT, 1)
     return tower.seconds, known.seconds
 
 
@@ -201,39 +189,26 @@ def _of_answers(questions: list[Question], answers: Answers) -> str:
 
 def _of_time(answers: Answers, again: tuple[float, float]) -> str:
     """What is gained in time, and where: a small model on a CPU gains none by trimming."""
-    seconds = {name: 1000 * statistics.mean(one.seconds for one in own) for name, own in answers.items()}
-    _, ours = list(seconds.items())[-1]
+    stock, *_, ours = (1000 * statistics.mean(one.seconds for one in own) for own in answers.values())
     tower, known = (1000 * own for own in again)
     return (
-        f"An answer takes {seconds['stock']:.0f} ms with stock and {ours:.0f} ms with {list(seconds)[-1]}, vision tower "
+        f"An answer takes {stock:.0f} ms with stock and {ours:.0f} ms with {list(answers)[-1]}, vision tower "
         "included, which on a small model says little; a second question about a picture takes "
         f"{known:.0f} ms instead of {tower:.0f} ms to its first token if the picture was encoded once (trim-plugin encode)."
     )
-
-
-def _check_out(path: Path) -> None:
-    check_folder_of(path)
-    if path.suffix.lower() not in {".png", ".svg", ".pdf", ".jpg"}:
-        raise UserError(f"--out must end in .png, .svg, .pdf or .jpg, got {path.name}")
 
 
 def _save_picture(
     path: Path, model: Any, processor: Any, question: Question, answers: Answers, chosen: list[Variant]
 ) -> str:
     """Draw what the first rule that chooses keeps of the first question's last picture; says what was drawn."""
-    shown = next((variant for variant in chosen if _chooses(variant)), None)
+    shown = next((variant for variant in chosen if variant.config and not variant.config.keeps_reachable), None)
     if shown is None:
         return "No picture of kept tokens was drawn: these variants choose nothing."
     from trim_plugin.pictures.visualize import visualize
 
     inputs = _inputs(processor, question).arguments(model, None)
     title = f"{question.text} {answers[_heading(shown)][0].text}\nkept by {_heading(shown)}"
-    try:
+    with user_errors(OSError, before=f"cannot write {path}: "):
         visualize(model, inputs, shown.config, title=title).savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
     return f"What {_heading(shown)} keeps of the picture of the first question is drawn in {path}."
-
-
-def _chooses(variant: Variant) -> bool:
-    return variant.config is not None and not variant.config.keeps_reachable

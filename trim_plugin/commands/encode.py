@@ -12,18 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trim_plugin.arithmetic import format_bytes
-from trim_plugin.commands import UserError, first_line, plain_console
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    add_picture_options,
-    check_folder_of,
-    check_ratio,
-    model_options,
-    pictures_of,
-    tower_share,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 
 if TYPE_CHECKING:
     from trim_plugin.pictures.encoded import Pictures
@@ -31,13 +20,13 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "encode", run, [model_options()])
-    add_image_option(
+    parser = common.add_command(subparsers, "encode", run, [common.model_options()])
+    common.add_image_option(
         parser,
         "pictures, for instance a document's pages, in the order in which prompts are to read them",
         required=True,
     )
-    add_picture_options(
+    common.add_picture_options(
         parser,
         share_help="keep this share of every picture's tokens and merge the rest into it (default: keep everything, "
         "with the same answers as without encoding)",
@@ -48,20 +37,19 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the options, load, encode picture by picture, write the file.
-
-    Raises:
-        UserError: an option is wrong, the model cannot be loaded, or the file cannot be written.
-    """
-    covering, share = _covering(arguments), tower_share(arguments)
-    check_folder_of(arguments.out)
-    images = pictures_of(arguments.image)
-    begin_loading(arguments)
+    """Check the options, load, encode picture by picture, write the file."""
+    given = {name: getattr(arguments, name) for name in ("kept_share", "radius")}
+    covering = {name: value for name, value in given.items() if value is not None}
+    if len(covering) > 1:
+        raise UserError("--kept-share and --radius are both given. Choose one")
+    common.check_folder_of(arguments.out)
+    images = common.pictures_of(arguments.image)
+    loading.begin_loading(arguments)
     from trim_plugin.pictures.encoding import encode_pictures
     from trim_plugin.selection.k_center import KCenter
 
-    rule = None if covering is None else KCenter(**covering)
-    model, processor = load_model(arguments)
+    rule = KCenter(**covering) if covering else None
+    model, processor = loading.load_model(arguments)
     console, shown, pages, start = plain_console(), plain_console(stderr=True), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Elsewhere than on a terminal a bar that goes away again would leave an empty line.
@@ -69,27 +57,17 @@ def run(arguments: argparse.Namespace) -> None:
         task = progress.add_task("encoding", total=len(images))
         for name, image in zip(arguments.image, images, strict=True):
             began = time.perf_counter()
-            page = encode_pictures(model, processor, [image], rule, tower_share=share)
+            page = encode_pictures(model, processor, [image], rule, tower_share=arguments.tower_share)
             console.print(_line(Path(name).name, page, time.perf_counter() - began))
             pages.append(page)
             progress.advance(task)
     pictures = functools.reduce(operator.add, pages)
     seconds = time.perf_counter() - start
-    try:
+    with user_errors(OSError, before=f"cannot write {arguments.out}: "):
         pictures.save(arguments.out)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.out}: {first_line(error)}") from None
     size = format_bytes(arguments.out.stat().st_size)
-    console.print(f"{arguments.out}: {size}, {_line(_count(len(pages)), pictures, seconds)}")
-
-
-def _covering(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Arguments of the `KCenter` that is asked for; None if everything is kept."""
-    if arguments.kept_share is not None and arguments.radius is not None:
-        raise UserError("--kept-share and --radius are both given. Choose one")
-    if arguments.kept_share is not None:
-        return {"kept_share": check_ratio(arguments.kept_share, "--kept-share")}
-    return None if arguments.radius is None else {"radius": check_ratio(arguments.radius, "--radius")}
+    count = "1 picture" if len(pages) == 1 else f"{len(pages)} pictures"
+    console.print(f"{arguments.out}: {size}, {_line(count, pictures, seconds)}")
 
 
 def _line(name: str, pictures: Pictures, seconds: float) -> str:
@@ -97,7 +75,3 @@ def _line(name: str, pictures: Pictures, seconds: float) -> str:
     tiles, kept, real = sum(pictures.tiles), len(pictures.index), sum(pictures.tiles) * pictures.tile_tokens
     of_all = f"all {kept} visual tokens" if pictures.rule == "whole" else f"{kept} of {real} visual tokens"
     return f"{name}: {tiles} {'tile' if tiles == 1 else 'tiles'}, {of_all}, {seconds:.3g} s"
-
-
-def _count(pictures: int) -> str:
-    return "1 picture" if pictures == 1 else f"{pictures} pictures"

@@ -15,24 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from trim_plugin.commands import FAILED_ROWS, UserError, plain_console, user_errors
-from trim_plugin.commands.batch import MAX_RUNNING, SHOWN_ERRORS
-from trim_plugin.commands.common import (
-    add_command,
-    bytes_of,
-    check_counts,
-    checked_rules,
-    generation_options,
-    progress,
-)
-from trim_plugin.commands.loading import (
-    begin_loading,
-    check_device,
-    device_of,
-    load_model,
-    process_of,
-    settings_of,
-)
+from trim_plugin.commands import FAILED_ROWS, UserError, common, loading, plain_console, user_errors
+from trim_plugin.commands.batch import SHOWN_ERRORS
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.durable import write_whole
 from trim_plugin.evaluation.log import Answer, AnswerLog
@@ -52,7 +36,9 @@ DEFAULT_RATIOS, DEFAULT_SHARES = (1.0,), (0.5, DEFAULT_KEPT_SHARE, 0.1)
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     ratios, shares = (" and ".join(f"{value:g}" for value in values) for values in (DEFAULT_RATIOS, DEFAULT_SHARES))
-    parser = add_command(subparsers, "eval", run, [generation_options(ratios=ratios, shares=shares, several=True)])
+    parser = common.add_command(
+        subparsers, "eval", run, [common.generation_options(ratios=ratios, shares=shares, several=True)]
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -74,21 +60,13 @@ def add_parser(subparsers: Any) -> None:
         default="exact",
         help="whether an answer must equal a given one or contain it (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-running",
-        type=int,
-        default=MAX_RUNNING,
-        metavar="N",
-        help="questions that a trimmed cache answers at once; stock answers one at a time. With 1 all do, for times and memory "
-        "that compare (default: %(default)s)",
+    common.add_engine_options(
+        parser,
+        "questions that a trimmed cache answers at once; stock answers one at a time. With 1 all do, for times and memory "
+        "that compare",
+        "questions that are answered at once",
     )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="for keys and values of questions that are answered at once, for instance 8GiB (default: most of what the device "
-        "has free)",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first questions (default: all)")
+    common.add_count(parser, "--limit", "only the first questions (default: all)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -99,27 +77,22 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer what is missing in `--out`, then sum up if every process is done.
-
-    Raises:
-        UserError: an option is wrong, a file cannot be read, or a variant has answered nothing.
-    """
+    """Answer what is missing in `--out`, then sum up if every process is done; a variant without an answer is a `UserError`."""
     console = plain_console()
-    process, processes = process_of(os.environ)
-    chosen = checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
-    check_counts(arguments, "limit", "max_new_tokens", "max_running")
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
+    process, processes = loading.process_of(os.environ)
+    chosen = common.checked_rules(arguments, ratios=DEFAULT_RATIOS, shares=DEFAULT_SHARES, stock=not arguments.no_stock)
+    memory = common.memory_of(arguments)
     if memory is not None and arguments.max_running == 1:
         raise UserError("--memory is for questions that are answered at once, but --max-running is 1. Leave one out")
     questions = _questions(arguments)
-    begin_loading(arguments)
+    loading.begin_loading(arguments)
     from trim_plugin.evaluation.run import evaluate
 
-    check_device(device_of(arguments.device, os.environ))
+    loading.check_device(loading.device_of(arguments.device, os.environ))
     log = _log(arguments, questions, process)
-    model, processor = load_model(arguments)
+    model, processor = loading.load_model(arguments)
     share = questions[process::processes]
-    with user_errors(OSError, ValueError), progress(console, process) as bar:
+    with user_errors(OSError, ValueError), common.progress(console, process) as bar:
         task = bar.add_task(f"{len(share)} questions", total=len(share) * len(chosen))
         mine, names = {question.name for question in share}, {variant.name for variant in chosen}
         bar.advance(task, sum(a.question in mine and a.way in names and not a.error for a in log.answers()))
@@ -138,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         answers = log.answers()
     complete = whole_variants(questions, chosen, answers)
-    if len({variant.name for variant in complete} & names) < len(names):
+    if not names <= {variant.name for variant in complete}:
         console.print(f"process {process} of {processes} is done; the last one writes the summary")
         return
     pictures = functools.partial(_shown, model, processor)
@@ -196,7 +169,7 @@ def _log(arguments: argparse.Namespace, questions: list[Question], process: int)
     asked = json.dumps(
         [(q.name, [p.name for p in q.pictures], q.messages or q.text, q.max_new_tokens) for q in questions]
     ).encode()
-    settings = settings_of(arguments) | {"questions": hashlib.sha256(asked).hexdigest()[:16]}
+    settings = loading.settings_of(arguments) | {"questions": hashlib.sha256(asked).hexdigest()[:16]}
     with user_errors(OSError, ValueError):
         return AnswerLog(arguments.out, settings, process)
 

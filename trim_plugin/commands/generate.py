@@ -5,31 +5,17 @@ from __future__ import annotations
 import argparse
 import functools
 import operator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trim_plugin.commands import UserError, user_errors
-from trim_plugin.commands.common import (
-    add_command,
-    add_image_option,
-    check_counts,
-    encoded_files,
-    generation_options,
-    one_rule,
-    pictures_of,
-)
-from trim_plugin.commands.loading import begin_loading, load_model
+from trim_plugin.commands import UserError, common, loading, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
-
-if TYPE_CHECKING:
-    from trim_plugin.pictures.encoded import Pictures
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    options = generation_options(ratios="1 with --pictures", shares=f"{DEFAULT_KEPT_SHARE} without --pictures")
-    parser = add_command(subparsers, "generate", run, [options])
-    add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
+    options = common.generation_options(ratios="1 with --pictures", shares=f"{DEFAULT_KEPT_SHARE} without --pictures")
+    parser = common.add_command(subparsers, "generate", run, [options])
+    common.add_image_option(parser, "pictures, in the order in which the prompt reads them (default: text only)")
     parser.add_argument(
         "--pictures",
         action="extend",
@@ -42,44 +28,31 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the options, load, stream the answer to stdout, then print the report.
-
-    Raises:
-        UserError: an option is wrong, or the model cannot be loaded.
-    """
-    rule = one_rule(arguments, exact=bool(arguments.pictures))
-    check_counts(arguments, "max_new_tokens")
+    """Check the options, load, stream the answer to stdout, then print the report."""
+    rule = common.one_rule(arguments, exact=bool(arguments.pictures))
     if arguments.image and arguments.pictures:
         raise UserError("--image and --pictures are both given. Encode the images too: trim-plugin encode")
     if arguments.pictures and arguments.tower_share is not None:
         raise UserError(
             "--tower-share and --pictures are both given, but encoded pictures need no tower. Give it to encode"
         )
-    pictures, files = pictures_of(arguments.image), encoded_files(arguments.pictures)
-    begin_loading(arguments)
+    pictures, files = common.pictures_of(arguments.image), common.encoded_files(arguments.pictures)
+    loading.begin_loading(arguments)
     from transformers import TextStreamer
 
     from trim_plugin.asking.answers import Inputs, answer
+    from trim_plugin.pictures.encoded import Pictures
     from trim_plugin.pictures.prompting import written
 
-    encoded = _encoded(files)
-    model, processor = load_model(arguments)
+    with user_errors(OSError, ValueError):
+        encoded = [Pictures.load(file) for file in files]
+    model, processor = loading.load_model(arguments)
     with user_errors(ValueError):
-        if encoded is None:
+        if encoded:
+            inputs = Inputs.about(processor, [arguments.prompt], [functools.reduce(operator.add, encoded)])
+        else:
             prompt = written(processor, arguments.prompt, len(pictures))
             inputs = Inputs.of(processor, [prompt], [pictures])
-        else:
-            inputs = Inputs.about(processor, [arguments.prompt], [encoded])
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         _, cache = answer(model, processor, inputs, rule.config, arguments.max_new_tokens, streamer=streamer)
     print(f"\n{cache.report()}")
-
-
-def _encoded(files: list[Path]) -> Pictures | None:
-    """The pictures of these files in a row; None without any."""
-    from trim_plugin.pictures.encoded import Pictures
-
-    if not files:
-        return None
-    with user_errors(OSError, ValueError):
-        return functools.reduce(operator.add, [Pictures.load(file) for file in files])

@@ -44,17 +44,11 @@ def begin_loading(arguments: argparse.Namespace) -> None:
         with user_errors(ImportError):
             require_bitsandbytes(f"--weights {arguments.weights}")
     if process_of(os.environ)[0] == 0:
-        for remark in _remarks(arguments):
+        entries = [entry.partition("=") for entry in arguments.max_memory or []]
+        sizes = [(f"--max-memory {device}:", size) for device, _, size in entries]
+        for remark in remarks([*sizes, ("--memory", getattr(arguments, "memory", None))]):
             print(f"trim-plugin {arguments.command}: {remark}", file=sys.stderr)
         print(f"trim-plugin {arguments.command}: loading {name_of(arguments)} ...", file=sys.stderr, flush=True)
-
-
-def _remarks(arguments: argparse.Namespace) -> list[str]:
-    """Remarks on the sizes among the options."""
-    entries = [entry.partition("=") for entry in arguments.max_memory or []]
-    sizes = [(f"--max-memory {device}:", size) for device, _, size in entries]
-    sizes += [("--memory", size) for size in [getattr(arguments, "memory", None)] if size is not None]
-    return remarks(sizes)
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -73,7 +67,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         with _without_a_bar(model):
             if plain and device not in SPREAD:
                 return _load_plain(model, DTYPES[weights], device)
-            return pretrained_loader()(
+            # What loads quantized, adapted or spread-out models; integrations know the package, not the other way round.
+            return plugged_in("trim_plugin.loaders", "pretrained")(
                 model,
                 weights,
                 adapter=arguments.adapter,
@@ -157,11 +152,9 @@ def check_device(text: str) -> str:
 
     if text in SPREAD:
         return text
-    try:
+    with user_errors(RuntimeError, AssertionError, before=f"--device {text} cannot be used here: "):
         if torch.empty(0, device=text).is_meta:
             raise UserError("--device meta holds no numbers, so it cannot be used here")
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {text} cannot be used here: {first_line(error)}") from None
     return text
 
 
@@ -179,22 +172,20 @@ def model_numbers(path_or_id: str) -> ModelNumbers:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot load {path_or_id}: its config.json is not JSON ({first_line(error)})") from None
-    try:
+    with user_errors(ValueError, before=f"{path_or_id} is "):
         return read_config(settings)
-    except ValueError as error:
-        raise UserError(f"{path_or_id} is {error}") from None
 
 
-def pretrained_loader() -> Callable[..., tuple[Any, Any]]:
-    """What loads quantized, adapted or spread-out models: the installed loader of the group `trim_plugin.loaders`.
+def plugged_in(group: str, name: str) -> Callable[..., Any]:
+    """What is installed under this name of a group of entry points, as pyproject.toml has them.
 
     Raises:
-        ImportError: none is installed, or it needs a package that is not.
+        ImportError: nothing is, or it needs a package that is not.
     """
-    loaders = importlib.metadata.entry_points(group="trim_plugin.loaders", name="pretrained")
-    if not loaders:
+    found = importlib.metadata.entry_points(group=group, name=name)
+    if not found:
         raise ImportError("trim-plugin is not installed here, only imported. Install it: pip install -e .")
-    return next(iter(loaders)).load()
+    return next(iter(found)).load()
 
 
 def _load_plain(path_or_id: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -211,9 +202,7 @@ def _from_hub(name: str) -> Path:
     Raises:
         UserError: `name` can be neither a folder nor a hub id, or the hub does not know it or does not give it away.
     """
-    path = Path(name)
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.parent.is_dir()
-    if not is_id:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or Path(name).parent.is_dir():
         raise UserError(f"cannot load {name}: there is no such folder, and a hub id looks like owner/name")
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError

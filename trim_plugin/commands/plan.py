@@ -7,19 +7,7 @@ import json
 import sys
 from typing import Any
 
-from trim_plugin.commands import UserError, plain_console
-from trim_plugin.commands.common import (
-    add_command,
-    add_length_option,
-    add_model,
-    add_tower_option,
-    bytes_of,
-    check_counts,
-    check_ratio,
-    remarks,
-    tower_share,
-)
-from trim_plugin.commands.loading import model_numbers, model_of
+from trim_plugin.commands import common, loading, plain_console, user_errors
 from trim_plugin.config import DEFAULT_KEPT_SHARE
 from trim_plugin.kv_formats import KV_FORMATS
 from trim_plugin.planning import configuration, fitting, planner, table
@@ -31,42 +19,35 @@ DEFAULT_MODEL = "11b"
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "plan", run)
+    parser = common.add_command(subparsers, "plan", run)
     _add_job(parser)
-    several: dict[str, Any] = {"action": "extend", "nargs": "+"}
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     parser.add_argument(
         "--weights", choices=WEIGHT_FORMATS, default="bf16", help="dtype or quantization (default: %(default)s)"
     )
-    parser.add_argument(
+    common.add_share(
+        parser,
         "--top-k-ratio",
-        **several,
+        "the paper's rule: share of the visual tokens that each head keeps; several are several rows (default: not used)",
         metavar="RATIO",
-        help="the paper's rule: share of the visual tokens that each head keeps; several are several rows (default: not used)",
-    )
-    parser.add_argument(
-        "--kept-share",
         **several,
-        metavar="SHARE",
-        help=f"KCenter: keep this share; several are several rows (default: {DEFAULT_KEPT_SHARE})",
     )
-    parser.add_argument(
+    what = f"KCenter: keep this share; several are several rows (default: {DEFAULT_KEPT_SHARE})"
+    common.add_share(parser, "--kept-share", what, **several)
+    common.add_share(
+        parser,
         "--expect-kept",
-        **several,
-        metavar="SHARE",
-        help="a forecast: the share of the visible tokens that another rule will keep, if you know it; several are several rows "
+        "a forecast: the share of the visible tokens that another rule will keep, if you know it; several are several rows "
         "(default: as measured at the ratio)",
+        **several,
     )
     parser.add_argument(
         "--kv-quantization",
         choices=tuple(KV_FORMATS),
         help="hold the kept tokens of exact and trimmed in 8 or 4 bits (default: in the model's dtype)",
     )
-    parser.add_argument(
-        "--prefill-pictures",
-        type=int,
-        metavar="N",
-        help="most pictures that are read at a time, as in TrimConfig (default: near one 11B picture's room)",
-    )
+    what = "most pictures that are read at a time, as in TrimConfig (default: near one 11B picture's room)"
+    common.add_count(parser, "--prefill-pictures", what)
     parser.add_argument(
         "--memory", metavar="SIZE", help="what the device has, for instance 24GiB: what fits (default: not asked)"
     )
@@ -80,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    add_model(
+    common.add_model(
         parser, f"11b, 90b, small, a folder or a hub id; only its configuration is read (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--batch", type=int, metavar="N", help="samples (default: as many as --tiles names)")
@@ -111,40 +92,33 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the whole batch's pixel_values lie on the device, in float32 (default: they stay on the CPU)",
     )
-    add_tower_option(parser)
+    common.add_tower_option(parser)
     parser.add_argument(
         "--prompt-tokens", type=int, default=128, metavar="N", help="text tokens of the prompt (default: %(default)s)"
     )
-    add_length_option(parser)
+    common.add_length_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the plan.
-
-    Raises:
-        UserError: an option is wrong.
-    """
-    shares = [check_ratio(text, "--kept-share") for text in arguments.kept_share or []]
-    shares += [check_ratio(text, "--expect-kept") for text in arguments.expect_kept or []]
-    ratios = [check_ratio(text) for text in arguments.top_k_ratio or []]
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
-    reserve = bytes_of(arguments.reserve, "--reserve", zero=True)
-    check_counts(arguments, "prefill_pictures")
+    """Print the plan."""
+    memory, reserve = common.memory_of(arguments), common.bytes_of(arguments.reserve, "--reserve", zero=True)
     model = arguments.model or DEFAULT_MODEL
     config = _config(model)
-    try:
+    with user_errors(ValueError):
         job = _job(arguments)
-        share = tower_share(arguments)
-        variants = planner.variants(ratios, shares, arguments.kv_quantization, arguments.prefill_pictures, share)
+        variants = planner.variants(
+            arguments.top_k_ratio,
+            [*arguments.kept_share, *arguments.expect_kept],
+            arguments.kv_quantization,
+            arguments.prefill_pictures,
+            arguments.tower_share,
+        )
         settings: dict[str, Any] = {"weights": arguments.weights, "reserve": reserve}
         plans = [planner.plan(config, job, variant, **settings) for variant in variants]
-    except ValueError as error:
-        raise UserError(str(error)) from None
     fits = {}
     if memory is not None:
         fits = {one.name: fitting.largest_fit(config, job, one, memory, **settings) for one in variants}
-    sizes = (("--memory", arguments.memory), ("--reserve", arguments.reserve))
-    for remark in remarks((option, text) for option, text in sizes if text is not None):
+    for remark in common.remarks([("--memory", arguments.memory), ("--reserve", arguments.reserve)]):
         print(remark, file=sys.stderr)
     if arguments.json:
         print(json.dumps(_result(model, job, plans, memory, fits), indent=2))
@@ -175,8 +149,7 @@ def _result(
         entry = one.as_dict()
         if memory is not None:
             fit = fits[one.variant.name]
-            entry |= {"largest_batch": fit.largest_batch, "limit": fit.limit, "reason": fit.reason}
-            entry |= {"fits": one.needed <= memory}
+            entry |= vars(fit) | {"fits": one.needed <= memory}
         variants.append(entry)
     return {"model": model, "job": vars(job), "memory": memory, "reserve": plans[0].reserve, "ways": variants}
 
@@ -184,4 +157,4 @@ def _result(
 def _config(model: str) -> configuration.ModelNumbers:
     if model.lower() in configuration.SHAPES:
         return configuration.built_in_config(model.lower())
-    return model_numbers(model_of(model))
+    return loading.model_numbers(loading.model_of(model))

@@ -7,10 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.commands import UserError, plain_console, user_errors
-from trim_plugin.commands.common import add_command, bytes_of, check_counts, generation_options, needs, one_rule
-from trim_plugin.commands.loading import begin_loading, load_model, name_of
-from trim_plugin.config import TrimConfig
+from trim_plugin.commands import UserError, common, loading, plain_console, user_errors
 from trim_plugin.serving.limits import Limits
 
 LIMITS = Limits()
@@ -18,23 +15,20 @@ LIMITS = Limits()
 PACKAGES = ("starlette", "uvicorn", "openai", "prometheus_client")
 #: Where the API key may stand instead of the command line, which other users of the machine can read.
 API_KEY = "TRIM_PLUGIN_API_KEY"
-#: As `engine.engine.MAX_RUNNING`, without loading what that needs.
-MAX_RUNNING = 32
 #: How long answers may take to end when the server is told to.
 DRAIN_SECONDS = 30
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(subparsers, "serve", run, [generation_options(length=False)])
+    parser = common.add_command(subparsers, "serve", run, [common.generation_options(length=False)])
     parser.add_argument(
         "--host",
         default="localhost",
         help="address to listen on; without --api-key others than localhost are for networks that you trust "
         "(default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    common.add_count(parser, "--port", "port to listen on (default: %(default)s)", metavar="PORT", default=8000)
     _add_limits(parser)
     parser.add_argument("--enable-cors", action="store_true", help="let web pages of any site ask (default: none may)")
     parser.add_argument(
@@ -42,20 +36,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="KEY",
         help=f"what requests have to bring as a bearer token (default: ${API_KEY} if it is set, else none)",
     )
+    common.add_engine_options(parser, "requests that run at once", "running requests")
     parser.add_argument(
-        "--max-running",
-        type=int,
-        default=MAX_RUNNING,
-        metavar="N",
-        help="requests that run at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="for keys and values of running requests, for instance 8GiB (default: most of what the device has free)",
-    )
-    parser.add_argument(
-        "--log-level", choices=LOG_LEVELS, default="warning", help="what the server says (default: %(default)s)"
+        "--log-level",
+        choices=("debug", "info", "warning", "error", "critical"),
+        default="warning",
+        help="what the server says (default: %(default)s)",
     )
 
 
@@ -69,7 +55,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         ("--max-waiting", LIMITS.waiting, "most requests that are answered or wait at a time"),
     )
     for option, default, what in bounds:
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+        common.add_count(parser, option, f"{what} (default: %(default)s)", default=default)
     parser.add_argument(
         "--allow-folder",
         type=Path,
@@ -85,36 +71,27 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load the model and answer requests until interrupted.
-
-    Raises:
-        UserError: an option is wrong, the model cannot be loaded, or a package is missing.
-    """
-    rule = one_rule(arguments)
-    check_counts(
-        arguments, "port", "max_running", "max_pictures", "max_pixels", "max_tokens", "max_bytes", "max_waiting"
-    )
+    """Load the model and answer requests until interrupted."""
+    rule, memory = common.one_rule(arguments), common.memory_of(arguments)
     if arguments.allow_folder is not None and not arguments.allow_folder.is_dir():
         raise UserError(f"--allow-folder: no such folder: {arguments.allow_folder}")
     if arguments.api_key == "":
         raise UserError("--api-key is empty: leave it out to let everybody ask")
-    memory = None if arguments.memory is None else bytes_of(arguments.memory, "--memory")
     if arguments.port > 65535:
         raise UserError(f"--port: {arguments.port} is no port; they end at 65535")
     for module in PACKAGES:
-        needs("serve", module, *PACKAGES)
-    begin_loading(arguments)
+        common.needs("serve", module, *PACKAGES)
+    loading.begin_loading(arguments)
     import uvicorn
 
     from trim_plugin.engine.engine import Engine
     from trim_plugin.serving.app import LOCAL_NAMES, build_app
     from trim_plugin.serving.listening import Listener
 
-    config = rule.config or TrimConfig()
-    model, processor = load_model(arguments)
-    name = name_of(arguments)
+    model, processor = loading.load_model(arguments)
+    name = loading.name_of(arguments)
     with user_errors(ImportError, ValueError):
-        engine = Engine(model, processor, config, memory=memory, max_running=arguments.max_running)
+        engine = Engine(model, processor, rule.config, memory=memory, max_running=arguments.max_running)
         try:
             app = build_app(
                 engine,

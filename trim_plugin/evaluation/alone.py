@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trim_plugin.asking import answers
-from trim_plugin.asking.answers import Inputs, tried
+from trim_plugin.asking.answers import OF_ALL, Inputs, answer, told
 from trim_plugin.asking.prompts import decoded, read_prompt
 from trim_plugin.evaluation.log import Answer, pack_kept
 from trim_plugin.evaluation.peaks import peak_bytes, reset_peaks
@@ -26,16 +24,10 @@ def answers_alone(
     max_new_tokens: int,
     is_done: Callable[[Question, Variant], bool],
 ) -> Iterator[Answer]:
-    """Answer with `generate`, question by question, each with all variants.
-
-    Args:
-        model, processor, max_new_tokens: as for `evaluate`.
-        questions: to be answered.
-        variants: how to answer each.
-        is_done: whether there is an answer already.
+    """Answer with `generate`, question by question, each with all variants that have no answer already.
 
     Raises:
-        torch.AcceleratorError, OSError: as for `tried`.
+        torch.AcceleratorError, OSError: `asking.answers.OF_ALL`.
     """
     most = model.config.get_text_config().max_position_embeddings
     warm: set[str] = set()
@@ -49,7 +41,7 @@ def answers_alone(
             inputs = Inputs.of(processor, [prompt.text], [[decoded(picture) for picture in prompt.pictures]])
         except ValueError as error:
             for variant in missing:
-                yield Answer.failed(question, variant, str(error))
+                yield Answer.of(question, variant, error=str(error))
             continue
         for variant in missing:
             if variant.name not in warm:  # the first generation pays for allocations and kernels: not timed
@@ -64,25 +56,20 @@ def _timed(
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:
         reset_peaks()
-    found, error = tried(lambda: answers.answer(model, processor, inputs, variant.config, max_new_tokens))
-    if found is None:
-        return Answer.failed(question, variant, error)
-    (own,), cache = found
-    made = dataclasses.replace(
-        Answer.blank(question, variant),
-        text=own.text.strip(),
-        seconds=own.seconds,
-        new_tokens=own.tokens,
-        peak_bytes=peak_bytes() if on_gpu else 0,
-    )
-    if not isinstance(cache, TrimmedCache):
-        return made
-    report = cache.report()
-    return dataclasses.replace(
-        made,
-        visible_tokens=report.visible_tokens[0],
-        kept_tokens=report.kept_tokens[0],
-        cross_kv_bytes=report.cross_kv_bytes,
-        stock_cross_kv_bytes=report.stock_cross_kv_bytes,
-        kept=pack_kept(cache.kept_indices[0].tolist(), report.total_tokens[0]),
-    )
+    try:
+        (own,), cache = answer(model, processor, inputs, variant.config, max_new_tokens)
+    except OF_ALL:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's code raises for one question, others can be answered
+        return Answer.of(question, variant, error=told(error))
+    made: dict[str, Any] = {"text": own.text.strip(), "seconds": own.seconds, "new_tokens": own.tokens}
+    if isinstance(cache, TrimmedCache):
+        report = cache.report()
+        made |= {
+            "visible_tokens": report.visible_tokens[0],
+            "kept_tokens": report.kept_tokens[0],
+            "cross_kv_bytes": report.cross_kv_bytes,
+            "stock_cross_kv_bytes": report.stock_cross_kv_bytes,
+            "kept": pack_kept(cache.kept_indices[0].tolist(), report.total_tokens[0]),
+        }
+    return Answer.of(question, variant, peak_bytes=peak_bytes() if on_gpu else 0, **made)

@@ -59,23 +59,13 @@ class Answer:
     at_once: int = 1
 
     @classmethod
-    def blank(cls, question: Question, variant: Variant) -> Answer:
-        """An answer without text, with what was asked beside it."""
+    def of(cls, question: Question, variant: Variant, **made: Any) -> Answer:
+        """What was made of a question, an error for instance, with what was asked beside it."""
+        fields: dict[str, Any] = {"text": "", "seconds": 0.0, "new_tokens": 0, **made}
+        pictures = tuple(picture.name for picture in question.pictures)
         return cls(
-            question=question.name,
-            way=variant.name,
-            text="",
-            seconds=0.0,
-            new_tokens=0,
-            asked=question.text,
-            pictures=tuple(picture.name for picture in question.pictures),
-            right=question.answers,
+            question.name, variant.name, asked=question.text, pictures=pictures, right=question.answers, **fields
         )
-
-    @classmethod
-    def failed(cls, question: Question, variant: Variant, error: str) -> Answer:
-        """What is logged of a question that could not be answered."""
-        return dataclasses.replace(cls.blank(question, variant), error=error)
 
 
 def pack_kept(indices: Sequence[int], total: int) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from string import Template
+from typing import Any
 
-import numpy as np
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from trim_plugin.cache.report import format_bytes
@@ -73,26 +73,29 @@ def report_html(
     found = {(answer.question, answer.way): answer for answer in answers}
     # If nothing was answered, there is no row, and every question's error is shown all the same.
     names = [row.way for row in rows] or list(dict.fromkeys(answer.way for answer in answers))
-    groups: dict[str, list[str]] = {"different": [], "same": [], "unread": []}
-    styles: list[str] = []
+    groups: dict[str, list[Any]] = {"different": [], "same": [], "unread": []}
+    numbers = itertools.count()
     for question in questions:
         own = [found[question.name, name] for name in names if (question.name, name) in found]
         if not own:
             continue
-        unread = any(answer.error for answer in own)
-        shown = () if unread else pictures(question)
-        classes = [f"p{len(styles) + number}" for number in range(len(shown))]
-        styles += [
-            f".{name}{{background-image:url({_jpeg(picture.image)})}}"
-            for name, picture in zip(classes, shown, strict=True)
-        ]
-        kind = "unread" if unread else "same" if _all_alike(own) else "different"
-        groups[kind].append(_article(question, own, list(zip(classes, shown, strict=True)), match))
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        pictures="\n".join(styles),
-        summary=_summary(rows, remarks),
-        overview=_overview(groups),
-        questions="\n".join(article for articles in groups.values() for article in articles),
+        kind, shown = "unread", []
+        if not any(answer.error for answer in own):
+            kind = "same" if len({normalized(answer.text) for answer in own}) == 1 else "different"
+            shown = [_small(f"p{next(numbers)}", picture) for picture in pictures(question)]
+        groups[kind].append((question, own, shown))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        groups=groups,
+        articles=list(itertools.chain.from_iterable(groups.values())),
+        rows=[cells(row) for row in rows],
+        headings={name: HEADINGS[name] for name in shown_headings(rows)},
+        note=note(rows),
+        remarks=remarks,
+        is_right=lambda answer, question: is_right(answer.text, question.answers, match),
+        normalized=normalized,
+        figures=_figures,
+        drawn=_drawn,
     )
 
 
@@ -132,7 +135,7 @@ def note(rows: Sequence[Summary]) -> str:
         '* up to 32 questions at once: a share of the time of all, which is not to be compared with one that was alone. ...'
     """
     numbers = {row.at_once for row in rows} - {1}
-    together = " or ".join(str(number) for number in sorted(number for number in numbers if number is not None))
+    together = " or ".join(map(str, sorted(filter(None, numbers))))
     said = []
     if together:
         said.append(
@@ -142,54 +145,6 @@ def note(rows: Sequence[Summary]) -> str:
     if None in numbers:
         said.append("Neither seconds nor memory where runs with different --max-running have shared the questions.")
     return " ".join(said)
-
-
-def _summary(rows: Sequence[Summary], remarks: Sequence[str]) -> str:
-    said = "".join(f"<p class=error>{_safe(remark)}</p>" for remark in remarks)
-    return (_summary_table(rows) if rows else "") + said
-
-
-def _summary_table(rows: Sequence[Summary]) -> str:
-    shown = shown_headings(rows)
-    head = "".join(f'<th title="{_safe(HEADINGS[name])}">{_safe(name)}</th>' for name in shown)
-    texts = [cells(row) for row in rows]
-    body = "".join(f"<tr>{''.join(f'<td>{_safe(own[name])}</td>' for name in shown)}</tr>" for own in texts)
-    notes = "; ".join(f"<b>{_safe(name)}</b> {_safe(HEADINGS[name])}" for name in shown)
-    said = f"{notes}. {_safe(note(rows))}".strip()
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p class=note>{said}</p>"
-
-
-def _overview(groups: Mapping[str, Sequence[str]]) -> str:
-    parts = [f"First the questions on which the answers differ: {len(groups['different'])}"]
-    parts.append(f"then those with the same answer: {len(groups['same'])}")
-    if groups["unread"]:
-        parts.append(f"last those that could not be answered: {len(groups['unread'])}")
-    return _safe("; ".join(parts) + ".")
-
-
-def _article(question: Question, own: list[Answer], shown: list[tuple[str, Shown]], match: str) -> str:
-    right = f"<p class=right>right: {_safe(' / '.join(question.answers))}</p>" if question.answers else ""
-    files = ", ".join(picture.name for picture in question.pictures)
-    cards = "".join(_card(question, answer, own[0], shown, match) for answer in own)
-    return (
-        f"<article><h2>{_safe(question.text)}</h2><p class=file>{_safe(question.name)} · {_safe(files)}</p>{right}"
-        f"<div class=cards>{cards}</div></article>"
-    )
-
-
-def _card(question: Question, answer: Answer, first: Answer, shown: list[tuple[str, Shown]], match: str) -> str:
-    if answer.error:
-        return f"<section class=card><h3>{_safe(answer.way)}</h3><p class=error>{_safe(answer.error)}</p></section>"
-    differs = " differs" if normalized(answer.text) != normalized(first.text) else ""
-    mark = ""
-    if question.answers:
-        mark = "<b class=yes>✓</b> " if is_right(answer.text, question.answers, match) else "<b class=no>✗</b> "
-    drawn = "".join(_drawn(name, picture, answer) for name, picture in shown)
-    return (
-        f"<section class='card{differs}'><h3>{_safe(answer.way)}</h3>{drawn}"
-        f"<p class=answer>{mark}{_safe(answer.text) or '<i>nothing</i>'}</p>"
-        f"<p class=figures>{_safe(_figures(answer))}</p></section>"
-    )
 
 
 def _figures(answer: Answer) -> str:
@@ -203,40 +158,29 @@ def _figures(answer: Answer) -> str:
     return f"kept {answer.kept_tokens} of {answer.visible_tokens} visible tokens ({share}), {size}, {time}"
 
 
-def _drawn(name: str, picture: Shown, answer: Answer) -> str:
-    width, height = picture.image.size
-    overlay, described = "", "the picture"
-    if answer.kept:
-        kept = picture.tile_map.patches(unpack_kept(answer.kept, picture.total))
-        described = f"{int(kept.sum())} of {kept.size} patches kept"
-        if not kept.all():
-            overlay = f"<div class=dropped style='background-image:url({_png(dropped_overlay(kept))})'></div>"
-    return (
-        f"<div class='picture {name}' style='aspect-ratio:{width}/{height}' role=img aria-label='{described}' "
-        f"title='{described}'>{overlay}</div>"
-    )
-
-
-def _all_alike(answers: Sequence[Answer]) -> bool:
-    return len({normalized(answer.text) for answer in answers}) == 1
-
-
-def _jpeg(image: Image.Image) -> str:
-    small = image.copy()
+def _small(name: str, picture: Shown) -> dict[str, Any]:
+    """What the template needs of a picture, which is large itself."""
+    small = picture.image.copy()
     small.thumbnail((SIDE, SIDE))
-    return _data_uri(small, "jpeg", quality=85)
+    address = _data_uri(small, "jpeg", quality=85)
+    ratio = f"{picture.image.width}/{picture.image.height}"
+    return {"name": name, "address": address, "ratio": ratio, "tile_map": picture.tile_map, "total": picture.total}
 
 
-def _png(pixels: np.ndarray) -> str:
+def _drawn(answer: Answer, tile_map: TileMap, total: int) -> tuple[str, str]:
+    """What is said of a picture beside an answer, and the address of what is laid over it, if anything is."""
+    if not answer.kept:
+        return "the picture", ""
+    kept = tile_map.patches(unpack_kept(answer.kept, total))
+    described = f"{int(kept.sum())} of {kept.size} patches kept"
+    if kept.all():
+        return described, ""
     # Few colours: a palette makes it a tenth of the size.
-    return _data_uri(Image.fromarray(pixels).quantize(4, method=Image.Quantize.FASTOCTREE), "png", optimize=True)
+    overlay = Image.fromarray(dropped_overlay(kept)).quantize(4, method=Image.Quantize.FASTOCTREE)
+    return described, _data_uri(overlay, "png", optimize=True)
 
 
 def _data_uri(image: Image.Image, kind: str, **settings: int | bool) -> str:
     stream = io.BytesIO()
     image.save(stream, kind, **settings)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _safe(text: str) -> str:
-    return html.escape(text, quote=True)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 from trim_plugin.evaluation.log import Answer
 from trim_plugin.evaluation.questions import Question
@@ -153,12 +154,12 @@ def _summary(
         way=variant.name,
         questions=len(answers),
         known=len(known),
-        accuracy=_mean([is_right(a.text, q.answers, match) for q, a in known]) if known else None,
-        agreement=_mean([normalized(text) == normalized(other) for text, other in pairs]),
-        overlap=_mean([word_overlap(text, other) for text, other in pairs]),
+        accuracy=fmean(is_right(a.text, q.answers, match) for q, a in known) if known else None,
+        agreement=fmean(normalized(text) == normalized(other) for text, other in pairs),
+        overlap=fmean(word_overlap(text, other) for text, other in pairs),
         kept_share=sum(a.kept_tokens for a in answers) / visible if visible else None,
         cross_kv_ratio=sum(a.cross_kv_bytes for a in answers) / stock if stock else None,
-        seconds=_mean([a.seconds for a in answers]) if len(numbers) == 1 else None,
+        seconds=fmean(a.seconds for a in answers) if len(numbers) == 1 else None,
         peak_bytes=(max(a.peak_bytes for a in answers) or None) if len(numbers) == 1 else None,
         at_once=numbers.pop() if len(numbers) == 1 else None,
     )
@@ -198,7 +199,3 @@ def word_overlap(text: str, other: str) -> float:
     if not own and not others:
         return 1.0
     return 2 * (own & others).total() / (own.total() + others.total())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

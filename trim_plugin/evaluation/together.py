@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,13 +30,8 @@ def answers_together(
     The variant's wall-clock time is shared out: at any time each of the questions that are being answered takes as much of it.
     Those that have waited longest are. If one question fails like the other (`RowsFail`), that is the error of all that are left.
 
-    Args:
-        model, processor, max_new_tokens, max_running, memory: as for `evaluate`.
-        questions: to be answered.
-        variant: how; not stock.
-
     Raises:
-        ValueError: the model or the variant is one that an `Engine` cannot have.
+        ValueError: the model or the variant is one that an `Engine` cannot have; it cannot have stock.
         torch.AcceleratorError, EngineClosed: as for `Worker.answers`.
     """
     on_gpu = next(model.parameters()).is_cuda
@@ -64,26 +58,23 @@ def answers_together(
                     left[place] += (now - since) / len(running)
                 since = now
                 for place, result in found:
-                    made = _answer(questions[place], variant, result)
-                    peak = peak_bytes() if on_gpu else 0
-                    yield dataclasses.replace(made, seconds=left.pop(place), at_once=max_running, peak_bytes=peak)
+                    made = {"error": result["error"]} if "error" in result else _made(result)
+                    made |= {"seconds": left.pop(place), "at_once": max_running}
+                    yield Answer.of(questions[place], variant, peak_bytes=peak_bytes() if on_gpu else 0, **made)
         except RowsFail as error:  # this variant's failure: another may have answers
             for place in left:
-                yield Answer.failed(questions[place], variant, str(error))
+                yield Answer.of(questions[place], variant, error=str(error))
 
 
-def _answer(question: Question, variant: Variant, result: Mapping[str, Any]) -> Answer:
-    """Of a worker's result, its time aside."""
-    if "error" in result:
-        return Answer.failed(question, variant, result["error"])
+def _made(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker's result says of an answer, its time aside."""
     held = result["held"]
-    return dataclasses.replace(
-        Answer.blank(question, variant),
-        text=result["answer"],
-        new_tokens=result["tokens"],
-        visible_tokens=result["visible"],
-        kept_tokens=result["kept"],
-        cross_kv_bytes=held.cross_kv_bytes,
-        stock_cross_kv_bytes=held.stock_cross_kv_bytes,
-        kept=pack_kept(held.kept_indices, held.total_tokens),
-    )
+    return {
+        "text": result["answer"],
+        "new_tokens": result["tokens"],
+        "visible_tokens": result["visible"],
+        "kept_tokens": result["kept"],
+        "cross_kv_bytes": held.cross_kv_bytes,
+        "stock_cross_kv_bytes": held.stock_cross_kv_bytes,
+        "kept": pack_kept(held.kept_indices, held.total_tokens),
+    }

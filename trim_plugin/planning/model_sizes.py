@@ -134,6 +134,8 @@ def parameters(config: Configuration) -> Iterator[tuple[str, int, str, tuple[int
     """
     vision, text = config.vision_config, config.text_config
     crossing = len(text.cross_attention_layers)
+    # Cross-attention layers norm queries and keys, and have two gates.
+    only_crossing = (("head_norms", (2, text.hidden_size // text.num_attention_heads)), ("gates", (2,)))
     for times, name, shape in _of_tower(config):
         yield "vision tower", times, name, shape
     yield "projector", 1, "multi_modal_projector", (text.hidden_size, vision.vision_output_dim)
@@ -142,7 +144,7 @@ def parameters(config: Configuration) -> Iterator[tuple[str, int, str, tuple[int
     yield "embeddings", 1, "embed_tokens", (text.vocab_size + 8, text.hidden_size)
     for part, times, extra in (
         ("self-attention layers", text.num_hidden_layers - crossing, ()),
-        ("cross-attention layers", crossing, _of_crossing(config)),
+        ("cross-attention layers", crossing, only_crossing),
     ):
         for name, shape in (*_of_text_layer(config), *extra):
             yield part, times, name, shape
@@ -184,13 +186,6 @@ def _of_text_layer(config: Configuration) -> Iterator[tuple[str, tuple[int, ...]
     yield "up_proj", (inner, width)
     yield "down_proj", (width, inner)
     yield "norms", (2, width)
-
-
-def _of_crossing(config: Configuration) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What a cross-attention layer has more than the others: norms of its queries and keys, and two gates."""
-    text = config.text_config
-    yield "head_norms", (2, text.hidden_size // text.num_attention_heads)
-    yield "gates", (2,)
 
 
 def _quantized_weight(shape: tuple[int, ...], weights: str) -> int:

@@ -19,6 +19,7 @@ from trim_plugin.arithmetic import (
     picture_tokens,
     pictures_at_a_time,
     pictures_read_together,
+    share,
     tile_tokens,
 )
 from trim_plugin.config import DEFAULT_KEPT_SHARE
@@ -79,8 +80,8 @@ class PlannedVariant:
     tower_share: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kept_share is not None and not 0.0 < self.kept_share <= 1.0:
-            raise ValueError(f"kept_share must be a number in (0, 1], got {self.kept_share!r}.")
+        if self.kept_share is not None:
+            share("kept_share", self.kept_share)
         object.__setattr__(self, "tower_share", checked_share(self.tower_share))
 
     @property
@@ -158,10 +159,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, sums included."""
         own = dataclasses.asdict(self)
-        sums = {
-            name: getattr(self, name) for name in ("weights_total", "prefill_peak", "decode_peak", "peak", "needed")
-        }
-        return own.pop("variant") | own | sums
+        sums = ("weights_total", "prefill_peak", "decode_peak", "peak", "needed")
+        return own.pop("variant") | own | {name: getattr(self, name) for name in sums}
 
 
 def expected_kept_share(top_k_ratio: float) -> float:
@@ -196,11 +195,11 @@ def variants(
         (expected_kept_share(ratio), ratio, f"{ratio:g}") for ratio in top_k_ratios
     ]
     kept_shares = kept_shares if kept_shares or top_k_ratios else (DEFAULT_KEPT_SHARE,)
-    shares += [(share, None, f"{100 * share:g} %") for share in kept_shares]
+    shares += [(kept, None, f"{100 * kept:g} %") for kept in kept_shares]
     found = [PlannedVariant("stock"), PlannedVariant("exact", 1.0, 1.0, kv_quantization, prefill_pictures)]
-    for share, ratio, word in shares:
+    for kept, ratio, word in shares:
         name = "trimmed" if len(shares) == 1 else f"trimmed {word}"
-        found.append(PlannedVariant(name, share, ratio, kv_quantization, prefill_pictures, tower_share))
+        found.append(PlannedVariant(name, kept, ratio, kv_quantization, prefill_pictures, tower_share))
     return found
 
 

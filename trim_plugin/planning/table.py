@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,7 +13,6 @@ from trim_plugin.planning.fitting import Fit
 from trim_plugin.planning.job import Job
 from trim_plugin.planning.planner import Plan
 
-T = TypeVar("T")
 #: Columns of bytes: their heading and the plan's number.
 COLUMNS = (
     ("cross KV", "cross_kv"),
@@ -31,25 +30,18 @@ def show(
 
     The console takes words as they are (`commands.plain_console`), since a model's name is its user's.
     """
-    console.print(_table(_title(model, job, weights, plans), plans, fits))
+    expanded = f" x {job.expand_size}" if job.expand_size > 1 else ""
+    size = format_bytes(plans[0].weights_total)
+    title = f"{model}, batch {job.batch}{expanded}, weights in {weights} ({size})"
+    console.print(_table(title, plans, fits))
     for line in [*_fitting(job, plans, memory, fits), *_notes(plans)]:
         console.print(line)
 
 
-def _title(model: str, job: Job, weights: str, plans: list[Plan]) -> str:
-    expanded = f" x {job.expand_size}" if job.expand_size > 1 else ""
-    size = format_bytes(plans[0].weights_total)
-    return f"{model}, batch {job.batch}{expanded}, weights in {weights} ({size}); sizes in {_unit(plans)[1]}"
-
-
-def _unit(plans: list[Plan]) -> tuple[int, str]:
-    """The unit in which the table's sizes read well."""
-    return (2**30, "GiB") if max(one.peak for one in plans) >= 2**30 else (2**20, "MiB")
-
-
 def _table(title: str, plans: list[Plan], fits: dict[str, Fit]) -> Table:
+    unit, name = (2**30, "GiB") if max(one.peak for one in plans) >= 2**30 else (2**20, "MiB")
     table = Table(
-        title=title,
+        title=f"{title}; sizes in {name}",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -63,15 +55,11 @@ def _table(title: str, plans: list[Plan], fits: dict[str, Fit]) -> Table:
     for heading in headings + (["largest batch"] if fits else []):
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for one in plans:
-        sizes = [_size(one, field, _unit(plans)[0]) for _, field in COLUMNS]
+        bounds = ["≤" if field in one.upper_bounds else "" for _, field in COLUMNS]
+        sizes = [f"{bound}{getattr(one, field) / unit:.2f}" for bound, (_, field) in zip(bounds, COLUMNS, strict=True)]
         fit = [str(fits[one.variant.name].largest_batch)] if fits else []
         table.add_row(one.variant.name, str(one.kept_tokens), *sizes, *fit)
     return table
-
-
-def _size(one: Plan, field: str, unit: int) -> str:
-    """A number of bytes in the table's unit, marked where it is the most that it can be."""
-    return ("≤" if field in one.upper_bounds else "") + f"{getattr(one, field) / unit:.2f}"
 
 
 def _fitting(job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fit]) -> list[str]:
@@ -93,14 +81,14 @@ def _fitting(job: Job, plans: list[Plan], memory: int | None, fits: dict[str, Fi
     return lines
 
 
-def _by_value(values: dict[str, T]) -> dict[T, list[str]]:
+def _by_value(values: dict[str, Any]) -> dict[Any, list[str]]:
     """The names of every value.
 
     Example:
         >>> _by_value({"stock": 1, "exact": 2, "trimmed": 2})
         {1: ['stock'], 2: ['exact', 'trimmed']}
     """
-    found: dict[T, list[str]] = {}
+    found: dict[Any, list[str]] = {}
     for name, value in values.items():
         found.setdefault(value, []).append(name)
     return found
