@@ -103,6 +103,25 @@ def test_mask_columns_in_a_forward(model, inputs):
         generate(model, inputs, cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "sizes"),
+    [(20, 7, "5 visual tokens, this one reads tiles of 1"), (1, 19, "1 visual tokens, this one reads tiles of 5")],
+)
+def test_other_tiles(model, first, second, sizes):
+    """A mask of tiles cannot say of a part of one who reads it; a single token would pass for a tile."""
+    cache, width = TrimmedCache(model), model.config.text_config.hidden_size
+
+    def read(tokens, mask):
+        mask = None if mask is None else torch.ones(1, mask, 1, 4, dtype=torch.long)
+        states, text = torch.randn(1, tokens, width), torch.tensor([[3, 4]])
+        with torch.no_grad():
+            model(text, cross_attention_states=states, cross_attention_mask=mask, use_cache=True, **{CACHE: cache})
+
+    read(first, 2 if first == 20 else None)
+    with pytest.raises(ValueError, match=f"brought tiles of {sizes}"):
+        read(second, 4 if second == 19 else None)
+
+
 def test_mask_reads_lost_tokens(model, forwards):
     conversation = Conversation(model)
     cache = TrimmedCache(model, {"top_k_ratio": 1.0})

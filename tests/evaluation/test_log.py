@@ -55,6 +55,7 @@ def test_half_a_line_of_another_process_costs_no_answer(tmp_path):
         with log.file.open("a") as file:
             file.write('{"question": "3", "way": "st')
     assert [one.question for one in log.answers()] == ["1", "2"]
+    assert log.aside.read_text() == 2 * '{"question": "3", "way": "st\n'
 
 
 @pytest.mark.parametrize("text", ["my notes", "[1]\n", '{"id": "1", "answer": "seven"}\n{"q', '{"question": "?"}'])

@@ -119,3 +119,27 @@ def test_samples_with_unequally_many_encoded_pictures(rule, config, mode):
     assert torch.equal(whole.sequences, ours.sequences)
     assert largest_difference(ours, whole) <= 1e-5 * largest_logit(whole)
     assert all(map(torch.equal, cache_of(ours).kept_indices, cache_of(whole).kept_indices))
+
+
+@pytest.mark.parametrize("pieces", [{}, {"prefill_pictures": 1}])
+@pytest.mark.parametrize("config", [{}, {"processors": [KCenter(0.3)], "merge": False}, {"top_k_ratio": 1.0}])
+@pytest.mark.parametrize("parts", [(4, 4, 4), (4, 0, 4), (2, 4, 0), (3, 1, 2)])
+def test_a_later_turn_keeps_what_its_samples_go_on_reading(pieces, config, parts):
+    """Of the first picture all four tiles, some or none, whatever the other samples read of theirs."""
+    model = random_model(seed=6)
+    first = random_inputs(model, [Sample(((6,), 3)) for _ in parts])
+    first["cross_attention_mask"][:] = 1
+    cache = TrimmedCache(model, config | pieces)
+    prefill(model, cache, **first)
+    before = [kept.tolist() for kept in cache.kept_indices]
+    second = {name: tensor[:, :2] for name, tensor in random_inputs(model, [Sample(((6,), 1))] * len(parts)).items()}
+    mask = torch.zeros(len(parts), 2, 2, 4, dtype=torch.long)
+    mask[:, :, 1] = 1
+    for sample, part in enumerate(parts):
+        mask[sample, :, 0, :part] = 1
+    del second["attention_mask"]
+    second |= {name: first[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    second["cross_attention_mask"] = mask
+    prefill(model, cache, **second)
+    for kept, earlier, part in zip(cache.kept_indices, before, parts, strict=True):
+        assert kept.tolist() == [token for token in earlier if token < 5 * part] + [20 + token for token in earlier]

@@ -112,21 +112,33 @@ def test_nan_is_found_wherever_it_comes_from(group):
 
 
 @given(
-    batch=st.integers(1, 3),
-    rows=st.integers(1, 5),
-    tiles=st.integers(1, 5),
-    tile_tokens=st.sampled_from([1, 5, 7]),
-    kept_share=st.sampled_from([0.01, 0.1, 0.35, 0.5, 0.99, 1.0]),
-    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 4),
+    rows=st.integers(1, 4),
+    old=st.integers(0, 3),
+    tiles=st.integers(1, 4),
+    tile_tokens=st.integers(1, 6),
+    here=st.sampled_from([1.0, 0.7, 0.4]),
+    kept_share=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 2**16),
 )
-def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, tiles, tile_tokens, kept_share, seed):
+def test_what_the_host_knows_beforehand_is_what_the_device_counts(
+    batch, rows, old, tiles, tile_tokens, here, kept_share, seed
+):
+    """Of first and later turns, some of whose samples go on reading what they read before, and of pictures that lack tokens."""
     torch.manual_seed(seed)
     padding = torch.rand(batch, rows) < 0.2
-    seen = of_tiles((torch.rand(batch, rows, 1, tiles) < 0.6).long(), padding)
-    about, known = everything_new(seen, tile_tokens)
-    keys, states = torch.randn(batch, 1, tiles * tile_tokens, 4), torch.randn(batch, tiles * tile_tokens, 8)
+    reads = (torch.rand(batch, rows, 1, old + tiles) < 0.6).long()
+    reads[..., :old] *= torch.tensor([0, 1, 1])[torch.randint(3, (batch, 1, 1, 1))]
+    about, known = turn_of(of_tiles(reads, padding), old, tile_tokens, here)
+    if known is None:
+        return
+    keys = torch.randn(batch, 1, about.index.shape[1], 4)
+    states = torch.randn(batch, about.index.shape[1] - about.first_new, 8)
     rule, groups = VisualTokenProcessorList([KCenter(kept_share)]), len(known.sizes[0])
-    scores, later = torch.zeros(batch, 1, tiles * tile_tokens), Unread()
+    scores, later = torch.zeros(batch, 1, about.index.shape[1]), Unread()
+    assert (
+        select(None, keys, states, about, groups, rule, True, known).readable_counts == about.readable.sum(1).tolist()
+    )
     told = select(scores, keys, states, about, groups, rule, True, known, later)
     counted = select(scores, keys, states, about, groups, rule, True)
     assert told.readable_counts == counted.readable_counts
@@ -140,12 +152,25 @@ def test_what_the_host_knows_beforehand_is_what_the_device_counts(batch, rows, t
     assert short_ones([later]) == []
 
 
-def everything_new(seen: Visibility, tile_tokens: int):
-    """The columns of a first turn in which all tiles are whole, and what the host knows of them."""
-    groups, readable = seen.groups(), seen.readable_tiles()
-    index = torch.arange(groups.shape[1] * tile_tokens).expand(len(groups), -1)
-    group, ones = groups.repeat_interleave(tile_tokens, dim=1), torch.ones_like(index)
-    can = readable.repeat_interleave(tile_tokens, dim=1)
-    about = Columns(index, ones.bool(), ones, group, can, first_new=0, tile_tokens=tile_tokens)
-    there = torch.full_like(groups, tile_tokens)
-    return about, KnownGroups.of(Tiles(groups, readable, groups), there, readable[:, :0], [0] * len(groups))
+def turn_of(seen: Visibility, old: int, tile_tokens: int, here: float):
+    """The columns of a turn, a share of whose tokens is there, behind some of those of `old` tiles; and what the host knows."""
+    groups, readable = seen.groups(old), seen.readable_tiles()
+    before = torch.rand(len(groups), old) < 0.8
+    readable[:, :old] &= before
+    there = (torch.rand(*groups.shape, tile_tokens) < here).flatten(1)
+    there[:, : old * tile_tokens] &= before.repeat_interleave(tile_tokens, dim=1)
+    there[:, -1] = True
+    parts, first = [], 0
+    for part in (there[:, : old * tile_tokens], there[:, old * tile_tokens :]):
+        places = (~part).long().argsort(dim=1, stable=True)[:, : int(part.sum(dim=1).max()) if part.numel() else 0]
+        parts.append((places + first, part.gather(1, places)))
+        first = part.shape[1]
+    index, valid = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
+    tile, ones = index // tile_tokens, torch.ones_like(index)
+    group = groups.gather(1, tile).masked_fill(~valid, -1)
+    can = readable.gather(1, tile) & valid
+    about = Columns(index, valid, ones, group, can, first_new=parts[0][0].shape[1], tile_tokens=tile_tokens)
+    counts = there.view(*groups.shape, tile_tokens).sum(dim=2)
+    return about, KnownGroups.of(
+        Tiles(groups, readable, groups), counts[:, old:], before, counts[:, :old].sum(dim=1).tolist()
+    )

@@ -29,6 +29,7 @@ from trim_plugin.selection.scoring import visual_token_scores
 from trim_plugin.selection.select import Columns, KnownGroups, Selection, select
 from trim_plugin.selection.visibility import (
     LOST_TOKENS,
+    OTHER_TILES,
     Tiles,
     Visibility,
     add_log_sizes,
@@ -183,8 +184,10 @@ class Turn:
             self.seen = of_additive(mask, kwargs["full_text_row_masked_out_mask"], self.padding)
         elif self.seen is None:
             of_tile = self.tile_tokens if cache.kept is None else cache.kept.tile_tokens
-            self.seen = of_everything(batch, rows, total, of_tile, self.padding, first=cache.kept is None)
+            self.seen = of_everything(batch, rows, total, of_tile, self.padding)
         self.tile_tokens = total // max(1, self.seen.open.shape[2])
+        if cache.kept is not None and cache.kept.tile_tokens != self.tile_tokens:
+            raise ValueError(OTHER_TILES.format(before=cache.kept.tile_tokens, now=self.tile_tokens))
         if cache.kept is not None and mask is not None:
             gone = ~cache.kept.readable_tiles[list(cache.kept.order)]
             if self.seen.reads_any(gone, cache.config.keeps_reachable):

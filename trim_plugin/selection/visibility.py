@@ -167,23 +167,14 @@ def of_additive(mask: torch.Tensor, open_rows: torch.Tensor | None, padding: tor
     return Visibility(allowed, _padded(padding, batch, rows))
 
 
-def of_everything(
-    batch: int, rows: int, tokens: int, tile_tokens: int, padding: torch.Tensor | None, *, first: bool
-) -> Visibility:
+def of_everything(batch: int, rows: int, tokens: int, tile_tokens: int, padding: torch.Tensor | None) -> Visibility:
     """No mask was given: every row may read all of so many visual tokens. If they are not whole tiles, each is a tile of its own.
 
-    Raises:
-        ValueError: they are not, and it is not the first turn: what is held is counted in whole ones.
-
     Example:
-        >>> of_everything(1, 2, tokens=15, tile_tokens=5, padding=None, first=True).groups().tolist()
+        >>> of_everything(1, 2, tokens=15, tile_tokens=5, padding=None).groups().tolist()
         [[0, 0, 0]]
     """
     part, padded = tokens % tile_tokens, _padded(padding, batch, rows)
-    if part and not first:
-        raise ValueError(
-            f"Earlier turns of this TrimmedCache brought tiles of {tile_tokens} tokens: give whole tiles here, too."
-        )
     return Visibility(padded.new_ones(batch, rows, tokens if part else tokens // tile_tokens), padded)
 
 
@@ -327,6 +318,10 @@ def pack(chosen: torch.Tensor, longest: int | None = None) -> tuple[torch.Tensor
 LOST_TOKENS = (
     "cross_attention_mask lets this turn's text read visual tokens that the end of an earlier turn could not read: the trimmed "
     "cache has dropped them. Give the picture again (pixel_values), or start with a new cache and the whole conversation."
+)
+OTHER_TILES = (
+    "Earlier turns of this TrimmedCache brought tiles of {before} visual tokens, this one reads tiles of {now}. Give whole tiles "
+    "in every turn, or no mask of tiles in any: what is held is counted in those of the first one."
 )
 _warned_without_mask = False
 
