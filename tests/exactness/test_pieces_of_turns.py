@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trim_plugin import KCenter, TrimmedCache, encode_pictures, prefill
-from trim_plugin.compat import cache_of
+from trim_plugin.compat import cache_of, slices_mask_rows
 from trim_plugin.embedded import examples, load_small_model
 
 from ..random_models import Sample, generate, largest_difference, largest_logit, random_inputs, random_model, trimmed
@@ -139,6 +139,8 @@ def test_a_later_turn_keeps_what_its_samples_go_on_reading(pieces, config, parts
         mask[sample, :, 0, :part] = 1
     del second["attention_mask"]
     second |= {name: first[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    if not slices_mask_rows():  # there the model takes the rows of the new text out itself
+        mask = torch.cat([torch.zeros(len(parts), first["input_ids"].shape[1], 2, 4, dtype=torch.long), mask], dim=1)
     second["cross_attention_mask"] = mask
     prefill(model, cache, **second)
     for kept, earlier, part in zip(cache.kept_indices, before, parts, strict=True):
