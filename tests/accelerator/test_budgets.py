@@ -10,8 +10,9 @@ import transformers
 from packaging.version import Version
 
 from trim_plugin.compat import slices_mask_rows
-from trim_plugin.selection import scoring
+from trim_plugin.selection import k_center, scoring
 
+from ..random_models import Sample
 from . import budgets
 from .emulation import Emulation
 
@@ -49,6 +50,15 @@ def test_reads_and_copies_are_within_the_budget(name):
 @pytest.mark.parametrize("name", ON_BOTH)
 def test_two_devices_have_the_same_budget(name):
     check(name, 2)
+
+
+def test_groups_that_are_chosen_from_in_several_blocks_ask_no_more_often(monkeypatch):
+    """Ten pages' groups are a block on a GPU; here each is one."""
+    monkeypatch.setattr(k_center, "COVER_BYTES", 1)
+    case = budgets.Case([Sample((1, (2,), 3))] * 6, {"prefill_pictures": 6}, image_size=144)
+    monkeypatch.setitem(budgets.CASES, "blocks", case)
+    check("blocks", 1)
+    assert budgets.measured_on("blocks", 1).ours.k_center == k_center.ASKS
 
 
 @pytest.mark.slow

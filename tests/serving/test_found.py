@@ -191,7 +191,7 @@ def test_pixels_of_those_who_wait_are_bounded():
         for thread in threads:
             thread.join()
         assert sorted(set(statuses)) == [200, 429]
-        assert statuses.count(200) >= 4
+        assert statuses.count(200) >= 2  # as many as fit at once
         assert all("pixels already" in message for message in told)
         for _ in range(6):
             ask(client, messages, max_tokens=1)

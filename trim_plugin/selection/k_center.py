@@ -28,7 +28,7 @@ SHORTEST = 1e-15
 COLUMNS = 4
 #: Digits of the similarities of few tokens: equal tokens shall be equally alike, whatever rounding makes of them.
 DIGITS = 6
-#: How often rounds of many micro-batches, or of many calls of the tower, ask the host before they do without.
+#: How often the rounds of a prompt, or of all calls of the tower, ask the host before they do without.
 ASKS = 4
 #: At so many tokens that were taken one after the other the host asks whether a radius is covered.
 ASKED_AT = (64, 256)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trim_plugin.selection.k_center import KCenter, members_of, short_ones
+from trim_plugin.selection.k_center import ASKS, KCenter, members_of, short_ones
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.processors import VisualTokenProcessorList, processor_name, returned_nan
 from trim_plugin.selection.rounds import NAN_STATES, Unread
@@ -221,13 +221,14 @@ def select(
     checks, kept, counts = _Checks(processors), valid, None
     if scores is not None:
         counts = None if known is None else known.kept_by(_alone(processors))
-        if unread is not None and counts is not None:
-            checks.unread = unread
+        if counts is not None:
+            checks.unread = unread or Unread(ASKS)
         kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, checks, known)
     if counts is None:
         counts = _counted(kept, columns, checks)
-    elif unread is None:
-        short_ones([checks.unread])
+    elif scores is not None and unread is None and short_ones([checks.unread]):
+        checks.unread = Unread()
+        kept = _choose(scores[..., columns.first_new :], states, valid, group, groups, checks, known)
     if counts.whole:
         return Selection(None, valid, None, counts.readable)
     # The kept tokens in their order, then the others.
