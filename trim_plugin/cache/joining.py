@@ -35,6 +35,8 @@ def part_of(cache: HeldCache, samples: slice) -> HeldCache:
     part.config = dataclasses.replace(cache.config, static=False)
     part.layers = part.new_layers(part.config)
     part.turn = part.kept = None
+    for index in part.cross_layers:
+        part.layers[index].decodes = False
     if cache.batch_size <= 0:
         return part
     for index in cache.self_layers:

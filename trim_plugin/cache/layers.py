@@ -128,6 +128,8 @@ class CrossAttentionLayer(DynamicLayer):
         self.places = 0
         #: Each class's decoding mask, where this layer's keys are.
         self.masks: list[torch.Tensor | None] = []
+        #: Whether it will be decoded from; a micro-batch's is joined with others first.
+        self.decodes = True
         #: Where in the batch the classes' samples are, and the way back; None if they follow each other.
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None
         #: What the turn in progress has brought: the new pictures' tokens, which stand behind what is held.
@@ -260,7 +262,7 @@ class CrossAttentionLayer(DynamicLayer):
         self.places = sum(own.index.numel() for own in kept.classes)
         if kept.shared:
             kept.sources_on(self.device)  # copied now, not at the first step
-        self.masks, self.gather = kept.masks_on(self.device), kept.gather_on(self.device)
+        self.masks, self.gather = kept.masks_on(self.device), kept.gather_on(self.device) if self.decodes else None
 
     def _buffered(self, store: Store) -> Store:
         """The store in buffers: those that there are if they fit, else new ones."""
