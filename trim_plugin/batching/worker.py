@@ -225,6 +225,8 @@ class _Run:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
                 result = self._failed(place, error)
             found.append((place, result))
+            if self._cause is not None:
+                break  # `check` is asked before the next one: rows that have failed by then change nothing
         return found
 
     def _failed(self, place: int, error: BaseException) -> dict[str, Any]:
