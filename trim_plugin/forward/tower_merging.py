@@ -24,7 +24,7 @@ import torch
 from trim_plugin.arithmetic import PADDING_SHARE, layers_before
 from trim_plugin.contract import check_contract
 from trim_plugin.forward.finding import Hook, attaching, put_on, take_off
-from trim_plugin.selection.k_center import KCenter, short_ones
+from trim_plugin.selection.k_center import KCenter
 from trim_plugin.selection.merging import Merging, merge_dropped
 from trim_plugin.selection.rounds import Unread
 from trim_plugin.selection.visibility import add_log_sizes, pack
@@ -98,15 +98,12 @@ def merge_alike(
         ([[0, 2, 3]], [[1, 2, 2]])
     """
     on_device = kinds.to(states.device) if on_device is None else on_device.to(states.device)
-    own = unread or Unread()
     kept, left = on_device == CLASS, (kinds == CLASS).sum(dim=1)
     # A picture may have no real tile, and nothing needs to be padding: of no members none are chosen.
     for kind, rule in ((PATCH, KCenter(kept_share)), (PADDING, KCenter(PADDING_SHARE))):
         counts = (kinds == kind).sum(dim=1).tolist()
-        kept |= rule.choose(states, on_device == kind, sizes=[[count] for count in counts], unread=own)
+        kept |= rule.choose(states, on_device == kind, sizes=[[count] for count in counts], unread=unread)
         left += torch.tensor([rule.keeps(count) for count in counts], device="cpu")
-    if unread is None:
-        short_ones([own])
     positions, valid = pack(kept, longest=int(left.max()))
     return merge_dropped(states, kept, on_device, torch.ones_like(on_device), positions), positions, valid
 
