@@ -19,6 +19,8 @@ def drawn(kind, tokens, seed, width=64):
     if kind == "noise":
         return noise[None]
     places = torch.linspace(0, 6, tokens)[:, None]
+    if kind == "curve":
+        return (torch.sin(places * torch.rand(1, width, generator=generator) * 5) + 0.02 * noise)[None]
     states = torch.sin(places * 5 * torch.rand(1, width, generator=generator)) + 0.15 * noise
     if kind == "half blank":
         states[: tokens // 2] = states[0] + 0.01 * noise[: tokens // 2]
@@ -92,3 +94,18 @@ def test_they_ask_a_few_times_however_many_choices_there_are():
     make_all(20, lambda number, unread: (asked.append(unread.asks), setattr(unread, "asks", max(0, unread.asks - 1))))
     assert asked[0] > 0
     assert sum(asks > 0 for asks in asked) == asked[0]
+
+
+def test_what_was_needed_before_is_needed_again():
+    """Pages of a prompt are alike: none is read twice because rounds were too few."""
+    members, made = torch.ones(1, 3300, dtype=torch.bool), []
+
+    def make(number, unread):
+        made.append(number)
+        KCenter(0.25).choose(drawn("curve", 3300, seed=number), members, sizes=[[3300]], unread=unread)
+
+    make_all(8, make)
+    assert made == list(range(8))
+    alone = Unread(asks=0)
+    KCenter(0.25).choose(drawn("curve", 3300, seed=7), members, sizes=[[3300]], unread=alone)
+    assert short_ones([alone]) == [0], "it needs more rounds than usual"

@@ -246,7 +246,7 @@ def make_all(count: int, make: Callable[[int, Unread], None]) -> None:
     """
     unread: list[Unread] = []
     for number in range(count):
-        unread.append(Unread(ASKS if not unread else unread[-1].asks))
+        unread.append(unread[-1].next() if unread else Unread(ASKS))
         make(number, unread[-1])
     for number in short_ones(unread):
         make(number, Unread())

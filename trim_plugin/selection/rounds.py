@@ -30,9 +30,11 @@ EQUAL = 1e-5
 #: Similarities are (cosine + 2) / 4, so that a product with 0 is less like anything than any token. `SAME` is that of equal
 #: tokens; what is chosen, or no member, has `DONE`.
 SAME, DONE = 0.75, 1.0
-#: Where the host may not ask, as many times as many rounds, and so many more: of 378 drawn pictures, blank and crowded ones
-#: among them, none needed more than twice as many.
+#: Where the host may not ask, as many times as many rounds, and so many more: enough for 378 drawn pictures, blank and crowded
+#: ones among them. States on a smooth curve need up to six times as many; ...
 SURE, MORE = 2, 8
+#: ... so what was needed where the host asked is needed again, and as much more: pages of a prompt are alike.
+MARGIN = 1.25
 #: Rounds before the host asks for the first time whether a radius is covered.
 ROUNDS_UNASKED = 6
 #: What is wrong where states are NaN.
@@ -49,13 +51,19 @@ class Unread:
     Args:
         asks: how often rounds may ask the host whether they have chosen enough. Once they may not, they go on until that is as
             good as sure. None: as often as they need.
+        needed: how many times as many rounds as usual had run at most when they asked.
         nan: bool (1,) each, whether visual states are NaN.
         short: bool (1,) each, whether rounds that did not ask have chosen too few.
     """
 
     asks: int | None = None
+    needed: float = 0.0
     nan: list[torch.Tensor] = dataclasses.field(default_factory=list)
     short: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def next(self) -> Unread:
+        """For the choice that follows: what was learned, and nothing to be read yet."""
+        return Unread(self.asks, self.needed)
 
 
 @functools.lru_cache(maxsize=4)
@@ -141,15 +149,16 @@ class Rounds:
         due = usual = max(map(_rounds_for, wanted, there))
         while True:
             asks = unread.asks != 0
-            for _ in range(due if asks else SURE * usual + MORE + 1 - len(self.takes)):
+            sure = math.ceil(max(SURE, MARGIN * unread.needed) * usual) + MORE
+            for _ in range(due if asks else max(due, sure + 1 - len(self.takes))):
                 self._go_on()
             taken = torch.cat(self.takes, dim=1) > 0
             place = taken.cumsum(dim=1)
             if not asks:
                 unread.nan.append(self.most_alike.isnan().any()[None])
                 return torch.cat(self.slots, dim=1), taken, place
-            if unread.asks is not None:
-                unread.asks -= 1
+            unread.asks = None if unread.asks is None else unread.asks - 1
+            unread.needed = max(unread.needed, (len(self.takes) - 1) / max(1, usual))
             looked_at = self.takes[-1].shape[1]
             before = place[:, -1 - looked_at] if due else place[:, -1]
             numbers = torch.stack([place[:, -1].float(), before.float(), self.most_alike[:, 0]]).tolist()
@@ -162,7 +171,8 @@ class Rounds:
             ]
             if not missing:
                 return torch.cat(self.slots, dim=1), taken, place
-            due = min(max(missing), math.ceil(len(self.takes) / 2))
+            longer = 2 if unread.asks is not None and unread.asks < 3 else 1  # where few questions are left
+            due = min(longer * max(missing), math.ceil(longer * len(self.takes) / 2))
 
     def until_covered(self, radius: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Go on until no token is further than this: slots and which of them were taken, as in `until_counted`."""
